@@ -1,0 +1,145 @@
+"""The logit cache: the weighted sums of the frozen critics at every stored next state, kept up to date for two passes.
+
+Direct evaluation costs a pass through all M frozen critics for every sampled next state. But the policy is fixed
+between policy updates, and an update changes the sum only by the newest and the deleted critic (see
+:mod:`sb3_staq.mirror_descent`), so the sums are stored beside the transitions and brought up to date once per update.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
+
+from sb3_staq.mirror_descent import PolicyUpdate
+
+# Stored states per batch when the whole cache is updated: large enough for full speed, small enough for any memory
+_UPDATE_BATCH_SIZE = 4096
+
+
+class _RecordedArray:
+    """Stands in for the array of next observations during a sample and remembers which elements were taken."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.index: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __getitem__(self, index: tuple) -> np.ndarray:
+        if self.index is None:
+            self.index = index[:2]
+        return self.array[index]
+
+
+class LogitCache:
+    """
+    The weighted sums ``S(s')`` at a replay buffer's next states.
+
+    The buffer stays SB3's own: the cache watches which elements a sample takes and keeps its values beside them.
+
+    :param replay_buffer: a plain, Dict or n-step replay buffer, see :meth:`supports`
+    :param n_choices: number of columns of the sums
+    :param device: where the sums are kept
+    """
+
+    def __init__(self, replay_buffer: ReplayBuffer, n_choices: int, device: th.device):
+        self.replay_buffer = replay_buffer
+        self.sums = th.zeros(replay_buffer.buffer_size, replay_buffer.n_envs, n_choices, device=device)
+        self._pos = 0
+        # With `optimize_memory_usage`, next observations stand in `observations`, one row further
+        self._array_name = "observations" if replay_buffer.optimize_memory_usage else "next_observations"
+
+    @staticmethod
+    def supports(replay_buffer: ReplayBuffer) -> bool:
+        """
+        Whether the next states that the buffer will hand out are known beforehand. Exact classes: a subclass may
+        relabel its transitions (HER) or store them otherwise.
+        """
+        return type(replay_buffer) in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether all transitions in the buffer came with their sums; if not, :meth:`rebuild` is due."""
+        return self._pos == self.replay_buffer.pos
+
+    def append(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
+        """
+        Evaluate the sums at the next states of the transitions that the buffer's last ``add`` stored.
+
+        :param logit_sums: the weighted sums at observations
+        :return: shape (n_envs, n_choices)
+        """
+        buffer = self.replay_buffer
+        self._pos = (self._pos + 1) % buffer.buffer_size
+        row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
+        sums = logit_sums(self._next_observations(slice(row, row + 1)))
+        self.sums[row] = sums
+        return sums
+
+    def sample(self, batch_size: int) -> tuple[ReplayBufferSamples, tuple[th.Tensor, th.Tensor]]:
+        """
+        :param batch_size: number of transitions
+        :return: what the buffer's ``sample`` returns, and the index into ``sums`` of its next states
+        """
+        arrays = getattr(self.replay_buffer, self._array_name)
+        if isinstance(arrays, dict):
+            key = next(iter(arrays))
+            recorded = _RecordedArray(arrays[key])
+            stand_in: Any = {**arrays, key: recorded}
+        else:
+            recorded = stand_in = _RecordedArray(arrays)
+        setattr(self.replay_buffer, self._array_name, stand_in)
+        try:
+            samples = self.replay_buffer.sample(batch_size)
+        finally:
+            setattr(self.replay_buffer, self._array_name, arrays)
+        assert recorded.index is not None
+        rows, envs = recorded.index
+        return samples, (th.as_tensor(rows), th.as_tensor(envs))
+
+    def update(
+        self,
+        update: PolicyUpdate,
+        newest: Callable[[PyTorchObs], th.Tensor],
+        deleted: Callable[[PyTorchObs], th.Tensor] | None,
+    ) -> None:
+        """
+        Follow a policy update at all stored next states.
+
+        :param update: what the update does to the weighted sums
+        :param newest: Q-values of the pushed critics at observations
+        :param deleted: Q-values of the deleted critics at observations, None if none were
+        """
+        for obs, sums in self._batches():
+            sums.copy_(update.apply(sums, newest(obs), deleted(obs) if deleted is not None else None))
+
+    def rebuild(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
+        """
+        Evaluate the whole stack at all stored next states, as is needed once after loading.
+
+        :param logit_sums: the weighted sums at observations
+        """
+        for obs, sums in self._batches():
+            sums.copy_(logit_sums(obs))
+        self._pos = self.replay_buffer.pos
+
+    def _batches(self) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
+        """All stored next observations and the views of their sums, in large batches."""
+        buffer = self.replay_buffer
+        n_rows = buffer.size()
+        if buffer.optimize_memory_usage:
+            n_rows = min(n_rows + 1, buffer.buffer_size)
+        rows_per_batch = max(1, _UPDATE_BATCH_SIZE // buffer.n_envs)
+        for start in range(0, n_rows, rows_per_batch):
+            rows = slice(start, min(start + rows_per_batch, n_rows))
+            yield self._next_observations(rows), self.sums[rows].flatten(0, 1)
+
+    def _next_observations(self, rows: slice) -> PyTorchObs:
+        """Next observations of these rows of the buffer, environments flattened into the batch."""
+
+        def to_torch(array: np.ndarray) -> th.Tensor:
+            return self.replay_buffer.to_torch(array[rows].reshape(-1, *array.shape[2:]), copy=False)
+
+        arrays = getattr(self.replay_buffer, self._array_name)
+        return {key: to_torch(array) for key, array in arrays.items()} if isinstance(arrays, dict) else to_torch(arrays)

@@ -1,0 +1,281 @@
+"""The critics: one Q-network, the ensemble that is trained, and the growing stack of frozen ones that is the policy.
+
+All members of an ensemble have the same architecture, so their parameters are stacked along a leading dimension and one
+batched pass serves them all. The frozen stack goes one step further: for each layer a single block of memory holds
+the parameters of all its entries, and the parameters of the entries in the ``nn.ModuleList`` are views of it.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.func import functional_call, vmap
+
+from sb3_staq.mirror_descent import PolicyUpdate, StackWeights
+
+CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+    "mean": lambda q_values: q_values.mean(dim=0),
+    "min": lambda q_values: q_values.amin(dim=0),
+}
+
+# Activations per chunk of a pass through the stack: a few MB, so that they stay in the processor's cache
+_CHUNK_ELEMENTS = 2**20
+# Weights below this share of the sum are skipped: the logits change by less than this share of max|Q| / ent_coef each
+_NEGLIGIBLE_WEIGHT = 2.0**-32
+
+
+class QNetwork(nn.Module):
+    """
+    One critic: features extractor, then an MLP with one output per choice. The last layer starts at zero, so the first
+    policies are uniform.
+
+    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
+    :param n_choices: number of outputs
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    """
+
+    def __init__(
+        self,
+        features_extractor: BaseFeaturesExtractor,
+        n_choices: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+    ):
+        super().__init__()
+        self.features_extractor = features_extractor
+        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_choices, net_arch, activation_fn))
+        nn.init.zeros_(self.q_net[-1].weight)
+        nn.init.zeros_(self.q_net[-1].bias)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: preprocessed observations
+        :return: Q-values, shape (batch, n_choices)
+        """
+        return self.q_net(self.features_extractor(obs))
+
+
+def _batched_layer(layer: nn.Module, params: dict[str, th.Tensor], x: Any, x_is_batched: bool) -> th.Tensor:
+    """
+    Apply N copies of a layer, which differ in their parameters, in one pass.
+
+    :param layer: gives the structure only
+    :param params: the layer's parameters, each with a leading dimension N
+    :param x: input, shared by all copies or with a leading dimension N
+    :return: output with a leading dimension N
+    """
+    if isinstance(layer, nn.Linear):  # the frequent case, without the cost of vmap's dispatch
+        weight, bias = params["weight"], params["bias"]
+        return th.baddbmm(bias.unsqueeze(1), x if x_is_batched else x.expand(len(weight), -1, -1), weight.mT)
+    in_dims = (0, 0 if x_is_batched else None)
+    return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
+
+
+def batched_forward(net: QNetwork, params: dict[str, th.Tensor], obs: PyTorchObs) -> th.Tensor:
+    """
+    Q-values of N critics in one pass.
+
+    :param net: gives the structure only
+    :param params: parameters by name, each with a leading dimension N
+    :param obs: preprocessed observations, shared by all critics
+    :return: shape (N, batch, n_choices)
+    """
+    x: Any = obs
+    x_is_batched = False
+    for name, layer in [("features_extractor", net.features_extractor), *net.q_net.named_children()]:
+        prefix = f"{name}." if layer is net.features_extractor else f"q_net.{name}."
+        layer_params = {key[len(prefix) :]: value for key, value in params.items() if key.startswith(prefix)}
+        if layer_params:
+            x = _batched_layer(layer, layer_params, x, x_is_batched)
+            x_is_batched = True
+        else:
+            x = layer(x)  # nothing to learn in it: the same for all critics
+    return x
+
+
+def _set_parameters(module: nn.Module, params: dict[str, th.Tensor], requires_grad: bool) -> None:
+    """Replace the parameters of a module by the given tensors, without copying."""
+    for name, value in params.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=requires_grad))
+
+
+class CriticEnsemble(nn.Module):
+    """
+    Several critics of one architecture, evaluated in one batched pass.
+
+    :param nets: the members; their parameters are copied
+    :param reduction: how the members' values become one, "mean" or "min"
+    """
+
+    def __init__(self, nets: list[QNetwork], reduction: str = "mean"):
+        super().__init__()
+        self.reduction = reduction
+        stacked = {
+            name: th.stack([net.get_parameter(name).detach() for net in nets]) for name, _ in nets[0].named_parameters()
+        }
+        self.net = nets[0]
+        _set_parameters(self.net, stacked, requires_grad=True)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: preprocessed observations
+        :return: Q-values of each member, shape (n_critics, batch, n_choices)
+        """
+        return batched_forward(self.net, dict(self.net.named_parameters()), obs)
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: preprocessed observations
+        :return: the members' values reduced to one, shape (batch, n_choices)
+        """
+        return CRITIC_REDUCTIONS[self.reduction](self(obs))
+
+    def frozen_copy(self) -> "CriticEnsemble":
+        """A copy that is never trained."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+class FrozenCritics(nn.ModuleList):
+    """
+    The stack of frozen critics, oldest first: ``self[i]`` is the ensemble that one policy update pushed.
+
+    Their weighted sum ``S(s) = sum_i w_i Q_i(s)`` times ``weights.scale`` are the logits of the policy.
+    ``state_dict`` holds the critics and their weights; it loads into a stack of any size.
+
+    :param template: an ensemble with the architecture of the entries
+    :param logit_rule: one of ``mirror_descent.LOGIT_RULES``
+    :param memory_size: the largest number of entries ("exact" has no limit)
+    """
+
+    def __init__(self, template: CriticEnsemble, logit_rule: str, memory_size: int):
+        super().__init__()
+        self.weights = StackWeights(logit_rule, memory_size)
+        self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
+        # The parameters of the entry with slot j are the views block[j]; the slots in use are always the first ones
+        self._slots: list[int] = []
+        self._blocks = {name: param.new_empty(0, *param.shape) for name, param in self._named_template_parameters()}
+        head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
+        self.n_choices = head[-1].shape[-2]
+        self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        The weighted sum ``S`` of the stack, without gradients.
+
+        :param obs: preprocessed observations
+        :return: shape (batch, n_choices); zero for an empty stack
+        """
+        first = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        total = first.new_zeros(len(first), self.n_choices, dtype=th.float32)
+        weights = [weight for _, weight in sorted(zip(self._slots, self.weights.values, strict=True))]
+        threshold = _NEGLIGIBLE_WEIGHT * sum(weights)
+        ensemble = self._template[0]
+        chunk = max(1, _CHUNK_ELEMENTS // (self._widest_layer * len(first)))
+        for start in range(0, len(weights), chunk):
+            part = weights[start : start + chunk]
+            if max(part) <= threshold:
+                continue
+            params = {name: block[start : start + len(part)].flatten(0, 1) for name, block in self._blocks.items()}
+            q_values = batched_forward(ensemble.net, params, obs).unflatten(0, (len(part), -1))
+            q_values = CRITIC_REDUCTIONS[ensemble.reduction](q_values.transpose(0, 1))
+            total += th.tensordot(th.tensor(part, device=total.device), q_values, dims=1)
+        return total
+
+    def push(
+        self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
+    ) -> tuple[PolicyUpdate, CriticEnsemble | None]:
+        """
+        Freeze a copy of the critics on top of the stack; the oldest entry leaves a full one.
+
+        :param critics: the current critics
+        :param kl_coef: weight of the KL term
+        :param ent_coef: weight of the entropy term
+        :return: what this does to the weighted sum, and the deleted entry (None if none was deleted)
+        """
+        update = self.weights.push(kl_coef, ent_coef)
+        deleted = None
+        if update.deletes:
+            deleted = copy.deepcopy(self[0])  # the new entry takes over its memory
+            entry, slot = self[0], self._slots.pop(0)
+            del self[0]
+        else:
+            slot = len(self)
+            self._reserve(slot + 1)
+            entry = self._template[0].frozen_copy()
+        for name, param in critics.net.named_parameters():
+            self._blocks[name][slot].copy_(param.detach())
+        self.append(entry)
+        self._slots.append(slot)
+        self._link(entry, slot)
+        return update, deleted
+
+    def _named_template_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._template[0].net.named_parameters())
+
+    def _reserve(self, n_entries: int) -> None:
+        """Grow the blocks by doubling, so that pushes cost amortised constant time, but not beyond the memory size."""
+        capacity = len(next(iter(self._blocks.values())))
+        if n_entries <= capacity:
+            return
+        new_capacity = max(n_entries, 2 * capacity)
+        if self.weights.logit_rule != "exact":
+            new_capacity = min(new_capacity, max(self.weights.memory_size, n_entries))
+        for name, block in self._blocks.items():
+            self._blocks[name] = block.new_empty(new_capacity, *block.shape[1:])
+            self._blocks[name][:capacity].copy_(block)
+        self._link_all()
+
+    def _link(self, entry: nn.Module, slot: int) -> None:
+        _set_parameters(entry.net, {name: block[slot] for name, block in self._blocks.items()}, requires_grad=False)
+
+    def _link_all(self) -> None:
+        for entry, slot in zip(self, self._slots, strict=True):
+            self._link(entry, slot)
+
+    def _resize(self, n_entries: int) -> None:
+        """Make the stack hold entries of arbitrary values, to be loaded into."""
+        if self.weights.logit_rule != "exact" and n_entries > self.weights.memory_size:
+            raise ValueError(
+                f"the saved stack has {n_entries} frozen critics but memory_size={self.weights.memory_size}; "
+                f"load it with memory_size >= {n_entries}"
+            )
+        del self[:]
+        self._slots = list(range(n_entries))
+        self.extend(self._template[0].frozen_copy() for _ in self._slots)
+        self._reserve(n_entries)
+        self._link_all()
+
+    # Saving, loading, copying and moving: the blocks stay the one copy of the parameters
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.weights.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.weights.load_state_dict(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        entries = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
+        if entries:
+            self._resize(len(entries - {"_extra_state"}))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":
+        super()._apply(fn, recurse)
+        self._template[0]._apply(fn)
+        self._blocks = {name: fn(block) for name, block in self._blocks.items()}
+        self._link_all()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_modules": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.extend(self._template[0].frozen_copy() for _ in self._slots)
+        self._link_all()

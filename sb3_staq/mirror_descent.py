@@ -1,0 +1,164 @@
+"""Entropy-regularised policy mirror descent (EPMD) over a finite memory of Q-functions: the mathematics of StaQ.
+
+After each policy evaluation ``Q_k`` the policy update
+
+    pi_{k+1}(.|s) = argmax_p  E_{a~p}[Q_k(s,a)] - ent_coef * h(p) - kl_coef * KL(p || pi_k(.|s))
+
+(``h``: negative entropy) is solved by ``pi_k = softmax(xi_k)``, ``xi_k = scale_k * S_k`` with the recursion
+
+    S_{k+1} = beta_k * S_k + Q_k - w * Q_{k-M}
+
+where ``w`` is the weight that the deleted Q-function has left. The three logit rules differ only in ``scale_k`` and in
+whether anything is deleted. Everything here works on plain tensors of any leading shape: the tabular testbed and the
+deep algorithm both call it.
+
+Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https://arxiv.org/abs/2506.13862
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch as th
+
+LOGIT_RULES = ("weight_corrected", "truncated", "exact")
+
+
+def step_size(kl_coef: float, ent_coef: float) -> float:
+    """``alpha = 1 / (kl_coef + ent_coef)``, the weight of the newest Q-function in an untruncated sum."""
+    return 1.0 / (kl_coef + ent_coef)
+
+
+def decay_rate(kl_coef: float, ent_coef: float) -> float:
+    """``beta = kl_coef / (kl_coef + ent_coef)``, the factor by which one update shrinks all older weights."""
+    return kl_coef / (kl_coef + ent_coef)
+
+
+def logit_scale(logit_rule: str, kl_coef: float, ent_coef: float, memory_size: int) -> float:
+    """
+    The factor between the weighted sum of Q-functions ``S`` and the logits ``xi``.
+
+    ``alpha`` for "truncated" and "exact"; ``alpha / (1 - beta^M)`` for "weight_corrected", so that with a full stack
+    and constant coefficients the weights sum to ``1 / ent_coef``, as in exact EPMD.
+
+    :param logit_rule: one of ``LOGIT_RULES``
+    :param kl_coef: weight of the KL term (eta in the literature)
+    :param ent_coef: weight of the entropy term (tau in the literature), above 0 for "weight_corrected"
+    :param memory_size: ``M``, the number of Q-functions kept
+    """
+    alpha = step_size(kl_coef, ent_coef)
+    if logit_rule != "weight_corrected" or kl_coef == 0:
+        return alpha
+    # 1 - beta^M without cancellation when beta is close to 1
+    return alpha / -math.expm1(-memory_size * math.log1p(ent_coef / kl_coef))
+
+
+class PolicyUpdate(NamedTuple):
+    """What one policy update does to the weighted sum: ``S <- decay * S + Q_new - deleted_weight * Q_deleted``."""
+
+    decay: float
+    deletes: bool
+    deleted_weight: float
+
+    def apply(self, total: th.Tensor, q_new: th.Tensor, q_deleted: th.Tensor | None = None) -> th.Tensor:
+        """
+        One step of the recursion.
+
+        :param total: the weighted sum ``S_k``, any shape
+        :param q_new: ``Q_k``, same shape
+        :param q_deleted: ``Q_{k-M}``, same shape; needed only if ``deletes``
+        :return: ``S_{k+1}``
+        """
+        total = self.decay * total + q_new
+        if self.deletes:
+            assert q_deleted is not None, "this update deletes a Q-function: its values are needed"
+            total = total - self.deleted_weight * q_deleted
+        return total
+
+
+class StackWeights:
+    """
+    The weights of the stacked Q-functions, oldest first, and the scale of their sum.
+
+    A Q-function enters with weight 1 and shrinks by the ``beta`` of each later update, so a weight is the product of
+    the betas that were in force since its push. Kept in double precision on the host: M numbers.
+
+    :param logit_rule: one of ``LOGIT_RULES``
+    :param memory_size: ``M``, the number of Q-functions kept ("exact" keeps all)
+    """
+
+    def __init__(self, logit_rule: str, memory_size: int):
+        self.logit_rule = logit_rule
+        self.memory_size = memory_size
+        self.values: list[float] = []
+        self.scale = 0.0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next push deletes the oldest Q-function."""
+        return self.logit_rule != "exact" and len(self.values) >= self.memory_size
+
+    def push(self, kl_coef: float, ent_coef: float) -> PolicyUpdate:
+        """
+        Make room for one more Q-function under the given coefficients.
+
+        :return: what the update does to the weighted sum
+        """
+        beta = decay_rate(kl_coef, ent_coef)
+        deletes = self.full
+        self.values = [beta * value for value in self.values]
+        deleted_weight = self.values.pop(0) if deletes else 0.0
+        self.values.append(1.0)
+        self.scale = logit_scale(self.logit_rule, kl_coef, ent_coef, self.memory_size)
+        return PolicyUpdate(beta, deletes, deleted_weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the logits, in types that ``torch.load(weights_only=True)`` accepts."""
+        return {"values": list(self.values), "scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = list(state["values"])
+        self.scale = state["scale"]
+
+
+def log_policy(logits: th.Tensor, group_sizes: Sequence[int]) -> th.Tensor:
+    """
+    Log-probabilities of a product policy: one softmax per group of choices.
+
+    :param logits: shape (..., sum(group_sizes))
+    :param group_sizes: the number of choices of each group
+    :return: same shape
+    """
+    if len(group_sizes) == 1:
+        return th.log_softmax(logits, dim=-1)
+    return th.cat([th.log_softmax(group, dim=-1) for group in logits.split(list(group_sizes), dim=-1)], dim=-1)
+
+
+def entropy(log_pi: th.Tensor) -> th.Tensor:
+    """Entropy in nats, summed over the groups: shape (..., sum(group_sizes)) -> (...)."""
+    return -(log_pi.exp() * log_pi).sum(dim=-1)
+
+
+def max_entropy(group_sizes: Sequence[int]) -> float:
+    """Entropy in nats of the uniform policy; its reciprocal normalises an entropy to [0, 1]."""
+    return sum(math.log(size) for size in group_sizes)
+
+
+def kl_divergence(log_pi: th.Tensor, log_other: th.Tensor) -> th.Tensor:
+    """``KL(pi || other)`` in nats, summed over the groups: shape (..., sum(group_sizes)) -> (...)."""
+    return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1)
+
+
+def soft_value(log_pi: th.Tensor, q_values: th.Tensor, ent_coef: float) -> th.Tensor:
+    """
+    ``E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``: exact, a sum over all choices.
+
+    :param log_pi: log-probabilities, shape (..., sum(group_sizes))
+    :param q_values: (additive) Q-values of the choices, same shape
+    :param ent_coef: weight of the entropy
+    :return: shape (...)
+    """
+    return (log_pi.exp() * q_values).sum(dim=-1) + ent_coef * entropy(log_pi)

@@ -1,0 +1,197 @@
+"""The policy of StaQ: softmax of the weighted sum of frozen critics, with the online critics that will join them."""
+
+from typing import Any, ClassVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_staq.action_spaces import make_action_groups
+from sb3_staq.critics import CriticEnsemble, FrozenCritics, QNetwork
+from sb3_staq.mirror_descent import PolicyUpdate
+from sb3_staq.save_util import atomic_write
+
+
+class StaQPolicy(BasePolicy):
+    """
+    Policy class of StaQ: ``pi(.|s) = softmax(scale * sum_i w_i Q_i(s))`` over the stack of frozen critics.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``)
+    :param activation_fn: Activation function
+    :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
+        class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param normalize_images: Whether to divide images by 255.0
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of critics in an ensemble
+    :param critic_reduction: How the critics' values become one, "mean" or "min"
+    :param memory_size: The largest number of frozen ensembles
+    :param logit_rule: "weight_corrected", "truncated" or "exact", see :mod:`sb3_staq.mirror_descent`
+    """
+
+    default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        critic_reduction: str = "mean",
+        memory_size: int = 300,
+        logit_rule: str = "weight_corrected",
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class or self.default_features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            normalize_images=normalize_images,
+        )
+        if net_arch is None:
+            net_arch = [] if self.features_extractor_class == NatureCNN else [256, 256]
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.n_critics = n_critics
+        self.critic_reduction = critic_reduction
+        self.memory_size = memory_size
+        self.logit_rule = logit_rule
+        self.action_groups = make_action_groups(action_space)
+
+        self.critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
+        self.critics_target = self.critics.frozen_copy()
+        self.frozen_critics = FrozenCritics(self.critics, logit_rule, memory_size)
+        self.set_training_mode(False)
+        self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
+            self.critics.parameters(),
+            lr=lr_schedule(1),
+            **self.optimizer_kwargs,
+        )
+
+    def _make_critic(self) -> QNetwork:
+        return QNetwork(
+            self.make_features_extractor(), self.action_groups.n_choices, self.net_arch, self.activation_fn
+        )
+
+    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        :param obs: observations as environments and replay buffers give them (images channel-first)
+        :return: the critics' input: floats, images scaled, discrete observations one-hot encoded
+        """
+        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[return-value]
+
+    @th.no_grad()
+    def logit_sums(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        The weighted sum ``S`` of the frozen critics.
+
+        :param obs: observations
+        :return: shape (batch, n_choices)
+        """
+        return self.frozen_critics(self.preprocess(obs))
+
+    def scale(self, logit_sums: th.Tensor) -> th.Tensor:
+        """``xi = scale * S``: logits from weighted sums, same shape."""
+        return self.frozen_critics.weights.scale * logit_sums
+
+    def logits(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations
+        :return: logits of the policy, shape (batch, n_choices)
+        """
+        return self.scale(self.logit_sums(obs))
+
+    @th.no_grad()
+    def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param critics: an ensemble: targets, an entry of the stack, ...
+        :param obs: observations
+        :return: Q-values of the choices, shape (batch, n_choices)
+        """
+        return critics.q_values(self.preprocess(obs))
+
+    def push_critics(self, kl_coef: float, ent_coef: float) -> tuple[PolicyUpdate, CriticEnsemble | None]:
+        """The policy update: see :meth:`FrozenCritics.push`."""
+        return self.frozen_critics.push(self.critics, kl_coef, ent_coef)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        """
+        :param obs: observations
+        :return: the policy at these observations, as a distribution over choices
+        """
+        return self.action_groups.distribution(self.logits(obs))
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        choices = self.get_distribution(observation).get_actions(deterministic=deterministic)
+        return self.action_groups.decode(choices.unsqueeze(1))
+
+    def save(self, path: str) -> None:
+        """
+        Save the policy, the whole stack included. An existing file is replaced once the new one is complete.
+
+        :param path: where to save it
+        """
+        with atomic_write(path) as file:
+            super().save(file)  # type: ignore[arg-type]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(
+            super()._get_constructor_parameters(),
+            net_arch=self.net_arch,
+            activation_fn=self.activation_fn,
+            lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            n_critics=self.n_critics,
+            critic_reduction=self.critic_reduction,
+            memory_size=self.memory_size,
+            logit_rule=self.logit_rule,
+        )
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the online critics in either training or evaluation mode; targets and frozen critics stay in the latter.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.critics_target.train(False)
+        self.critics.train(mode)
+        self.training = mode
+
+
+MlpPolicy = StaQPolicy
+
+
+class CnnPolicy(StaQPolicy):
+    """``StaQPolicy`` for image observations: ``NatureCNN`` by default."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class MultiInputPolicy(StaQPolicy):
+    """``StaQPolicy`` for Dict observations: ``CombinedExtractor`` by default."""
+
+    default_features_extractor_class = CombinedExtractor

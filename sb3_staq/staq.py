@@ -1,0 +1,578 @@
+"""StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
+
+import io
+import pathlib
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TrainFreq
+from stable_baselines3.common.utils import LinearSchedule, polyak_update
+
+from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
+from sb3_staq.buffers import LogitCache
+from sb3_staq.critics import CRITIC_REDUCTIONS
+from sb3_staq.mirror_descent import (
+    LOGIT_RULES,
+    decay_rate,
+    entropy,
+    kl_divergence,
+    log_policy,
+    max_entropy,
+    soft_value,
+)
+from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
+from sb3_staq.save_util import atomic_write
+from sb3_staq.schedules import make_schedule
+
+SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
+
+
+class StaQ(OffPolicyAlgorithm):
+    """
+    StaQ: entropy-regularised policy mirror descent on a stack of frozen critics.
+
+    In turn, the critics are trained towards the soft Q-function of the current policy (policy evaluation), and the
+    policy is updated in closed form by freezing a copy of the critics on top of the stack (policy update).
+
+    Paper: https://arxiv.org/abs/2506.13862 (eta there is ``kl_coef`` here, tau there is ``ent_coef`` here; ``tau`` is,
+    as everywhere in SB3, the Polyak coefficient)
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The critics' learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient of the target critics ("Polyak update", between 0 and 1), 1 for hard update
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most
+    :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
+        (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says)
+    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
+        see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update
+    :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
+        falls to 0 is followed down to 1% of its first value there.
+    :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
+        most one policy update per gradient step.
+    :param n_critics: number of critics in the ensemble
+    :param critic_reduction: how the critics' values become one, in targets and policy: "mean" or "min"
+    :param target_update_interval: update the target critics every ``target_update_interval`` gradient steps
+    :param exploration_fraction: fraction of entire training period over which the exploration rate is reduced
+    :param exploration_initial_eps: initial probability of a uniformly random action
+    :param exploration_final_eps: final probability of a uniformly random action; all others follow the softmax policy
+    :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
+        policy is
+    :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
+        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right: not with HER or
+        VecNormalize), True or False
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
+        If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
+    :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the critics.
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, see :class:`StaQPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raise ValueError: if an argument is out of range; the message names it, its value and what is accepted
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: StaQPolicy
+
+    def __init__(
+        self,
+        policy: str | type[StaQPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 100_000,
+        learning_starts: int = 1000,
+        batch_size: int = 256,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = -1,
+        memory_size: int = 300,
+        logit_rule: str = "weight_corrected",
+        kl_coef: float | str | Schedule = 1.0,
+        ent_coef: float | str | Schedule = 0.05,
+        policy_update_interval: int = 500,
+        n_critics: int = 2,
+        critic_reduction: str = "mean",
+        target_update_interval: int = 200,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 0.05,
+        exploration_final_eps: float = 0.05,
+        reward_scale: float = 1.0,
+        logit_cache: bool | str = "auto",
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=SUPPORTED_ACTION_SPACES,
+            support_multi_env=True,
+        )
+        self.memory_size = memory_size
+        self.logit_rule = logit_rule
+        self.kl_coef = kl_coef
+        self.ent_coef = ent_coef
+        self.policy_update_interval = policy_update_interval
+        self.n_critics = n_critics
+        self.critic_reduction = critic_reduction
+        self.target_update_interval = target_update_interval
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.reward_scale = reward_scale
+        self.logit_cache = logit_cache
+
+        self.exploration_rate = 0.0
+        self._n_policy_updates = 0
+        self._last_policy_update: int | None = None  # the time step up to which policy updates have been done
+        self._current_ent_coef: float | None = None  # in force since the last policy update
+        self._logit_cache: LogitCache | None = None
+        self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        check_arguments(self)
+        self.kl_coef_schedule = make_schedule("kl_coef", self.kl_coef)
+        self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef)
+        self.exploration_schedule = LinearSchedule(
+            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
+        )
+        check_coefficients(self)
+        # The stack's arguments belong to the algorithm; the policy only gets to know them
+        policy_kwargs = self.policy_kwargs
+        self.policy_kwargs = {
+            **policy_kwargs,
+            "n_critics": self.n_critics,
+            "critic_reduction": self.critic_reduction,
+            "memory_size": self.memory_size,
+            "logit_rule": self.logit_rule,
+        }
+        super()._setup_model()
+        self.policy_kwargs = policy_kwargs
+        if self._current_ent_coef is None:
+            self._current_ent_coef = self._coefficients()[1]
+        self._setup_logit_cache()
+        if self.verbose >= 1:
+            how = "kept in a cache" if self._logit_cache is not None else "evaluated directly through the whole stack"
+            print(f"Logits of replayed states are {how}")
+
+    def _setup_logit_cache(self) -> None:
+        """Keep the cache if it still belongs to the replay buffer, else start a new one where one can be used."""
+        assert self.replay_buffer is not None
+        if self._logit_cache is not None and self._logit_cache.replay_buffer is self.replay_buffer:
+            return
+        self._logit_cache = None
+        possible = LogitCache.supports(self.replay_buffer) and self._vec_normalize_env is None
+        if self.logit_cache is True and not possible:
+            raise ValueError(
+                f"logit_cache=True cannot be used with {type(self.replay_buffer).__name__}"
+                f"{'' if self._vec_normalize_env is None else ' and VecNormalize'}, whose next states are not known "
+                "beforehand; accepted: 'auto' or False"
+            )
+        if possible and self.logit_cache is not False:
+            n_choices = self.policy.action_groups.n_choices
+            self._logit_cache = LogitCache(self.replay_buffer, n_choices, self.device)
+
+    def _coefficients(self) -> tuple[float, float]:
+        """The coefficients ``(kl_coef, ent_coef)`` at the current progress."""
+        progress = min(max(self._current_progress_remaining, 0.0), 1.0)
+        ent_coef = self.ent_coef_schedule(progress)
+        if self.logit_rule == "weight_corrected":  # it divides by ent_coef
+            ent_coef = max(ent_coef, 0.01 * self.ent_coef_schedule(1.0))
+        return self.kl_coef_schedule(progress), ent_coef
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Alternate policy evaluation and policy updates: as many updates as are due, spread over the gradient steps.
+
+        :param gradient_steps: number of gradient steps
+        :param batch_size: transitions per gradient step
+        """
+        # Switch to train mode (this affects dropout)
+        self.policy.set_training_mode(True)
+        # Update learning rate according to schedule
+        self._update_learning_rate(self.policy.optimizer)
+
+        n_updates = self._count_due_policy_updates(gradient_steps)
+        n_phases = max(n_updates, 1)
+        for phase in range(n_phases):
+            n_steps = gradient_steps * (phase + 1) // n_phases - gradient_steps * phase // n_phases
+            self._evaluate_policy(n_steps, batch_size)
+            if n_updates > 0:
+                self._update_policy(batch_size)
+
+    def _count_due_policy_updates(self, gradient_steps: int) -> int:
+        """How many multiples of ``policy_update_interval`` have passed, at most one per gradient step."""
+        if self._last_policy_update is None:
+            self._last_policy_update = max(self.learning_starts, self._num_timesteps_at_start)
+        due = max(self.num_timesteps - self._last_policy_update, 0) // self.policy_update_interval
+        self._last_policy_update += due * self.policy_update_interval
+        return min(due, gradient_steps)
+
+    def _evaluate_policy(self, gradient_steps: int, batch_size: int) -> None:
+        """Train the critics towards the soft Q-function of the current policy."""
+        policy = self.policy
+        losses, td_errors = [], []
+        for _ in range(gradient_steps):
+            batch, cache_index = self._sample(batch_size)
+            discounts = batch.discounts if batch.discounts is not None else self.gamma
+            with th.no_grad():
+                # V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s')), exactly
+                next_q_values = policy.q_values(policy.critics_target, batch.next_observations)
+                next_values = soft_value(
+                    self._next_log_policy(batch, cache_index), next_q_values, self._current_ent_coef
+                ).unsqueeze(1)
+                targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
+
+            q_values = policy.critics(policy.preprocess(batch.observations))
+            chosen = policy.action_groups.encode(batch.actions).expand(len(q_values), -1, -1)
+            td_error = q_values.gather(2, chosen).sum(dim=2) - targets.squeeze(1)
+            # Each critic has its own regression: mean over the batch, sum over the critics
+            loss = td_error.square().mean(dim=1).sum()
+
+            policy.optimizer.zero_grad()
+            loss.backward()
+            policy.optimizer.step()
+
+            self._n_updates += 1
+            if self._n_updates % self.target_update_interval == 0:
+                polyak_update(policy.critics.parameters(), policy.critics_target.parameters(), self.tau)
+            losses.append(loss.detach())
+            td_errors.append(td_error.detach().abs().mean())
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if losses:
+            self.logger.record("train/critic_loss", th.stack(losses).mean().item())
+            self.logger.record("train/td_error", th.stack(td_errors).mean().item())
+
+    def _update_policy(self, batch_size: int) -> None:
+        """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
+        policy = self.policy
+        kl_coef, ent_coef = self._coefficients()
+        batch, cache_index = self._sample(batch_size)
+        old_log_pi = self._next_log_policy(batch, cache_index)
+
+        update, deleted = policy.push_critics(kl_coef, ent_coef)
+        self._current_ent_coef = ent_coef
+        self._n_policy_updates += 1
+        self._last_logit_sums = None
+        if self._logit_cache is not None:
+            q_newest = partial(policy.q_values, policy.frozen_critics[-1])
+            q_deleted = None if deleted is None else partial(policy.q_values, deleted)
+            self._logit_cache.update(update, q_newest, q_deleted)
+
+        log_pi = self._next_log_policy(batch, cache_index)
+        weights = policy.frozen_critics.weights
+        max_ent = max_entropy(policy.action_groups.sizes) or 1.0  # a single choice has no entropy
+        self.logger.record("train/entropy", entropy(log_pi).mean().item() / max_ent)
+        self.logger.record("train/kl_divergence", kl_divergence(log_pi, old_log_pi).mean().item())
+        self.logger.record("train/ent_coef", ent_coef)
+        self.logger.record("train/kl_coef", kl_coef)
+        self.logger.record("train/beta", decay_rate(kl_coef, ent_coef))
+        self.logger.record("train/n_frozen_critics", len(policy.frozen_critics))
+        self.logger.record("train/oldest_weight", weights.values[0] if weights.full else 0.0)
+        self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
+
+    def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
+        """A batch of transitions, and where the logit cache has its next states (None without a cache)."""
+        assert self.replay_buffer is not None
+        if self._logit_cache is None:
+            return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env), None
+        if not self._logit_cache.in_sync:
+            self._logit_cache.rebuild(self.policy.logit_sums)
+        return self._logit_cache.sample(batch_size)
+
+    def _next_log_policy(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
+        """``log pi(.|s')`` at the next states of a batch from :meth:`_sample`, shape (batch, n_choices)."""
+        if self._logit_cache is None:
+            logit_sums = self.policy.logit_sums(batch.next_observations)
+        else:
+            logit_sums = self._logit_cache.sums[cache_index]
+        return log_policy(self.policy.scale(logit_sums), self.policy.action_groups.sizes)
+
+    def _on_step(self) -> None:
+        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Overrides the base_class predict function to include exploration: uniformly random actions with probability
+        ``exploration_rate``, unless deterministic. ``model.policy.predict`` is without.
+
+        :param observation: the input observation
+        :param state: The last states (can be None, used in recurrent policies)
+        :param episode_start: The last masks (can be None, used in recurrent policies)
+        :param deterministic: Whether to return the most probable actions instead of sampled ones
+        :return: the model's action and the next state (used in recurrent policies)
+        """
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            if self.policy.is_vectorized_observation(observation):
+                actions = self._explore(actions)
+            else:
+                actions = self._explore(actions[np.newaxis])[0]
+        return actions, state
+
+    def _explore(self, actions: np.ndarray) -> np.ndarray:
+        """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
+        for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
+            actions[i] = self.action_space.sample()
+        return actions
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts or self._last_logit_sums is None:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        # The cache has just evaluated the stack at these observations
+        groups = self.policy.action_groups
+        choices = groups.distribution(self.policy.scale(self._last_logit_sums)).sample().unsqueeze(1)
+        actions = self._explore(groups.decode(choices).cpu().numpy())
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._check_finite("reward", reward)
+        self._check_finite("observation", new_obs)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._last_logit_sums = None
+        if self._logit_cache is not None:
+            next_logit_sums = self._logit_cache.append(self.policy.logit_sums)
+            if not dones.any():  # else new episodes have started
+                self._last_logit_sums = next_logit_sums
+
+    def _check_finite(self, what: str, values: np.ndarray | dict[str, np.ndarray]) -> None:
+        """Stop before a non-finite number gets into the replay buffer or the critics."""
+        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                env_index = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
+                raise ValueError(
+                    f"Environment {env_index} returned a non-finite {what}{f' {key!r}' if key else ''} at step "
+                    f"{self.num_timesteps}: {array[env_index]}; accepted: finite numbers. "
+                    "The model is as it was before this step and can be saved."
+                )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        assert self._last_obs is not None
+        self._check_finite("observation", self._last_obs)
+        if reset_num_timesteps:
+            self._last_policy_update = None
+        self._last_logit_sums = None
+        self._setup_logit_cache()
+        return total_timesteps, callback
+
+    def learn(
+        self: SelfStaQ,
+        total_timesteps: int | float,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str = "StaQ",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfStaQ:
+        return super().learn(
+            total_timesteps=int(total_timesteps),
+            callback=callback,
+            log_interval=log_interval,  # type: ignore[arg-type]
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. An existing file is replaced once
+        the new one is complete.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            return super().save(path, exclude, include)
+        with atomic_write(path, "zip") as file:
+            super().save(file, exclude, include)  # type: ignore[arg-type]
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file. An existing file is replaced once the new one is complete.
+
+        :param path: Path to the file where the replay buffer should be saved.
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            return super().save_replay_buffer(path)
+        with atomic_write(path, "pkl") as file:
+            super().save_replay_buffer(file)  # type: ignore[arg-type]
+
+    def set_parameters(
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self._logit_cache = None  # it belonged to another stack
+        self._setup_logit_cache()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f"policy={policy_name!r} is unknown; accepted: {', '.join(self.policy_aliases)}")
+        return self.policy_aliases[policy_name]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def check_arguments(model: StaQ) -> None:
+    """
+    :param model: an algorithm whose arguments are set but not yet used
+    :raise ValueError: for the first argument that is out of range
+    """
+
+    def check(name: str, valid: bool, accepted: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(model, name)!r} is not accepted; accepted: {accepted}")
+
+    def whole(name: str, minimum: int) -> None:
+        value = getattr(model, name)
+        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        check(name, is_whole and value >= minimum, f"a whole number >= {minimum}")
+
+    for name in (
+        "buffer_size",
+        "batch_size",
+        "memory_size",
+        "policy_update_interval",
+        "n_critics",
+        "target_update_interval",
+        "n_steps",
+    ):
+        whole(name, 1)
+    whole("learning_starts", 0)
+    whole("gradient_steps", -1)
+    for name in ("gamma", "exploration_initial_eps", "exploration_final_eps"):
+        value = getattr(model, name)
+        check(name, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+    for name in ("tau", "exploration_fraction"):
+        value = getattr(model, name)
+        check(name, _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+    check("reward_scale", _is_number(model.reward_scale) and model.reward_scale > 0, "a number > 0")
+    check("logit_rule", model.logit_rule in LOGIT_RULES, ", ".join(LOGIT_RULES))
+    check("critic_reduction", model.critic_reduction in CRITIC_REDUCTIONS, ", ".join(CRITIC_REDUCTIONS))
+    check("logit_cache", model.logit_cache in ("auto", True, False), "'auto', True, False")
+    learning_rate = model.learning_rate
+    check("learning_rate", callable(learning_rate) or (_is_number(learning_rate) and learning_rate >= 0), "a number >= 0")
+    if not isinstance(model.train_freq, TrainFreq):
+        frequency, unit = model.train_freq if isinstance(model.train_freq, tuple) else (model.train_freq, "step")
+        valid = isinstance(frequency, int) and frequency >= 1 and unit in ("step", "episode")
+        check("train_freq", valid, 'a whole number >= 1, or a tuple of one and "step" or "episode"')
+
+
+def check_coefficients(model: StaQ) -> None:
+    """
+    :param model: an algorithm with its schedules
+    :raise ValueError: if a coefficient that the logit rule divides by is 0
+    """
+    for progress in (1.0, 0.0):
+        kl_coef, ent_coef = model.kl_coef_schedule(progress), model.ent_coef_schedule(progress)
+        if kl_coef + ent_coef == 0 and (progress == 1.0 or model.logit_rule != "weight_corrected"):
+            raise ValueError(
+                f"kl_coef={model.kl_coef!r} and ent_coef={model.ent_coef!r} are both 0 at the "
+                f"{'start' if progress == 1.0 else 'end'} of the training; accepted: a sum above 0"
+            )
+    if model.logit_rule == "weight_corrected" and model.ent_coef_schedule(1.0) == 0:
+        raise ValueError(
+            f"ent_coef={model.ent_coef!r} starts at 0, and logit_rule='weight_corrected' divides by it; accepted: a "
+            "number or schedule that starts above 0, or another logit_rule"
+        )

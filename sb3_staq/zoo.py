@@ -1,0 +1,144 @@
+"""
+Registration with RL Zoo3, done by importing this module; the start-up hook imports it together with ``rl_zoo3``.
+
+``python -m sb3_staq.zoo train ...`` runs RL Zoo3's scripts where there is no hook: it is switched off, or the package
+is used from a checkout.
+"""
+
+import argparse
+import functools
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+from rl_zoo3 import exp_manager
+from rl_zoo3.hyperparams_opt import (
+    HYPERPARAMS_CONVERTER,
+    HYPERPARAMS_SAMPLER,
+    convert_offpolicy_params,
+    sample_her_params,
+)
+from rl_zoo3.utils import ALGOS
+
+from sb3_staq import StaQ
+from sb3_staq.minatar import register_envs
+
+SCRIPTS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "plot_train": "rl_zoo3.plots.plot_train",
+    "plot_from_file": "rl_zoo3.plots.plot_from_file",
+    "all_plots": "rl_zoo3.plots.all_plots",
+    "load_from_hub": "rl_zoo3.load_from_hub",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+}
+
+
+def default_config() -> Path:
+    """
+    :return: the hyperparameter file, which lies inside the installed package but beside the package in a checkout
+    """
+    package = Path(__file__).parent
+    installed = package / "hyperparams" / "staq.yml"
+    return installed if installed.is_file() else package.parent / "hyperparams" / "staq.yml"
+
+
+def sample_staq_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler for StaQ hyperparams.
+
+    :param trial: Optuna trial
+    :param n_actions: not used
+    :param n_envs: not used
+    :param additional_args: tells whether HER is used, and its arguments
+    :return: arguments for the constructor
+    """
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    # From 2**5=32 to 2**10=1024
+    batch_size_pow = trial.suggest_int("batch_size_pow", 5, 10)
+    train_freq = trial.suggest_int("train_freq", 1, 10)
+    hyperparams = {
+        "one_minus_gamma": one_minus_gamma,
+        "batch_size_pow": batch_size_pow,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
+        "train_freq": train_freq,
+        # One gradient step for so many environment steps
+        "subsample_steps": trial.suggest_int("subsample_steps", 1, min(train_freq, 8)),
+        "kl_coef": trial.suggest_float("kl_coef", 1.0, 200.0, log=True),
+        "ent_coef": trial.suggest_float("ent_coef", 0.01, 10.0, log=True),
+        "memory_size": trial.suggest_int("memory_size", 10, 300, log=True),
+        "policy_update_interval": trial.suggest_int("policy_update_interval", 50, 5000, log=True),
+        "target_update_interval": trial.suggest_int("target_update_interval", 10, 2000, log=True),
+        "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0, 0.2),
+        "critic_reduction": trial.suggest_categorical("critic_reduction", ["mean", "min"]),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
+    }
+
+    # Display true values
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+
+    if additional_args["using_her_replay_buffer"]:
+        hyperparams = sample_her_params(trial, hyperparams, additional_args["her_kwargs"])
+
+    return convert_staq_params(hyperparams)
+
+
+def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: what ``sample_staq_params`` sampled, or the parameters of a finished trial
+    :return: arguments for the constructor
+    """
+    hyperparams = convert_offpolicy_params(sampled_params)
+    # A finished trial has the arguments of HER among all the others
+    her_keys = {"n_sampled_goal", "goal_selection_strategy"} & hyperparams.keys()
+    her_kwargs = {key: hyperparams.pop(key) for key in her_keys}
+    if her_kwargs:
+        hyperparams["replay_buffer_kwargs"] = her_kwargs
+    return hyperparams
+
+
+def register() -> None:
+    """Make StaQ known to RL Zoo3: algorithm, hyperparameter file and search space. Doing it again changes nothing."""
+    if ALGOS.get("staq") is StaQ:
+        return
+    ALGOS["staq"] = StaQ
+    HYPERPARAMS_SAMPLER["staq"] = sample_staq_params
+    HYPERPARAMS_CONVERTER["staq"] = convert_staq_params
+    _set_default_config()
+    register_envs()
+
+
+def _set_default_config() -> None:
+    # RL Zoo3 looks for the hyperparameters of all algorithms in its own folder, where ours are not
+    not_ours = str(Path(exp_manager.__file__).parent / "hyperparams" / "staq.yml")
+    original_init = exp_manager.ExperimentManager.__init__
+
+    @functools.wraps(original_init)
+    def init(self: exp_manager.ExperimentManager, *args: Any, **kwargs: Any) -> None:
+        original_init(self, *args, **kwargs)
+        if self.config == not_ours:
+            self.config = str(default_config())
+
+    exp_manager.ExperimentManager.__init__ = init  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Run one of RL Zoo3's scripts in this process, in which StaQ is registered."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_staq.zoo", description=main.__doc__)
+    parser.add_argument("script", choices=list(SCRIPTS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script, for instance --help")
+    args = parser.parse_args()
+    sys.argv[1:] = args.arguments
+    runpy.run_module(SCRIPTS[args.script], run_name="__main__", alter_sys=True)
+
+
+register()
+
+if __name__ == "__main__":
+    main()
