@@ -46,7 +46,8 @@ class LogitCache:
     def __init__(self, replay_buffer: ReplayBuffer, n_choices: int, device: th.device):
         self.replay_buffer = replay_buffer
         self.sums = th.zeros(replay_buffer.buffer_size, replay_buffer.n_envs, n_choices, device=device)
-        self._pos = 0
+        # Where the buffer is expected to write next; anything else means that it was filled by somebody else
+        self._expected = (0, False)
         # With `optimize_memory_usage`, next observations stand in `observations`, one row further
         self._array_name = "observations" if replay_buffer.optimize_memory_usage else "next_observations"
 
@@ -61,7 +62,7 @@ class LogitCache:
     @property
     def in_sync(self) -> bool:
         """Whether all transitions in the buffer came with their sums; if not, :meth:`rebuild` is due."""
-        return self._pos == self.replay_buffer.pos
+        return self._expected == (self.replay_buffer.pos, self.replay_buffer.full)
 
     def append(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
         """
@@ -71,7 +72,8 @@ class LogitCache:
         :return: shape (n_envs, n_choices)
         """
         buffer = self.replay_buffer
-        self._pos = (self._pos + 1) % buffer.buffer_size
+        pos, full = self._expected
+        self._expected = ((pos + 1) % buffer.buffer_size, full or pos + 1 == buffer.buffer_size)
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
         sums = logit_sums(self._next_observations(slice(row, row + 1)))
         self.sums[row] = sums
@@ -122,7 +124,7 @@ class LogitCache:
         """
         for obs, sums in self._batches():
             sums.copy_(logit_sums(obs))
-        self._pos = self.replay_buffer.pos
+        self._expected = (self.replay_buffer.pos, self.replay_buffer.full)
 
     def _batches(self) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """All stored next observations and the views of their sums, in large batches."""

@@ -6,7 +6,7 @@ the parameters of all its entries, and the parameters of the entries in the ``nn
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
@@ -49,8 +49,14 @@ class QNetwork(nn.Module):
         super().__init__()
         self.features_extractor = features_extractor
         self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_choices, net_arch, activation_fn))
-        nn.init.zeros_(self.q_net[-1].weight)
-        nn.init.zeros_(self.q_net[-1].bias)
+        for param in self.q_net[-1].parameters():
+            nn.init.zeros_(param)
+        # Layer by layer, with the names of its parameters: what a batched pass needs to know
+        layers: dict[str, nn.Module] = {"features_extractor": self.features_extractor}
+        layers.update({f"q_net.{i}": layer for i, layer in enumerate(self.q_net)})
+        self.layers = [
+            (layer, {leaf: f"{name}.{leaf}" for leaf, _ in layer.named_parameters()}) for name, layer in layers.items()
+        ]
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -60,7 +66,7 @@ class QNetwork(nn.Module):
         return self.q_net(self.features_extractor(obs))
 
 
-def _batched_layer(layer: nn.Module, params: dict[str, th.Tensor], x: Any, x_is_batched: bool) -> th.Tensor:
+def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool) -> th.Tensor:
     """
     Apply N copies of a layer, which differ in their parameters, in one pass.
 
@@ -76,7 +82,7 @@ def _batched_layer(layer: nn.Module, params: dict[str, th.Tensor], x: Any, x_is_
     return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
 
 
-def batched_forward(net: QNetwork, params: dict[str, th.Tensor], obs: PyTorchObs) -> th.Tensor:
+def batched_forward(net: QNetwork, params: Mapping[str, th.Tensor], obs: PyTorchObs) -> th.Tensor:
     """
     Q-values of N critics in one pass.
 
@@ -87,22 +93,13 @@ def batched_forward(net: QNetwork, params: dict[str, th.Tensor], obs: PyTorchObs
     """
     x: Any = obs
     x_is_batched = False
-    for name, layer in [("features_extractor", net.features_extractor), *net.q_net.named_children()]:
-        prefix = f"{name}." if layer is net.features_extractor else f"q_net.{name}."
-        layer_params = {key[len(prefix) :]: value for key, value in params.items() if key.startswith(prefix)}
-        if layer_params:
-            x = _batched_layer(layer, layer_params, x, x_is_batched)
+    for layer, names in net.layers:
+        if names:
+            x = _batched_layer(layer, {leaf: params[name] for leaf, name in names.items()}, x, x_is_batched)
             x_is_batched = True
         else:
             x = layer(x)  # nothing to learn in it: the same for all critics
     return x
-
-
-def _set_parameters(module: nn.Module, params: dict[str, th.Tensor], requires_grad: bool) -> None:
-    """Replace the parameters of a module by the given tensors, without copying."""
-    for name, value in params.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=requires_grad))
 
 
 class CriticEnsemble(nn.Module):
@@ -116,18 +113,17 @@ class CriticEnsemble(nn.Module):
     def __init__(self, nets: list[QNetwork], reduction: str = "mean"):
         super().__init__()
         self.reduction = reduction
-        stacked = {
-            name: th.stack([net.get_parameter(name).detach() for net in nets]) for name, _ in nets[0].named_parameters()
-        }
         self.net = nets[0]
-        _set_parameters(self.net, stacked, requires_grad=True)
+        self._params = dict(self.net.named_parameters())
+        for name, param in self._params.items():
+            param.data = th.stack([net.get_parameter(name).data for net in nets])
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: preprocessed observations
         :return: Q-values of each member, shape (n_critics, batch, n_choices)
         """
-        return batched_forward(self.net, dict(self.net.named_parameters()), obs)
+        return batched_forward(self.net, self._params, obs)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -201,8 +197,8 @@ class FrozenCritics(nn.ModuleList):
         update = self.weights.push(kl_coef, ent_coef)
         deleted = None
         if update.deletes:
-            deleted = copy.deepcopy(self[0])  # the new entry takes over its memory
             entry, slot = self[0], self._slots.pop(0)
+            deleted = copy.deepcopy(entry)  # the new entry takes over its memory
             del self[0]
         else:
             slot = len(self)
@@ -214,6 +210,9 @@ class FrozenCritics(nn.ModuleList):
         self._slots.append(slot)
         self._link(entry, slot)
         return update, deleted
+
+    def __getitem__(self, index: int) -> CriticEnsemble:  # type: ignore[override]
+        return super().__getitem__(index)  # type: ignore[return-value]
 
     def _named_template_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._template[0].net.named_parameters())
@@ -231,12 +230,13 @@ class FrozenCritics(nn.ModuleList):
             self._blocks[name][:capacity].copy_(block)
         self._link_all()
 
-    def _link(self, entry: nn.Module, slot: int) -> None:
-        _set_parameters(entry.net, {name: block[slot] for name, block in self._blocks.items()}, requires_grad=False)
+    def _link(self, entry: CriticEnsemble, slot: int) -> None:
+        for name, param in entry.net.named_parameters():
+            param.data = self._blocks[name][slot]
 
     def _link_all(self) -> None:
-        for entry, slot in zip(self, self._slots, strict=True):
-            self._link(entry, slot)
+        for i, slot in enumerate(self._slots):
+            self._link(self[i], slot)
 
     def _resize(self, n_entries: int) -> None:
         """Make the stack hold entries of arbitrary values, to be loaded into."""

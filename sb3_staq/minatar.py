@@ -1,7 +1,7 @@
 """MinAtar for Stable-Baselines3: registration, a wrapper that makes its environments fit, and the usual network."""
 
 import importlib.util
-from typing import Any, SupportsFloat
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,9 +30,15 @@ def register_envs() -> None:
         for version in (0, 1):
             env_id = f"MinAtar/{game.title().replace('_', '')}-v{version}"
             if env_id not in gym.registry:
-                # The entry point is a string: MinAtar imports its plotting libraries, only do so when it is used
-                kwargs = dict(game=game, use_minimal_action_set=version == 1)
-                gym.register(env_id, "minatar.gym:BaseEnv", max_episode_steps=MAX_EPISODE_STEPS, kwargs=kwargs)
+                gym.register(
+                    env_id,
+                    # Not imported before use, because MinAtar imports its plotting libraries
+                    entry_point="minatar.gym:BaseEnv",
+                    max_episode_steps=MAX_EPISODE_STEPS,
+                    # It would complain about MinAtar's frames, which MinAtarWrapper mends
+                    disable_env_checker=True,
+                    kwargs=dict(game=game, use_minimal_action_set=version == 1),
+                )
             elif gym.registry[env_id].max_episode_steps is None:
                 gym.registry[env_id].max_episode_steps = MAX_EPISODE_STEPS
 
@@ -40,7 +46,7 @@ def register_envs() -> None:
 class MinAtarWrapper(gym.Wrapper):
     """
     MinAtar as SB3 expects an environment: channel-first observations (still booleans, so that the replay buffer stays
-    small), the same episode after the same seed, and frames of a size that video encoders accept.
+    small), rewards of type float, the same episode after the same seed, and frames that video encoders accept.
 
     :param env: a MinAtar environment
     """
@@ -59,9 +65,9 @@ class MinAtarWrapper(gym.Wrapper):
         obs, info = self.env.reset(seed=seed, options=options)
         return self._channel_first(obs), info
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self._channel_first(obs), reward, terminated, truncated, info
+        return self._channel_first(obs), float(reward), terminated, truncated, info
 
     def render(self) -> Any:
         frame = self.env.render()

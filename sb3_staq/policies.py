@@ -32,6 +32,7 @@ class StaQPolicy(BasePolicy):
     :param normalize_images: Whether to divide images by 255.0
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+        (``fused=True`` by default for Adam)
     :param n_critics: Number of critics in an ensemble
     :param critic_reduction: How the critics' values become one, "mean" or "min"
     :param memory_size: The largest number of frozen ensembles
@@ -57,6 +58,9 @@ class StaQPolicy(BasePolicy):
         memory_size: int = 300,
         logit_rule: str = "weight_corrected",
     ):
+        if optimizer_kwargs is None:
+            # The same numbers in one kernel instead of several per parameter
+            optimizer_kwargs = {"fused": True} if optimizer_class is th.optim.Adam else {}
         super().__init__(
             observation_space,
             action_space,
@@ -87,9 +91,7 @@ class StaQPolicy(BasePolicy):
         )
 
     def _make_critic(self) -> QNetwork:
-        return QNetwork(
-            self.make_features_extractor(), self.action_groups.n_choices, self.net_arch, self.activation_fn
-        )
+        return QNetwork(self.make_features_extractor(), self.action_groups.n_choices, self.net_arch, self.activation_fn)
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
@@ -173,12 +175,11 @@ class StaQPolicy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the online critics in either training or evaluation mode; targets and frozen critics stay in the latter.
+        Put the policy in either training or evaluation mode. Only frozen critics act, and those and the targets stay in
+        evaluation mode, so there is nothing to switch.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        self.critics_target.train(False)
-        self.critics.train(mode)
         self.training = mode
 
 

@@ -11,9 +11,9 @@ from typing import BinaryIO
 @contextmanager
 def atomic_write(path: str | pathlib.Path, suffix: str = "") -> Iterator[BinaryIO]:
     """
-    Open a file for writing that replaces ``path`` in one step once it is complete: whoever is killed half-way, or fails,
-    leaves the old file as it was. The path is completed as SB3 does: a missing suffix is added, missing folders are
-    created, and a folder's name gets ``_2``.
+    Open a file for writing that replaces ``path`` in one step once it is complete: a process that fails or is killed
+    half-way leaves the old file as it was. The path is completed as SB3 does: a missing suffix is added, missing
+    folders are created, and a folder's name gets ``_2``.
 
     :param path: the file to write
     :param suffix: suffix for a path that has none, without the dot

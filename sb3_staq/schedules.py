@@ -1,7 +1,30 @@
 """Schedules of coefficients, from what users write: numbers, callables, and the strings of hyperparameter files."""
 
+from typing import Any
+
+import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+
+ACCEPTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite real number (of Python or NumPy; booleans are none)."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _parse(text: str) -> Schedule | None:
+    """The linear schedule that a string describes, None if it describes none."""
+    kind, *parts = text.split("_")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        return None
+    if kind != "lin" or not 1 <= len(numbers) <= 3:
+        return None
+    start, end, fraction = numbers + [0.0, 1.0][len(numbers) - 1 :]
+    return LinearSchedule(start, end, fraction) if 0 < fraction <= 1 else None
 
 
 def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
@@ -11,22 +34,24 @@ def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
         ``"lin_START"`` falls linearly to 0, ``"lin_START_END"`` to END, ``"lin_START_END_FRACTION"`` reaches END
         after that fraction of the training
     :return: the schedule
-    :raise ValueError: if the value is none of these or is negative at the start or the end
+    :raise ValueError: if the value is none of these, or is negative or not finite at the start or the end
     """
-    accepted = 'a number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
+    schedule: Schedule | None = None
     if isinstance(value, str):
-        kind, *numbers = value.split("_")
+        schedule = _parse(value)
+    elif is_number(value):
+        schedule = ConstantSchedule(float(value))  # type: ignore[arg-type]
+    elif callable(value):
+        schedule = value
+    if schedule is None:
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: {ACCEPTED}")
+    for progress in (1.0, 0.0):
         try:
-            start, end, fraction = [*map(float, numbers), *(0.0, 1.0)[len(numbers) - 1 :]]
-        except ValueError:
-            kind = ""
-        if kind != "lin" or not 0 < fraction <= 1:
-            raise ValueError(f"{name}={value!r} is not a schedule; accepted: {accepted}")
-        schedule = FloatSchedule(LinearSchedule(start, end, fraction))
-    elif callable(value) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        schedule = FloatSchedule(value)
-    else:
-        raise ValueError(f"{name}={value!r} is not a schedule; accepted: {accepted}")
-    if not (schedule(1.0) >= 0 and schedule(0.0) >= 0):
-        raise ValueError(f"{name}={value!r} is below 0 or not a number; accepted: {accepted}")
-    return schedule
+            number = schedule(progress)
+        except Exception as error:
+            raise ValueError(
+                f"{name}={value!r} failed at progress {progress}: {error!r}; accepted: {ACCEPTED}"
+            ) from error
+        if not (is_number(number) and number >= 0):
+            raise ValueError(f"{name}={value!r} gives {number!r} at progress {progress}; accepted: {ACCEPTED}")
+    return FloatSchedule(schedule)

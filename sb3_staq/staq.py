@@ -8,30 +8,21 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import LinearSchedule, polyak_update
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
 from sb3_staq.buffers import LogitCache
-from sb3_staq.critics import CRITIC_REDUCTIONS
-from sb3_staq.mirror_descent import (
-    LOGIT_RULES,
-    decay_rate,
-    entropy,
-    kl_divergence,
-    log_policy,
-    max_entropy,
-    soft_value,
-)
+from sb3_staq.mirror_descent import decay_rate, entropy, kl_divergence, log_policy, max_entropy, soft_value
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.schedules import make_schedule
+from sb3_staq.validation import STACK_ARGUMENTS, check_arguments, check_coefficients
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -48,7 +39,8 @@ class StaQ(OffPolicyAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: The critics' learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: The critics' learning rate, it can be a function of the current progress remaining
+        (from 1 to 0)
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
@@ -182,7 +174,7 @@ class StaQ(OffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._n_policy_updates = 0
         self._last_policy_update: int | None = None  # the time step up to which policy updates have been done
-        self._current_ent_coef: float | None = None  # in force since the last policy update
+        self._current_ent_coef = 0.0  # in force since the last policy update
         self._logit_cache: LogitCache | None = None
         self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
 
@@ -199,16 +191,10 @@ class StaQ(OffPolicyAlgorithm):
         check_coefficients(self)
         # The stack's arguments belong to the algorithm; the policy only gets to know them
         policy_kwargs = self.policy_kwargs
-        self.policy_kwargs = {
-            **policy_kwargs,
-            "n_critics": self.n_critics,
-            "critic_reduction": self.critic_reduction,
-            "memory_size": self.memory_size,
-            "logit_rule": self.logit_rule,
-        }
+        self.policy_kwargs = {**policy_kwargs, **{name: getattr(self, name) for name in STACK_ARGUMENTS}}
         super()._setup_model()
         self.policy_kwargs = policy_kwargs
-        if self._current_ent_coef is None:
+        if self._n_policy_updates == 0:
             self._current_ent_coef = self._coefficients()[1]
         self._setup_logit_cache()
         if self.verbose >= 1:
@@ -216,11 +202,8 @@ class StaQ(OffPolicyAlgorithm):
             print(f"Logits of replayed states are {how}")
 
     def _setup_logit_cache(self) -> None:
-        """Keep the cache if it still belongs to the replay buffer, else start a new one where one can be used."""
+        """Keep the cache as long as it is right for the replay buffer, else start a new one where one can be used."""
         assert self.replay_buffer is not None
-        if self._logit_cache is not None and self._logit_cache.replay_buffer is self.replay_buffer:
-            return
-        self._logit_cache = None
         possible = LogitCache.supports(self.replay_buffer) and self._vec_normalize_env is None
         if self.logit_cache is True and not possible:
             raise ValueError(
@@ -228,17 +211,21 @@ class StaQ(OffPolicyAlgorithm):
                 f"{'' if self._vec_normalize_env is None else ' and VecNormalize'}, whose next states are not known "
                 "beforehand; accepted: 'auto' or False"
             )
-        if possible and self.logit_cache is not False:
-            n_choices = self.policy.action_groups.n_choices
-            self._logit_cache = LogitCache(self.replay_buffer, n_choices, self.device)
+        if not possible or self.logit_cache is False:
+            self._logit_cache = None
+        elif self._logit_cache is None or self._logit_cache.replay_buffer is not self.replay_buffer:
+            self._logit_cache = LogitCache(self.replay_buffer, self.policy.action_groups.n_choices, self.device)
 
-    def _coefficients(self) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` at the current progress."""
-        progress = min(max(self._current_progress_remaining, 0.0), 1.0)
-        ent_coef = self.ent_coef_schedule(progress)
+    def _coefficients_at(self, progress_remaining: float) -> tuple[float, float]:
+        """The coefficients ``(kl_coef, ent_coef)`` at a progress from 1 (start) to 0 (end)."""
+        ent_coef = self.ent_coef_schedule(progress_remaining)
         if self.logit_rule == "weight_corrected":  # it divides by ent_coef
             ent_coef = max(ent_coef, 0.01 * self.ent_coef_schedule(1.0))
-        return self.kl_coef_schedule(progress), ent_coef
+        return self.kl_coef_schedule(progress_remaining), ent_coef
+
+    def _coefficients(self) -> tuple[float, float]:
+        """The coefficients ``(kl_coef, ent_coef)`` now; several environments may overshoot the end a little."""
+        return self._coefficients_at(max(self._current_progress_remaining, 0.0))
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -247,8 +234,8 @@ class StaQ(OffPolicyAlgorithm):
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
         """
-        # Switch to train mode (this affects dropout)
         self.policy.set_training_mode(True)
+        self._setup_logit_cache()
         # Update learning rate according to schedule
         self._update_learning_rate(self.policy.optimizer)
 
@@ -404,8 +391,14 @@ class StaQ(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        self._check_finite("reward", reward)
-        self._check_finite("observation", new_obs)
+        if self._vec_normalize_env is not None:  # it clips: look at what the environments returned
+            self._check_finite("reward", self._vec_normalize_env.get_original_reward())
+            self._check_finite("observation", self._vec_normalize_env.get_original_obs())
+        else:
+            self._check_finite("reward", reward)
+            self._check_finite("observation", new_obs)
+        for i in np.flatnonzero(dones):
+            self._check_finite("observation", infos[i]["terminal_observation"], int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_logit_sums = None
         if self._logit_cache is not None:
@@ -413,15 +406,26 @@ class StaQ(OffPolicyAlgorithm):
             if not dones.any():  # else new episodes have started
                 self._last_logit_sums = next_logit_sums
 
-    def _check_finite(self, what: str, values: np.ndarray | dict[str, np.ndarray]) -> None:
-        """Stop before a non-finite number gets into the replay buffer or the critics."""
+    def _check_finite(
+        self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
+    ) -> None:
+        """
+        Stop before a non-finite number gets into the replay buffer or the critics.
+
+        :param what: what it is, for the error message
+        :param values: of all environments, or of one
+        :param env_index: the environment, if they are of one
+        """
         for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+            array = np.asarray(array)
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                env_index = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
+                if env_index is None:
+                    env_index = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
+                    array = array[env_index]
                 raise ValueError(
                     f"Environment {env_index} returned a non-finite {what}{f' {key!r}' if key else ''} at step "
-                    f"{self.num_timesteps}: {array[env_index]}; accepted: finite numbers. "
-                    "The model is as it was before this step and can be saved."
+                    f"{self.num_timesteps}: {array}; accepted: finite numbers. "
+                    "Nothing of this step was stored: the model can be saved."
                 )
 
     def _setup_learn(
@@ -508,71 +512,3 @@ class StaQ(OffPolicyAlgorithm):
         if policy_name not in self.policy_aliases:
             raise ValueError(f"policy={policy_name!r} is unknown; accepted: {', '.join(self.policy_aliases)}")
         return self.policy_aliases[policy_name]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def check_arguments(model: StaQ) -> None:
-    """
-    :param model: an algorithm whose arguments are set but not yet used
-    :raise ValueError: for the first argument that is out of range
-    """
-
-    def check(name: str, valid: bool, accepted: str) -> None:
-        if not valid:
-            raise ValueError(f"{name}={getattr(model, name)!r} is not accepted; accepted: {accepted}")
-
-    def whole(name: str, minimum: int) -> None:
-        value = getattr(model, name)
-        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        check(name, is_whole and value >= minimum, f"a whole number >= {minimum}")
-
-    for name in (
-        "buffer_size",
-        "batch_size",
-        "memory_size",
-        "policy_update_interval",
-        "n_critics",
-        "target_update_interval",
-        "n_steps",
-    ):
-        whole(name, 1)
-    whole("learning_starts", 0)
-    whole("gradient_steps", -1)
-    for name in ("gamma", "exploration_initial_eps", "exploration_final_eps"):
-        value = getattr(model, name)
-        check(name, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
-    for name in ("tau", "exploration_fraction"):
-        value = getattr(model, name)
-        check(name, _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
-    check("reward_scale", _is_number(model.reward_scale) and model.reward_scale > 0, "a number > 0")
-    check("logit_rule", model.logit_rule in LOGIT_RULES, ", ".join(LOGIT_RULES))
-    check("critic_reduction", model.critic_reduction in CRITIC_REDUCTIONS, ", ".join(CRITIC_REDUCTIONS))
-    check("logit_cache", model.logit_cache in ("auto", True, False), "'auto', True, False")
-    learning_rate = model.learning_rate
-    check("learning_rate", callable(learning_rate) or (_is_number(learning_rate) and learning_rate >= 0), "a number >= 0")
-    if not isinstance(model.train_freq, TrainFreq):
-        frequency, unit = model.train_freq if isinstance(model.train_freq, tuple) else (model.train_freq, "step")
-        valid = isinstance(frequency, int) and frequency >= 1 and unit in ("step", "episode")
-        check("train_freq", valid, 'a whole number >= 1, or a tuple of one and "step" or "episode"')
-
-
-def check_coefficients(model: StaQ) -> None:
-    """
-    :param model: an algorithm with its schedules
-    :raise ValueError: if a coefficient that the logit rule divides by is 0
-    """
-    for progress in (1.0, 0.0):
-        kl_coef, ent_coef = model.kl_coef_schedule(progress), model.ent_coef_schedule(progress)
-        if kl_coef + ent_coef == 0 and (progress == 1.0 or model.logit_rule != "weight_corrected"):
-            raise ValueError(
-                f"kl_coef={model.kl_coef!r} and ent_coef={model.ent_coef!r} are both 0 at the "
-                f"{'start' if progress == 1.0 else 'end'} of the training; accepted: a sum above 0"
-            )
-    if model.logit_rule == "weight_corrected" and model.ent_coef_schedule(1.0) == 0:
-        raise ValueError(
-            f"ent_coef={model.ent_coef!r} starts at 0, and logit_rule='weight_corrected' divides by it; accepted: a "
-            "number or schedule that starts above 0, or another logit_rule"
-        )

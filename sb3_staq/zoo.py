@@ -69,8 +69,8 @@ def sample_staq_params(
         "train_freq": train_freq,
         # One gradient step for so many environment steps
         "subsample_steps": trial.suggest_int("subsample_steps", 1, min(train_freq, 8)),
-        "kl_coef": trial.suggest_float("kl_coef", 1.0, 200.0, log=True),
-        "ent_coef": trial.suggest_float("ent_coef", 0.01, 10.0, log=True),
+        "kl_coef": trial.suggest_float("kl_coef", 0.1, 100.0, log=True),
+        "ent_coef": trial.suggest_float("ent_coef", 0.005, 5.0, log=True),
         "memory_size": trial.suggest_int("memory_size", 10, 300, log=True),
         "policy_update_interval": trial.suggest_int("policy_update_interval", 50, 5000, log=True),
         "target_update_interval": trial.suggest_int("target_update_interval", 10, 2000, log=True),

@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.10+ and nothing else: each sets up the virtual environment if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint typecheck pytest figures wheel-test clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: lint typecheck pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(INSTALLED)
+	$(BIN)/mypy sb3_staq
+
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[tests,all]"
+	touch $@
+
+# The wheel, in an environment of its own without extras, and the literal zoo command from a folder without the sources
+wheel-test:
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --upgrade pip
+	rm -rf build dist
+	$(VENV)-wheel/bin/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir dist .
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $$(mktemp -d) && $(abspath $(VENV))-wheel/bin/python -m rl_zoo3.train --algo staq --env CartPole-v1 -n 2000 --eval-freq -1
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo
