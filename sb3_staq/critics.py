@@ -47,6 +47,11 @@ class QNetwork(nn.Module):
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
         super().__init__()
+        if list(features_extractor.buffers()):
+            raise ValueError(
+                f"features_extractor_class={type(features_extractor).__name__} has buffers (as BatchNorm has), which a "
+                "stack of critics cannot hold; accepted: extractors without, e.g. with LayerNorm or GroupNorm instead"
+            )
         self.features_extractor = features_extractor
         self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_choices, net_arch, activation_fn))
         for param in self.q_net[-1].parameters():
@@ -211,8 +216,8 @@ class FrozenCritics(nn.ModuleList):
         self._link(entry, slot)
         return update, deleted
 
-    def __getitem__(self, index: int) -> CriticEnsemble:  # type: ignore[override]
-        return super().__getitem__(index)  # type: ignore[return-value]
+    def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights
+        return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
 
     def _named_template_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._template[0].net.named_parameters())
@@ -238,15 +243,16 @@ class FrozenCritics(nn.ModuleList):
         for i, slot in enumerate(self._slots):
             self._link(self[i], slot)
 
-    def _resize(self, n_entries: int) -> None:
-        """Make the stack hold entries of arbitrary values, to be loaded into."""
+    def _resize(self, slots: list[int]) -> None:
+        """Make the stack hold entries of arbitrary values in these slots, to be loaded into."""
+        n_entries = len(slots)
         if self.weights.logit_rule != "exact" and n_entries > self.weights.memory_size:
             raise ValueError(
                 f"the saved stack has {n_entries} frozen critics but memory_size={self.weights.memory_size}; "
                 f"load it with memory_size >= {n_entries}"
             )
         del self[:]
-        self._slots = list(range(n_entries))
+        self._slots = slots
         self.extend(self._template[0].frozen_copy() for _ in self._slots)
         self._reserve(n_entries)
         self._link_all()
@@ -254,15 +260,16 @@ class FrozenCritics(nn.ModuleList):
     # Saving, loading, copying and moving: the blocks stay the one copy of the parameters
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.weights.state_dict()
+        # The slots fix the order of the float sum: with them, loaded logits are bitwise equal
+        return {"slots": list(self._slots), **self.weights.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state_dict(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        entries = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
-        if entries:
-            self._resize(len(entries - {"_extra_state"}))
+        extra_state = state_dict.get(f"{prefix}_extra_state")
+        if extra_state is not None:
+            self._resize(list(extra_state["slots"]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":

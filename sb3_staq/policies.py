@@ -1,5 +1,7 @@
 """The policy of StaQ: softmax of the weighted sum of frozen critics, with the online critics that will join them."""
 
+import io
+import pathlib
 from typing import Any, ClassVar
 
 import torch as th
@@ -80,9 +82,11 @@ class StaQPolicy(BasePolicy):
         self.logit_rule = logit_rule
         self.action_groups = make_action_groups(action_space)
 
-        self.critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
-        self.critics_target = self.critics.frozen_copy()
-        self.frozen_critics = FrozenCritics(self.critics, logit_rule, memory_size)
+        critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
+        # First, so that a saved stack that is too large is refused before anything is overwritten
+        self.frozen_critics = FrozenCritics(critics, logit_rule, memory_size)
+        self.critics = critics
+        self.critics_target = critics.frozen_copy()
         self.set_training_mode(False)
         self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
             self.critics.parameters(),
@@ -148,14 +152,14 @@ class StaQPolicy(BasePolicy):
         choices = self.get_distribution(observation).get_actions(deterministic=deterministic)
         return self.action_groups.decode(choices.unsqueeze(1))
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
         """
         Save the policy, the whole stack included. An existing file is replaced once the new one is complete.
 
         :param path: where to save it
         """
         with atomic_write(path) as file:
-            super().save(file)  # type: ignore[arg-type]
+            super().save(file)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(

@@ -1,24 +1,28 @@
 """Saving that never leaves half a file behind."""
 
+import io
 import os
 import pathlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any
 
 
 @contextmanager
-def atomic_write(path: str | pathlib.Path, suffix: str = "") -> Iterator[BinaryIO]:
+def atomic_write(path: str | pathlib.Path | io.BufferedIOBase, suffix: str = "") -> Iterator[Any]:
     """
     Open a file for writing that replaces ``path`` in one step once it is complete: a process that fails or is killed
     half-way leaves the old file as it was. The path is completed as SB3 does: a missing suffix is added, missing
     folders are created, and a folder's name gets ``_2``.
 
-    :param path: the file to write
+    :param path: the file to write; an open file is written to as it is
     :param suffix: suffix for a path that has none, without the dot
     :return: context manager giving the open file
     """
+    if not isinstance(path, (str, pathlib.Path)):
+        yield path
+        return
     path = pathlib.Path(path)
     if path.suffix == "" and suffix:
         path = pathlib.Path(f"{path}.{suffix}")

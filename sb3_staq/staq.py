@@ -398,7 +398,7 @@ class StaQ(OffPolicyAlgorithm):
             self._check_finite("reward", reward)
             self._check_finite("observation", new_obs)
         for i in np.flatnonzero(dones):
-            self._check_finite("observation", infos[i]["terminal_observation"], int(i))
+            self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_logit_sums = None
         if self._logit_cache is not None:
@@ -479,10 +479,8 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
-        if not isinstance(path, (str, pathlib.Path)):
-            return super().save(path, exclude, include)
         with atomic_write(path, "zip") as file:
-            super().save(file, exclude, include)  # type: ignore[arg-type]
+            super().save(file, exclude, include)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
@@ -490,10 +488,8 @@ class StaQ(OffPolicyAlgorithm):
 
         :param path: Path to the file where the replay buffer should be saved.
         """
-        if not isinstance(path, (str, pathlib.Path)):
-            return super().save_replay_buffer(path)
         with atomic_write(path, "pkl") as file:
-            super().save_replay_buffer(file)  # type: ignore[arg-type]
+            super().save_replay_buffer(file)
 
     def set_parameters(
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
