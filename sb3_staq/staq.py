@@ -495,7 +495,7 @@ class StaQ(OffPolicyAlgorithm):
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
-        self._logit_cache = None  # it belonged to another stack
+        self._logit_cache = self._last_logit_sums = None  # they belonged to another stack
         self._setup_logit_cache()
 
     def _excluded_save_params(self) -> list[str]:

@@ -1,0 +1,63 @@
+"""``python -m benchmarks run SUITE`` and ``python -m benchmarks report SUITE``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.suites import FOLDER, SUITES_FILE, load_suites, make_cells
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """
+    :return: parser of the command line
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train all cells of a suite that are not done, going on where they were")
+    report = commands.add_parser("report", help="tables and figures from the results of a suite")
+    for command in (run, report):
+        command.add_argument("suite")
+        command.add_argument("--suites", type=Path, default=SUITES_FILE, metavar="FILE", help="file of suites")
+        command.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
+    run.add_argument("--algos", nargs="+", help="some of the suite's algorithms")
+    run.add_argument("--envs", nargs="+", help="some of the suite's environments")
+    run.add_argument("--seeds", nargs="+", type=int, help="seeds instead of the suite's")
+    run.add_argument("--steps", type=int, help="environment steps of each training instead of the suite's")
+    run.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    run.add_argument("--fresh", action="store_true", help="replace results of other steps or hyperparameters")
+    return parser
+
+
+def main() -> int:
+    """
+    :return: exit status
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    suites = load_suites(args.suites)
+    if args.suite not in suites:
+        parser.error(f"suite {args.suite!r} is unknown; accepted: {', '.join(suites)}")
+    suite = suites[args.suite]
+
+    if args.command == "report":
+        from benchmarks.report import write_report
+
+        print(write_report(suite, args.folder / "results" / suite.name))
+        return 0
+
+    for option, chosen, known in (("--algos", args.algos, suite.algos), ("--envs", args.envs, suite.envs)):
+        unknown = set(chosen or []) - set(known)
+        if unknown:
+            parser.error(f"{option}: {', '.join(unknown)} not in the suite; accepted: {', '.join(known)}")
+    from benchmarks.runner import Runner
+
+    cells = make_cells(suite, args.algos, args.envs, args.seeds, args.steps, args.folder.resolve())
+    try:
+        return 0 if Runner(cells, args.jobs, args.fresh).run() else 1
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from the last checkpoints")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""Bad input: an error that names the argument, its value and what is accepted, at once; and never a broken model."""
+
+import copy
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import RandomObsEnv, make_model
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+
+from sb3_staq import StaQ
+from sb3_staq.schedules import make_schedule
+
+NAN, INF = float("nan"), float("inf")
+
+NOT_A_NUMBER = [None, "1", "", [1], (1,), {}, True, False, NAN, INF, -INF, np.nan, np.array([1, 2]), 1j]
+WHOLE_NUMBERS = {
+    "buffer_size": 1,
+    "batch_size": 1,
+    "memory_size": 1,
+    "policy_update_interval": 1,
+    "n_critics": 1,
+    "target_update_interval": 1,
+    "n_steps": 1,
+    "stats_window_size": 1,
+    "learning_starts": 0,
+    "gradient_steps": -1,
+}
+CASES = [
+    *((name, low - 1) for name, low in WHOLE_NUMBERS.items()),
+    *((name, -100) for name in WHOLE_NUMBERS),
+    *((name, value) for name in WHOLE_NUMBERS for value in [*NOT_A_NUMBER, 2.5, 10.0, np.float64(3.0)]),
+    *(
+        (name, value)
+        for name in ("gamma", "exploration_initial_eps", "exploration_final_eps")
+        for value in [*NOT_A_NUMBER, -0.01, 1.01, -1, 2, np.float32(1.5)]
+    ),
+    *(
+        (name, value)
+        for name in ("tau", "exploration_fraction")
+        for value in [*NOT_A_NUMBER, 0, 0.0, -0.5, 1.5, np.float64(0.0)]
+    ),
+    *(("reward_scale", value) for value in [*NOT_A_NUMBER, 0, 0.0, -1.0]),
+    *(("learning_rate", value) for value in [*NOT_A_NUMBER, -1e-9, "lin_1e-3"]),
+    *(
+        (name, value)
+        for name in ("kl_coef", "ent_coef")
+        for value in [*NOT_A_NUMBER, -1e-9, -1, np.float32(-1), "auto", "lin", "lin_", "lin_x", "lin_1_2_3_4"]
+    ),
+    *(
+        (name, value)
+        for name in ("kl_coef", "ent_coef")
+        for value in [
+            "lin_-1",
+            "lin_1_-1",
+            "lin_nan",
+            "lin_inf",
+            "lin_1_nan",
+            "lin_1_0_0",
+            "lin_1_0_1.5",
+            "lin_1_0_nan",
+        ]
+    ),
+    *((name, value) for name in ("kl_coef", "ent_coef") for value in ["linear_1", "1.0", "LIN_1", "const_1", "lin 1"]),
+    *(("logit_rule", value) for value in ["", "corrected", "Exact", None, 0, ["exact"], True]),
+    *(("critic_reduction", value) for value in ["", "max", "Mean", None, 0, ["mean"], {}, np.mean]),
+    *(("logit_cache", value) for value in ["", "yes", "AUTO", None, 0, 1, 1.0, [True]]),
+    *(
+        ("train_freq", value)
+        for value in [0, -1, 2.5, True, None, "4", "step", NAN, (), (4,), (0, "step"), (4, "steps")]
+    ),
+    *(
+        ("train_freq", value)
+        for value in [(4, "step", 1), (True, "step"), (2.0, "step"), ("step", 4), (1, None), (1, 1)]
+    ),
+    *(("policy_kwargs", value) for value in ["net_arch", 3, [("net_arch", [3])]]),
+]
+
+
+def case_id(case):
+    return f"{case[0]}={case[1]!r}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_arguments_out_of_range(case):
+    """ValueError at construction, with the argument's name, its value and what is accepted."""
+    name, value = case
+    kwargs = {"policy_kwargs": dict(net_arch=[4]), name: value}
+    with pytest.raises(ValueError) as error:
+        StaQ("MlpPolicy", "CartPole-v1", device="cpu", **kwargs)
+    message = str(error.value)
+    assert message.startswith(f"{name}={value!r}"), message
+    assert "accepted: " in message
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(buffer_size=1, batch_size=1, memory_size=1, policy_update_interval=1, n_critics=1, learning_starts=0),
+        dict(buffer_size=np.int64(50), batch_size=np.int32(4), memory_size=np.int64(3), n_critics=np.int64(2)),
+        dict(learning_starts=np.int64(5), gradient_steps=np.int64(-1), policy_update_interval=np.int64(7)),
+        dict(gamma=0, tau=1, exploration_initial_eps=1, exploration_final_eps=0, exploration_fraction=1),
+        dict(gamma=1.0, tau=np.float32(0.5), exploration_fraction=0.01, reward_scale=1e-3),
+        dict(gamma=np.float64(0.9), reward_scale=np.float32(2.0), learning_rate=np.float64(1e-3)),
+        dict(kl_coef=0, ent_coef=1),
+        dict(kl_coef=0.0, ent_coef=np.float32(0.5)),
+        dict(kl_coef=np.float64(2.0), ent_coef="lin_1"),
+        dict(kl_coef=1, ent_coef=0, logit_rule="truncated"),
+        dict(kl_coef="lin_1e-1_2e-1_0.5", ent_coef=lambda progress: 1, logit_rule="exact"),
+        dict(kl_coef=lambda progress: np.float32(1.0), ent_coef="lin_0.3_0", logit_rule="truncated"),
+        dict(train_freq=(2, "step")),
+        dict(train_freq=(1, "episode"), gradient_steps=0),
+        dict(learning_rate=lambda progress: 1e-3 * progress),
+        dict(logit_cache="auto"),
+        dict(logit_cache=True, critic_reduction="min"),
+        dict(logit_cache=False, critic_reduction="mean"),
+        dict(policy_kwargs=None, stats_window_size=1, n_steps=2, seed=None),
+    ],
+    ids=str,
+)
+def test_arguments_at_the_edge_of_the_range(kwargs):
+    """What is just accepted can be trained with."""
+    kwargs = (
+        dict(policy_kwargs=dict(net_arch=[4]), learning_starts=5, policy_update_interval=5, batch_size=4, **{}) | kwargs
+    )
+    model = StaQ("MlpPolicy", "CartPole-v1", device="cpu", **kwargs).learn(30)
+    assert model.num_timesteps >= 30
+    assert all(th.isfinite(param).all() for param in model.policy.parameters())
+    assert model._n_policy_updates >= (0 if model.gradient_steps == 0 else 3)
+
+
+# Arguments that do not fit each other
+
+
+@pytest.mark.parametrize("ent_coef", [0, 0.0, np.float32(0.0), "lin_0", "lin_0_1", lambda progress: 1 - progress])
+def test_corrected_rule_needs_entropy(ent_coef):
+    """It divides by ent_coef: 0 at the start is refused, and the error says which rule and what else there is."""
+    with pytest.raises(ValueError) as error:
+        make_model(ent_coef=ent_coef, logit_rule="weight_corrected")
+    message = str(error.value)
+    assert message.startswith(f"ent_coef={ent_coef!r}")
+    assert "weight_corrected" in message
+    assert "accepted: " in message
+    make_model(ent_coef=ent_coef, logit_rule="truncated")
+
+
+@pytest.mark.parametrize("rule", ["truncated", "exact"])
+@pytest.mark.parametrize(("kl_coef", "ent_coef"), [(0, 0), ("lin_0", 0.0), ("lin_1", "lin_1"), ("lin_1", 0)])
+def test_both_coefficients_zero(kl_coef, ent_coef, rule):
+    with pytest.raises(ValueError, match=rf"kl_coef={kl_coef!r} and ent_coef={ent_coef!r}.*accepted: "):
+        make_model(kl_coef=kl_coef, ent_coef=ent_coef, logit_rule=rule)
+
+
+def fails(progress):
+    raise RuntimeError("not my day")
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "ent_coef"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda progress: "x",
+        lambda progress: None,
+        lambda progress: NAN,
+        lambda progress: INF,
+        lambda progress: -1.0,
+        lambda progress: 1 - 2 * (1 - progress),
+        lambda progress: [1.0],
+        lambda progress: True,
+        lambda: 1.0,
+        fails,
+        dict,
+    ],
+)
+def test_schedules_out_of_range(name, schedule):
+    """At the start or at the end; the error names the argument, whatever goes wrong inside the schedule."""
+    with pytest.raises(ValueError) as error:
+        make_model(**{name: schedule})
+    assert str(error.value).startswith(f"{name}={schedule!r}")
+    assert "accepted: " in str(error.value)
+
+
+def test_schedules_in_range():
+    """The strings of hyperparameter files, numbers and callables, over the whole training."""
+    for value, expected in [
+        (2, [2, 2, 2, 2, 2]),
+        (np.float32(0.5), [0.5] * 5),
+        ("lin_4", [4, 3, 2, 1, 0]),
+        ("lin_4_2", [4, 3.5, 3, 2.5, 2]),
+        ("lin_4_2_0.5", [4, 3, 2, 2, 2]),
+        ("lin_1e2_2e2", [100, 125, 150, 175, 200]),
+        (lambda progress: 1 + progress, [2, 1.75, 1.5, 1.25, 1]),
+    ]:
+        schedule = make_schedule("kl_coef", value)
+        actual = [schedule(progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)]
+        assert actual == pytest.approx(expected)
+        assert all(type(number) is float for number in actual)
+
+
+@pytest.mark.parametrize("name", ["n_critics", "critic_reduction", "memory_size", "logit_rule"])
+def test_arguments_in_the_wrong_place(name):
+    """Arguments of StaQ in ``policy_kwargs`` would be overwritten: the error says where they belong."""
+    value = {"critic_reduction": "min", "logit_rule": "exact"}.get(name, 3)
+    with pytest.raises(ValueError, match=rf"policy_kwargs.*{name}.*accepted: "):
+        make_model(policy_kwargs={name: value})
+
+
+@pytest.mark.parametrize(
+    "net_arch", [[0], [-1], [16, 0], [2.5], [True], ["16"], 16, "16", dict(pi=[8], qf=[8]), [None], [NAN], [[8]]]
+)
+def test_network_sizes(net_arch):
+    with pytest.raises(ValueError, match=r"net_arch.*accepted: ") as error:
+        StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=net_arch), device="cpu")
+    assert repr(net_arch) in str(error.value)
+
+
+def test_misspelt_arguments():
+    """Python's and SB3's own errors name them."""
+    with pytest.raises(TypeError, match="policy_delay"):
+        make_model(policy_delay=3)
+    with pytest.raises(TypeError, match="netarch"):
+        make_model(policy_kwargs=dict(netarch=[3]))
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicies", "", "LstmPolicy", "mlppolicy"])
+def test_unknown_policy_names(policy):
+    with pytest.raises(ValueError, match=rf"policy='{policy}'.*accepted: MlpPolicy, CnnPolicy, MultiInputPolicy"):
+        make_model(policy=policy)
+
+
+def test_policy_that_does_not_fit_the_observations():
+    """SB3's own checks apply."""
+    with pytest.raises(AssertionError, match="NatureCNN"):
+        make_model("CartPole-v1", "CnnPolicy")
+    with pytest.raises((ValueError, AssertionError), match="MultiInputPolicy"):
+        make_model(RandomObsEnv("dict"), "MlpPolicy")
+
+
+class ActionsEnv(RandomObsEnv):
+    def __init__(self, action_space):
+        super().__init__()
+        self.action_space = action_space
+
+
+UNSUPPORTED = [
+    spaces.Box(-1, 1, (2,), np.float32),
+    spaces.MultiDiscrete([2, 3]),
+    spaces.MultiBinary(3),
+    spaces.Dict(a=spaces.Discrete(2)),
+    spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2))),
+    spaces.Text(3),
+]
+
+
+@pytest.mark.parametrize("action_space", UNSUPPORTED, ids=str)
+def test_action_spaces_that_are_not_supported(action_space):
+    """The error says which was given and lists what is supported."""
+    if type(action_space) in StaQ("MlpPolicy", "CartPole-v1", device="cpu").policy.action_groups.__class__.__mro__:
+        pytest.skip("supported")
+    with pytest.raises((ValueError, AssertionError), match=r"(?i)action.*space") as error:
+        make_model(ActionsEnv(action_space))
+    assert "Discrete" in str(error.value)
+    assert type(action_space).__name__ in str(error.value)
+
+
+def test_observation_spaces_that_are_not_supported():
+    class TupleObs(RandomObsEnv):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2)))
+
+    with pytest.raises((ValueError, NotImplementedError, AssertionError), match=r"(?i)tuple|observation"):
+        make_model(TupleObs())
+
+
+def test_n_step_returns_where_there_are_none():
+    """Neither with Dict observations nor with the memory-saving buffer."""
+    with pytest.raises((ValueError, AssertionError), match=r"(?i)n.steps?.*dict"):
+        make_model(RandomObsEnv("dict"), "MultiInputPolicy", n_steps=3)
+    with pytest.raises((ValueError, NotImplementedError), match=r"optimize_memory_usage"):
+        make_model(n_steps=3, optimize_memory_usage=True)
+    with pytest.raises(ValueError, match=r"handle_timeout_termination"):
+        make_model(optimize_memory_usage=True)
+
+
+def test_episodes_with_several_environments():
+    """``train_freq`` in episodes is for one environment only, as in SB3."""
+    model = make_model(DummyVecEnv([RandomObsEnv] * 2), train_freq=(1, "episode"))
+    with pytest.raises((AssertionError, ValueError), match="one env"):
+        model.learn(50)
+
+
+# Environments that go wrong
+
+
+class FaultyEnv(gym.Env):
+    """
+    Returns a bad number once: in step ``at`` of all its steps, or in the reset after it.
+
+    :param where: "reward", "obs", "terminal" (the last observation of an episode that terminates), "timeout" (likewise
+        truncated), "reset" (the first observation of the second episode), "first_reset"
+    """
+
+    def __init__(self, where=None, value=NAN, at=50, kind="box"):
+        self.where, self.value, self.at, self.kind = where, value, at, kind
+        box = spaces.Box(-10, 10, (3,), np.float32)
+        self.observation_space = spaces.Dict(first=spaces.Discrete(3), second=box) if kind == "dict" else box
+        self.action_space = spaces.Discrete(2)
+        self.count = 0
+
+    def obs(self, bad=False):
+        array = np.array([0.1, 0.2, 0.3], np.float32)
+        if bad:
+            array[1] = self.value
+        return dict(first=1, second=array) if self.kind == "dict" else array
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        bad = (self.where == "first_reset" and self.count == 0) or (self.where == "reset" and self.count == self.at)
+        return self.obs(bad), {}
+
+    def step(self, action):
+        self.count += 1
+        now = self.count == self.at
+        obs = self.obs(bad=now and self.where in ("obs", "terminal", "timeout"))
+        reward = self.value if now and self.where == "reward" else 1.0
+        terminated = self.count % 7 == 0 or (now and self.where in ("terminal", "reset"))
+        return obs, reward, terminated and not (now and self.where == "timeout"), now and self.where == "timeout", {}
+
+
+def faulty_vec_env(n_envs, **kwargs):
+    """The last of the environments is the faulty one."""
+    return DummyVecEnv(
+        [lambda: FaultyEnv(kind=kwargs.get("kind", "box"))] * (n_envs - 1) + [lambda: FaultyEnv(**kwargs)]
+    )
+
+
+def assert_whole(model, before, tmp_path):
+    """All is as before, finite, can be saved and loaded, and can be trained on after a reset."""
+    buffer = model.replay_buffer
+    arrays = [buffer.rewards, *(buffer.observations.values() if buffer.obs_shape.__class__ is dict else [])]
+    if not isinstance(buffer.observations, dict):
+        arrays += [buffer.observations, buffer.next_observations]
+    else:
+        arrays += [*buffer.next_observations.values()]
+    assert all(np.isfinite(array).all() for array in arrays)
+    for key, value in model.policy.state_dict().items():
+        if isinstance(value, th.Tensor):
+            assert th.isfinite(value).all()
+            assert before is None or th.equal(value, before[key])
+    model.save(tmp_path / "model")
+    loaded = StaQ.load(tmp_path / "model")
+    obs = model.observation_space.sample()
+    assert loaded.predict(obs, deterministic=True)[0] == model.predict(obs, deterministic=True)[0]
+    params = model.policy.state_dict()
+    for key, value in loaded.policy.state_dict().items():
+        assert not isinstance(value, th.Tensor) or th.equal(value, params[key])
+
+
+class Snapshots:
+    """Callback that keeps the parameters at the beginning of every step."""
+
+    def __call__(self, locals_, globals_):
+        self.state = copy.deepcopy(locals_["self"].policy.state_dict())
+        return True
+
+
+@pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["reward", "obs", "terminal", "timeout", "reset"])
+def test_bad_numbers_while_learning(where, value, n_envs, kind, tmp_path):
+    """
+    learn() stops with an error that names what it was, the environment's index and the step; the model is as it was
+    before this step.
+    """
+    env = faulty_vec_env(n_envs, where=where, value=value, kind=kind)
+    model = make_model(env, "MultiInputPolicy" if kind == "dict" else "MlpPolicy", net_arch=(8,))
+    snapshots = Snapshots()
+    with pytest.raises(ValueError) as error:
+        model.learn(500, callback=snapshots)
+    message = str(error.value)
+    assert f"Environment {n_envs - 1} " in message
+    assert f"step {50 * n_envs}:" in message
+    assert ("reward" if where == "reward" else "observation") in message
+    assert kind == "box" or where == "reward" or "'second'" in message
+    assert re.search(r"nan|inf", message)
+    assert model.num_timesteps == 50 * n_envs
+    assert model._n_policy_updates > 0
+    assert model.replay_buffer.pos == 49
+    assert_whole(model, snapshots.state, tmp_path)
+    model.learn(60)  # the environment is in order again
+    assert model.num_timesteps == 60
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_bad_numbers_in_the_first_observation(kind, n_envs, tmp_path):
+    env = faulty_vec_env(n_envs, where="first_reset", kind=kind)
+    model = make_model(env, "MultiInputPolicy" if kind == "dict" else "MlpPolicy", net_arch=(8,))
+    before = copy.deepcopy(model.policy.state_dict())
+    with pytest.raises(ValueError, match=rf"Environment {n_envs - 1} .*observation.*step 0:.*nan"):
+        model.learn(50)
+    assert model.num_timesteps == 0
+    assert_whole(model, before, tmp_path)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("where", ["reward", "obs", "terminal", "reset"])
+def test_bad_numbers_under_vec_normalize(where, value, training, tmp_path):
+    """VecNormalize clips, so that infinities would pass unseen: what the environments returned is what counts."""
+    env = VecNormalize(faulty_vec_env(2, where=where, value=value), training=training)
+    model = make_model(env, net_arch=(8,))
+    snapshots = Snapshots()
+    with pytest.raises(ValueError, match=r"Environment 1 .*step 100:"):
+        model.learn(500, callback=snapshots)
+    assert_whole(model, snapshots.state, tmp_path)
+
+
+def test_bad_numbers_before_learning_starts(tmp_path):
+    model = make_model(faulty_vec_env(1, where="reward", at=7), learning_starts=100)
+    with pytest.raises(ValueError, match=r"Environment 0 .*reward.*step 7: nan"):
+        model.learn(500)
+    assert_whole(model, None, tmp_path)
+
+
+def test_bad_numbers_with_hindsight_experience_replay():
+    from stable_baselines3 import HerReplayBuffer
+
+    class FaultyReward(BitFlippingEnv):
+        count = 0
+
+        def step(self, action):
+            self.count += 1
+            obs, reward, *rest = super().step(action)
+            return obs, NAN if self.count == 30 else reward, *rest
+
+    model = make_model(FaultyReward(n_bits=4), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    with pytest.raises(ValueError, match=r"Environment 0 .*reward.*step 30: nan"):
+        model.learn(100)
+
+
+def test_whole_numbers_are_not_checked_for_finiteness():
+    """Images and discrete observations cannot be infinite: no error, and no time spent."""
+    kwargs = dict(policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)))
+    env = FakeImageEnv(screen_height=36, screen_width=36, discrete=True)
+    assert make_model(env, "CnnPolicy", gradient_steps=1, **kwargs).learn(30).num_timesteps == 30
+
+
+def test_networks_with_running_statistics():
+    """BatchNorm keeps statistics beside its parameters, which a stack of frozen critics would share: refused."""
+
+    class BatchNormExtractor(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.norm = nn.BatchNorm1d(self.features_dim)
+
+        def forward(self, obs):
+            return self.norm(super().forward(obs))
+
+    with pytest.raises(ValueError, match=r"features_extractor_class.*accepted: "):
+        make_model(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
+
+
+def test_continuous_identity_env_names_the_space():
+    with pytest.raises((ValueError, AssertionError), match="Box"):
+        make_model(IdentityEnvBox())

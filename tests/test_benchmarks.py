@@ -1,0 +1,336 @@
+"""The comparison suites: statistics against values worked out by hand, and real runs that are killed and resumed."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from rl_zoo3.utils import ALGOS
+
+import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
+from benchmarks import cell as cell_module
+from benchmarks import report, statistics
+from benchmarks.results import Evaluation, Results
+from benchmarks.runner import look_up
+from benchmarks.suites import Cell, Environment, Suite, load_suites, make_cells
+
+ROOT = Path(__file__).parents[1]
+SUITES = load_suites()
+
+
+# Statistics
+
+
+def test_normalise() -> None:
+    assert statistics.normalise(-200.0, random=-200.0, reference=-100.0) == 0.0
+    np.testing.assert_allclose(statistics.normalise(np.array([-100.0, -150.0, -80.0]), -200.0, -100.0), [1.0, 0.5, 1.2])
+
+
+def test_conditional_value_at_risk_is_the_mean_of_the_worst_losses() -> None:
+    losses = np.arange(1.0, 41.0)[::-1]  # 40, 39, ..., 1
+    assert statistics.conditional_value_at_risk(losses, alpha=0.05) == 39.5  # the worst 2 of 40
+    assert statistics.conditional_value_at_risk(losses, alpha=0.06) == 39.0  # 2.4 of 40: the worst 3
+    assert statistics.conditional_value_at_risk(losses, alpha=0.001) == 40.0  # at least one
+    assert statistics.conditional_value_at_risk(losses, alpha=1.0) == 20.5
+
+
+def test_dispersion_across_time_ignores_steady_progress() -> None:
+    assert statistics.dispersion_across_time(np.array([0.0, 2.0, 4.0, 6.0, 8.0])) == 0.0
+    # Differences 1, 2, 3, 4, 5: quartiles 2 and 4
+    assert statistics.dispersion_across_time(np.array([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])) == 2.0
+
+
+def test_short_term_risk_sees_single_drops() -> None:
+    curve = np.array([0.0, 5.0, 3.0, 4.0, 1.0, 2.0])  # changes +5, -2, +1, -3, +1
+    assert statistics.short_term_risk(curve) == 3.0  # the worst of 5
+    assert statistics.short_term_risk(curve, alpha=0.4) == 2.5  # the worst 2
+    assert statistics.short_term_risk(np.array([1.0, 2.0, 3.0])) == 0.0
+
+
+def test_long_term_risk_sees_slow_decline() -> None:
+    curve = np.array([0.0, 5.0, 3.0, 4.0, 1.0, 2.0])  # below the best by 0, 0, 2, 1, 4, 3
+    assert statistics.long_term_risk(curve) == 4.0
+    assert statistics.long_term_risk(curve, alpha=0.5) == 3.0  # the worst 3: 4, 3, 2
+    # Ten steps down by 1 are no short-term risk above 1, but 10 in the long term
+    decline = np.arange(10.0, -1.0, -1.0)
+    assert (statistics.short_term_risk(decline), statistics.long_term_risk(decline)) == (1.0, 10.0)
+
+
+def test_dispersion_across_runs_and_episodes() -> None:
+    # Quartiles between the five runs: 1 and 3 at the first evaluation, 10 and 30 at the second
+    curves = np.array([[0.0, 40.0], [1.0, 30.0], [2.0, 20.0], [3.0, 10.0], [4.0, 0.0]])
+    assert statistics.dispersion_across_runs(curves) == (2.0 + 20.0) / 2
+    assert statistics.dispersion_across_episodes(curves[:, 1]) == 20.0
+
+
+def test_stability_in_the_order_of_its_table() -> None:
+    curves = np.array([[0.0, 5.0, 3.0, 4.0, 1.0, 2.0]] * 3)
+    measures = report.stability(curves, [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
+    # Differences 5, -2, 1, -3, 1: quartiles -2 and 1
+    assert measures == [3.0, 3.0, 4.0, 0.0, 2.0]
+
+
+# rliable, against values worked out by hand
+
+
+def test_interquartile_mean() -> None:
+    pytest.importorskip("rliable")
+    scores = np.array([[0.0, 0.4], [0.1, 0.5], [0.2, 0.6], [0.3, 10.0]])  # the middle half: 0.2, 0.3, 0.4, 0.5
+    np.testing.assert_allclose(statistics.interquartile_mean(scores), [0.35])
+
+
+def test_performance_profile() -> None:
+    pytest.importorskip("rliable")
+    scores = np.array([[0.0, 0.4], [0.2, 1.0]])
+    profile = statistics.performance_profile(scores, np.array([-0.1, 0.0, 0.3, 0.4, 1.0]))
+    np.testing.assert_allclose(profile, [1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_bootstrap_intervals() -> None:
+    pytest.importorskip("rliable")
+
+    def mean(scores: np.ndarray) -> np.ndarray:
+        return np.array([scores.mean()])
+
+    # Strata without spread: whatever is drawn within an environment, the mean is the same
+    certain = np.array([[0.0, 1.0]] * 4)
+    # Two runs, 0 and 1: the mean of two draws is 0, 0.5 or 1 with probabilities 1/4, 1/2, 1/4
+    uncertain = np.array([[0.0], [1.0]])
+    estimates = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
+    assert estimates["certain"][0] == 0.5 and (estimates["certain"][1] == 0.5).all()
+    assert estimates["uncertain"][0] == 0.5 and estimates["uncertain"][1].ravel().tolist() == [0.0, 1.0]
+    again = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
+    assert again["uncertain"][1].tolist() == estimates["uncertain"][1].tolist()
+
+
+# Suites
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_suites_are_valid(suite: Suite) -> None:
+    assert set(suite.algos) <= set(ALGOS) and set(suite.algos) <= set(report.LABELS)
+    assert set(suite.hyperparams) <= set(suite.algos)
+    assert len(set(suite.seeds)) == len(suite.seeds) > 1
+    for env in suite.envs.values():
+        assert env.steps % env.eval_freq == 0 and env.steps // env.eval_freq >= 8
+        assert env.random < env.reference
+        assert set(env.published) <= set(suite.algos) and bool(env.published) <= bool(suite.published_source)
+
+
+def package_of(env_id: str) -> str:
+    """The package that an environment needs beside Gymnasium."""
+    if env_id.startswith("MinAtar/"):
+        return "minatar"
+    entry_point = str(gym.spec(env_id).entry_point)
+    return {"box2d": "Box2D", "mujoco": "mujoco"}.get(entry_point.split(".")[2], "gymnasium")
+
+
+@pytest.mark.parametrize("env_id", sorted({env_id for suite in SUITES.values() for env_id in suite.envs}))
+def test_environments_can_be_made(env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # MuJoCo leaves a log behind
+    package = package_of(env_id)
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{env_id} needs the package {package}")
+    env = gym.make(env_id)
+    env.reset(seed=0)
+    env.close()
+
+
+def test_make_cells_selects() -> None:
+    cells = make_cells(SUITES["classic"], algos=["ppo"], env_ids=["CartPole-v1"], seeds=[7, 8], steps=99)
+    assert [(cell.algo, cell.env_id, cell.seed, cell.steps) for cell in cells] == [
+        ("ppo", "CartPole-v1", 7, 99),
+        ("ppo", "CartPole-v1", 8, 99),
+    ]
+    n_seeds = len(SUITES["classic"].seeds)
+    assert len(make_cells(SUITES["classic"])) == 5 * 4 * n_seeds
+    assert len({cell.results_file for cell in make_cells(SUITES["classic"])}) == 5 * 4 * n_seeds
+
+
+def test_hyperparameters_of_the_suite_replace_those_of_the_zoo() -> None:
+    pytest.importorskip("minatar")
+    (cell,) = make_cells(SUITES["minatar"], ["qrdqn"], ["MinAtar/Breakout-v1"], [0])
+    assert cell.settings()["hyperparams"]["env_wrapper"] == "sb3_staq.minatar.MinAtarWrapper"
+    assert "/" not in cell.results_file.relative_to(cell.folder / "results" / "minatar").parts[0]
+
+
+# Result files
+
+
+def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
+    evaluations = [Evaluation(10, 1.25, [1.0, -2.5]), Evaluation(20, 2.5, [3.0, 4.0, 5.0], final=True)]
+    results = Results({"env": "CartPole-v1", "seed": 3, "hyperparams": {"policy": "dict(a=[1, 2])"}}, evaluations)
+    results.write(tmp_path / "new" / "seed_3.csv")
+    read = Results.read(tmp_path / "new" / "seed_3.csv")
+    assert read == results
+    assert read.done and not Results({}, evaluations[:1]).done and not Results({}).done
+
+
+def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
+    """Results of all cells of a suite, as if they had been run."""
+    for cell in make_cells(suite, folder=folder):
+        rng = np.random.default_rng(cell.seed)
+        steps = range(cell.eval_freq, cell.steps + 1, cell.eval_freq)
+        evaluations = [Evaluation(step, step / 100, list(rng.normal(step, 5, 10))) for step in steps]
+        if last_seed_is_done or cell.seed != suite.seeds[-1]:
+            evaluations.append(Evaluation(cell.steps, cell.steps / 100, list(rng.normal(cell.steps, 5, 20)), True))
+        metadata = {"seed": cell.seed, "eval_freq": cell.eval_freq, "hyperparams_sha256": "same"}
+        Results(metadata, evaluations).write(cell.results_file)
+
+
+def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
+    pytest.importorskip("rliable")
+    envs = {
+        "CartPole-v1": Environment(40, 10, 0, 40),
+        "MinAtar/Breakout-v1": Environment(80, 20, 0, 80, published={"sac": 1234.0}),
+    }
+    suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, published_source="somewhere")
+    fake_results(tmp_path, suite, last_seed_is_done=False)
+    folder = tmp_path / "results" / "tiny"
+    text = report.write_report(suite, folder).read_text()
+    assert "8 complete trainings" in text and "StaQ on CartPole-v1 (2 of 3)" in text
+    assert "| SAC, published |  | 1,234 |" in text and "Published: somewhere." in text
+    for figure in ("curves.png", "wall_clock.png", "aggregate.png"):
+        assert figure in text and (folder / figure).stat().st_size > 10_000
+    _, finals = report.load_results(suite, folder)
+    scores = report.score_matrices(finals)
+    assert list(scores) == ["StaQ", "SAC"] and scores["SAC"].shape == (2, 2)
+    np.testing.assert_allclose(scores["SAC"], 1.0, atol=0.1)
+
+    # Without any complete training there are curves at least
+    for path in folder.glob("*/*/seed_[01].csv"):
+        path.unlink()
+    assert "Final returns" not in report.write_report(suite, folder).read_text()
+
+
+# Runs
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("algo, env_id", [("dqn", "CartPole-v1"), ("ppo", "MountainCar-v0"), ("staq", "CartPole-v1")])
+def test_training_goes_on_as_if_nothing_had_been(
+    algo: str, env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorders = []
+
+    class Spy(cell_module.Recorder):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            recorders.append(self)
+
+        def _on_training_start(self) -> None:
+            super()._on_training_start()
+            vec_normalize = self.model.get_vec_normalize_env()
+            self.start = {
+                "step": self.model.num_timesteps,
+                "rng": np.random.get_state()[1].tolist(),
+                "buffered": self.model.replay_buffer.pos if hasattr(self.model, "replay_buffer") else None,
+                "normalised": vec_normalize.obs_rms.count if vec_normalize else None,
+                "frozen": len(self.model.policy.frozen_critics) if algo == "staq" else None,
+            }
+
+    monkeypatch.setattr(cell_module, "Recorder", Spy)
+    cell = Cell("tiny", env_id, algo, 1, steps=2304, eval_freq=512, n_eval_episodes=2, folder=tmp_path)
+    checkpoints = cell_module.Checkpoints(cell)
+
+    def interrupt(step: int, seconds: float, last_return: float | None) -> None:
+        if checkpoints.newest() is not None and step >= 1536 and checkpoints.newest().name == f"step_{step}":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        cell_module.run_cell(cell, interrupt)
+    before = Results.read(cell.results_file)
+    checkpoint = checkpoints.newest()
+    assert not before.done
+
+    reports = []
+    cell_module.run_cell(cell, lambda *progress: reports.append(progress))
+    after = Results.read(cell.results_file)
+    assert after.evaluations[: len(before.evaluations)] == before.evaluations
+    assert after.done and len(after.evaluations[-1].returns) == cell_module.N_FINAL_EPISODES
+    evaluated = [row.step // cell.eval_freq for row in after.evaluations[:-1]]
+    assert evaluated == list(range(1, cell.steps // cell.eval_freq + 1))  # each once
+    assert all(a.seconds <= b.seconds for a, b in zip(after.evaluations, after.evaluations[1:], strict=False))
+    assert reports[-1][0] == recorders[1].model.num_timesteps
+
+    first, second = recorders
+    saved_at = int(checkpoint.name.removeprefix("step_"))
+    assert second.start["step"] == saved_at >= 1536
+    # The schedules run over the whole training, not over what remained of it
+    assert second.model._total_timesteps == cell.steps
+    assert second.start["buffered"] in (None, saved_at // second.model.n_envs)
+    if algo == "ppo":
+        assert second.start["normalised"] > saved_at  # one more at each of the resets
+    if algo == "staq":
+        assert second.start["frozen"] == len(first.model.policy.frozen_critics) > 0
+    assert second.start["rng"] != first.start["rng"]
+    assert not (checkpoints.newest() / "replay_buffer.pkl").exists()
+
+
+def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
+    cell = Cell("tiny", "CartPole-v1", "dqn", 0, 100, eval_freq=50, n_eval_episodes=2, folder=tmp_path)
+    assert look_up(cell, fresh=False).state == "waiting"
+    Results(cell.settings(), [Evaluation(100, 1.0, [9.0], final=True)]).write(cell.results_file)
+    job = look_up(cell, fresh=True)
+    assert (job.state, job.step, job.last_return) == ("done", 100, 9.0)
+
+    longer = Cell("tiny", "CartPole-v1", "dqn", 0, 200, eval_freq=50, n_eval_episodes=2, folder=tmp_path)
+    job = look_up(longer, fresh=False)
+    assert job.state == "outdated" and "steps" in job.error and longer.results_file.exists()
+    assert look_up(longer, fresh=True).state == "waiting" and not longer.results_file.exists()
+
+
+TINY_SUITE = """
+tiny:
+  description: A cell that works and one that fails.
+  algos: [staq]
+  seeds: [0]
+  n_eval_episodes: 2
+  envs:
+    Missing-v0: {steps: 1200, eval_freq: 100, random: 0, reference: 1}
+    CartPole-v1: {steps: 1200, eval_freq: 100, random: 20, reference: 500}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / "suites.yml").write_text(TINY_SUITE)
+    command = [sys.executable, "-m", "benchmarks", "run", "tiny", "--suites", str(tmp_path / "suites.yml")]
+    command += ["--folder", str(tmp_path), "--jobs", "2"]
+    result_file = tmp_path / "results" / "tiny" / "CartPole-v1" / "staq" / "seed_0.csv"
+
+    # Killed between two evaluations: neither the runner nor its cells have a say
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if result_file.exists() and len(Results.read(result_file).evaluations) >= 3:
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = Results.read(result_file)
+    assert 3 <= len(before.evaluations) < 12 and not before.done
+
+    start = time.monotonic()
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    elapsed = time.monotonic() - start
+    after = Results.read(result_file)
+    assert after.evaluations[: len(before.evaluations)] == before.evaluations
+    assert [row.step for row in after.evaluations] == [*range(100, 1201, 100), 1200]
+    assert after.done
+    seconds = [row.seconds for row in after.evaluations]
+    assert seconds == sorted(seconds)
+    assert seconds[len(before.evaluations) - 1] < seconds[-1] < before.evaluations[-1].seconds + elapsed
+
+    assert finished.returncode == 1 and "1 done, 1 failed" in finished.stdout
+    assert "Missing-v0 staq seed 0 failed" in finished.stderr and "KeyError: 'Missing-v0'" in finished.stderr

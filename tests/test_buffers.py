@@ -1,0 +1,400 @@
+"""The logit cache against a full recomputation through the stack, in double precision, network by network."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import RandomObsEnv, make_model, relative_error, slow_logit_sums
+from stable_baselines3 import DQN, HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_staq import StaQ
+from sb3_staq.buffers import LogitCache
+
+LOW_MEMORY = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
+BUFFERS = {
+    "plain": dict(),
+    "n_step": dict(n_steps=3),
+    "dict": dict(policy="MultiInputPolicy"),
+    "discrete": dict(),
+    "low_memory": LOW_MEMORY,
+}
+
+
+def vec_env(kind="box", n_envs=1, **kwargs):
+    return DummyVecEnv([lambda: RandomObsEnv(kind, **kwargs) for _ in range(n_envs)])
+
+
+def make_cached(buffer="plain", n_envs=1, **kwargs):
+    kind = buffer if buffer in ("dict", "discrete") else "box"
+    return make_model(vec_env(kind, n_envs), **{**BUFFERS[buffer], **kwargs})
+
+
+def stored_next_observations(buffer):
+    """Preprocessing-ready next observations of all transitions in a buffer, and their rows and environments."""
+    rows, envs = np.meshgrid(np.arange(buffer.size()), np.arange(buffer.n_envs), indexing="ij")
+    rows, envs = rows.ravel(), envs.ravel()
+    if buffer.optimize_memory_usage:
+        # One row is being overwritten, and the next observation of an ended episode is not kept by this buffer
+        keep = buffer.dones[rows, envs] == 0
+        if buffer.full:
+            keep &= rows != buffer.pos
+        rows, envs = rows[keep], envs[keep]
+        rows_of_next = (rows + 1) % buffer.buffer_size
+        return th.as_tensor(buffer.observations[rows_of_next, envs]), rows_of_next, envs
+    arrays = buffer.next_observations
+    if isinstance(arrays, dict):
+        return {key: th.as_tensor(array[rows, envs]) for key, array in arrays.items()}, rows, envs
+    return th.as_tensor(arrays[rows, envs]), rows, envs
+
+
+def cache_error(model):
+    """Largest deviation of the cache from the recomputation, relative to the largest sum."""
+    obs, rows, envs = stored_next_observations(model.replay_buffer)
+    return relative_error(model._logit_cache.sums[rows, envs], slow_logit_sums(model.policy, obs))
+
+
+def sampled_error(model, n_batches=5):
+    """The same for what sampling hands out: log-probabilities at the next states of a batch."""
+    errors = []
+    for _ in range(n_batches):
+        batch, index = model._sample(64)
+        direct = th.log_softmax(model.policy.scale(slow_logit_sums(model.policy, batch.next_observations)), dim=-1)
+        actual = model._next_log_policy(batch, index)
+        if model.optimize_memory_usage:
+            alive = (batch.dones == 0).squeeze(1)
+            direct, actual = direct[alive], actual[alive]
+        errors.append(relative_error(actual, direct))
+    return max(errors)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_cache_equals_recomputation(buffer, n_envs):
+    """
+    After many policy updates, with the buffer wrapped several times, episodes ended both ways and coefficients that
+    change; also what is sampled belongs to the sampled next states.
+    """
+    model = make_cached(buffer, n_envs, buffer_size=100, kl_coef="lin_3_0.5", ent_coef="lin_0.5_0.05")
+    model.learn(450)
+    assert model.replay_buffer.full
+    assert model._n_policy_updates >= 42
+    assert len(model.policy.frozen_critics) == 4
+    assert model._logit_cache.sums.abs().max() > 0.1
+    assert model.replay_buffer.dones.any()
+    if buffer != "low_memory":
+        assert model.replay_buffer.timeouts.any()
+        assert (model.replay_buffer.dones > model.replay_buffer.timeouts).any()
+    assert cache_error(model) < 1e-4
+    assert sampled_error(model) < 1e-4
+
+
+@pytest.mark.parametrize("rule", ["weight_corrected", "truncated", "exact"])
+@pytest.mark.parametrize("memory_size", [1, 2, 7, 50])
+def test_cache_for_all_memory_sizes_and_rules(memory_size, rule):
+    model = make_cached(memory_size=memory_size, logit_rule=rule, policy_update_interval=3, buffer_size=60)
+    model.learn(250)
+    assert model._n_policy_updates == 76
+    assert len(model.policy.frozen_critics) == (76 if rule == "exact" else memory_size)
+    assert cache_error(model) < 1e-4
+    assert sampled_error(model) < 1e-4
+
+
+def test_cache_before_the_buffer_is_full():
+    """Unused rows of the buffer are neither sampled nor compared: rows in use are right from the first one on."""
+    model = make_cached(buffer_size=1000, memory_size=2)
+    for _ in range(4):
+        model.learn(30, reset_num_timesteps=False)
+        if model._n_policy_updates > 0:
+            assert cache_error(model) < 1e-4
+    assert not model.replay_buffer.full
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_cache_with_large_steps_between_policies(n_envs):
+    """Critics that change beyond recognition between updates, and Q-values far from zero: the errors stay small."""
+    model = make_cached(
+        n_envs=n_envs, learning_rate=0.1, reward_scale=100.0, ent_coef=5.0, memory_size=10, buffer_size=90
+    )
+    model.learn(600)
+    assert model._logit_cache.sums.abs().max() > 100
+    assert cache_error(model) < 1e-4
+
+
+def test_cache_after_thousands_of_updates():
+    """Rounding errors do not add up."""
+    model = make_cached(policy_update_interval=1, memory_size=20, buffer_size=40, kl_coef=20.0, ent_coef=0.4)
+    model.learn(2500)
+    assert model._n_policy_updates == 2480
+    assert cache_error(model) < 1e-4
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_acting_uses_the_current_policy(n_envs):
+    """The logits that choose actions are those of a direct evaluation at the current observations."""
+
+    class Compare(BaseCallback):
+        worst, compared = 0.0, 0
+
+        def _on_step(self):
+            known = self.model._last_logit_sums
+            if known is not None:
+                obs = th.as_tensor(self.model._last_obs)
+                expected = slow_logit_sums(self.model.policy, obs)
+                if expected.abs().max() > 0:
+                    self.worst = max(self.worst, relative_error(known, expected))
+                    self.compared += 1
+            return True
+
+    for kwargs in (dict(), LOW_MEMORY):
+        callback = Compare()
+        make_model(vec_env(n_envs=n_envs), **kwargs).learn(200, callback=callback)
+        assert callback.compared > 10
+        assert callback.worst < 1e-5
+
+
+# Where the cache is used
+
+
+def test_direct_evaluation_where_logits_are_not_known_beforehand():
+    """HER relabels its transitions and VecNormalize's statistics move: neither uses the cache, both learn."""
+    her = make_model(
+        BitFlippingEnv(n_bits=3), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer, logit_cache="auto"
+    )
+    normalized = make_model(VecNormalize(vec_env(n_envs=2)), logit_cache="auto")
+    for model in (her, normalized):
+        model.learn(100)
+        assert model._logit_cache is None
+        assert model._n_policy_updates == 8
+        assert sampled_error(model) < 1e-4
+    for unused in (False, "auto"):
+        assert (make_model(vec_env(), logit_cache=unused)._logit_cache is None) == (unused is False)
+
+
+def test_cache_where_it_cannot_be_used_is_refused():
+    for env, policy, kwargs, name in [
+        (BitFlippingEnv(n_bits=3), "MultiInputPolicy", dict(replay_buffer_class=HerReplayBuffer), "HerReplayBuffer"),
+        (VecNormalize(vec_env()), "MlpPolicy", {}, "VecNormalize"),
+    ]:
+        with pytest.raises(ValueError, match=rf"logit_cache=True.*{name}"):
+            make_model(env, policy, logit_cache=True, **kwargs)
+
+
+def test_subclasses_of_buffers_are_evaluated_directly():
+    """A subclass may hand out other next states than those that were added."""
+
+    class Shuffled(ReplayBuffer):
+        pass
+
+    assert make_model(vec_env(), replay_buffer_class=Shuffled)._logit_cache is None
+    spaces = vec_env().observation_space, vec_env().action_space
+    assert LogitCache.supports(ReplayBuffer(10, *spaces))
+    assert LogitCache.supports(NStepReplayBuffer(10, *spaces))
+    assert LogitCache.supports(DictReplayBuffer(10, vec_env("dict").observation_space, spaces[1]))
+    assert not LogitCache.supports(Shuffled(10, *spaces))
+
+
+def test_normalization_that_comes_later_ends_the_use_of_the_cache():
+    """``set_env`` with a VecNormalize: the critics see normalised observations from then on."""
+    model = make_model(vec_env())
+    model.learn(60)
+    assert model._logit_cache is not None
+    env = VecNormalize(vec_env())
+    env.obs_rms.mean += 10.0
+    env.training = False
+    model.set_env(env)
+    model.learn(60)
+    assert model._logit_cache is None
+    batch, _ = model._sample(64)
+    assert batch.next_observations.mean() < -5
+
+    model = make_model(vec_env(), logit_cache=True)
+    model.set_env(VecNormalize(vec_env()))
+    with pytest.raises(ValueError, match=r"logit_cache=True.*VecNormalize"):
+        model.learn(60)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "n_envs", "n_steps"),
+    [("plain", 1, 3000), ("plain", 3, 6000), ("n_step", 3, 3000), ("dict", 3, 3000), ("low_memory", 3, 3000)],
+)
+def test_same_actions_with_and_without_cache(buffer, n_envs, n_steps):
+    """The cache changes how things are computed, not what: from one seed, the same actions for thousands of steps."""
+    actions, parameters = {}, {}
+    for logit_cache in (True, False):
+        env = vec_env(buffer if buffer == "dict" else "box", n_envs)
+        kwargs = dict(learning_rate=1e-3, gradient_steps=1, train_freq=4, policy_update_interval=100, buffer_size=1000)
+        model = make_model(env, logit_cache=logit_cache, **{**BUFFERS[buffer], **kwargs})
+        model.learn(n_steps)
+        actions[logit_cache] = [single.actions for single in env.envs]
+        parameters[logit_cache] = th.cat([param.flatten() for param in model.policy.critics.parameters()])
+        assert (model._logit_cache is not None) == logit_cache
+        assert model._n_policy_updates == (n_steps - 20) // 100
+    assert sum(map(len, actions[True])) == n_steps
+    assert actions[True] == actions[False]
+    assert relative_error(parameters[True], parameters[False]) < 1e-3
+
+
+# Transitions that did not come through the training loop
+
+
+def add_by_hand(model, n):
+    """Fill a replay buffer from outside, as with demonstrations."""
+    buffer = model.replay_buffer
+    space = model.observation_space
+    for _ in range(n):
+        obs, next_obs = (np.stack([space.sample() for _ in range(buffer.n_envs)]) for _ in range(2))
+        action = np.zeros((buffer.n_envs, 1), dtype=np.int64)
+        buffer.add(obs, next_obs, action, np.ones(buffer.n_envs), np.zeros(buffer.n_envs), [{}] * buffer.n_envs)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("n_added", [1, 7, 30, 60])
+def test_transitions_added_by_hand(n_added, n_envs):
+    """They lead to a rebuild, also when the buffer (30 rows) has been filled exactly; the cache is right ever after."""
+    model = make_model(vec_env(n_envs=n_envs), buffer_size=30 * n_envs)
+    model.learn(90 * n_envs)
+    assert (model.replay_buffer.pos, model.replay_buffer.full) == (0, True)
+    add_by_hand(model, n_added)
+    assert sampled_error(model) < 1e-4
+    assert cache_error(model) < 1e-4
+    model.learn(30, reset_num_timesteps=False)
+    assert cache_error(model) < 1e-4
+
+
+def test_transitions_added_by_hand_before_learning():
+    model = make_model(vec_env(), buffer_size=30, learning_starts=0)
+    add_by_hand(model, 30)
+    model.learn(25)
+    assert model._n_policy_updates == 2
+    assert cache_error(model) < 1e-4
+
+
+@pytest.mark.parametrize("n_steps", [90, 97])
+def test_loaded_replay_buffer(n_steps, tmp_path):
+    """
+    Rebuilt after loading, whether the buffer (30 rows) has just wrapped or not, both for ``train`` at once and for
+    ``learn``; a full buffer of another model likewise.
+    """
+    model = make_model(vec_env(), buffer_size=30)
+    model.learn(n_steps)
+    assert (model.replay_buffer.pos == 0) == (n_steps == 90)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+
+    loaded = StaQ.load(tmp_path / "model", env=vec_env())
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.set_logger(model.logger)
+    loaded.train(gradient_steps=1, batch_size=16)
+    assert sampled_error(loaded) < 1e-4
+    assert cache_error(loaded) < 1e-4
+    loaded.learn(25, reset_num_timesteps=False)
+    assert cache_error(loaded) < 1e-4
+
+    other = make_model(vec_env(), buffer_size=30, seed=1)
+    other.learn(90)
+    other.load_replay_buffer(tmp_path / "buffer")
+    other.train(gradient_steps=1, batch_size=16)
+    assert sampled_error(other) < 1e-4
+    assert cache_error(other) < 1e-4
+
+
+@pytest.mark.parametrize("n_steps", [90, 97])
+def test_other_parameters_lead_to_a_rebuild(n_steps):
+    model = make_model(vec_env(), buffer_size=30)
+    model.learn(n_steps)
+    other = make_model(vec_env(), buffer_size=30, seed=1)
+    other.learn(60)
+    model.set_parameters(other.get_parameters())
+    assert sampled_error(model) < 1e-4
+    assert cache_error(model) < 1e-4
+
+
+def test_second_learn_with_and_without_reset():
+    """Neither a reset of the counters nor a truncated last trajectory confuses the cache."""
+    for kwargs in (dict(), LOW_MEMORY):
+        model = make_model(vec_env(), buffer_size=30, **kwargs)
+        for reset in (True, False, True):
+            model.learn(50, reset_num_timesteps=reset)
+            assert cache_error(model) < 1e-4
+            assert sampled_error(model) < 1e-4
+
+
+# What is stored
+
+
+def test_cache_is_neither_in_the_zip_nor_in_the_pickled_buffer(tmp_path):
+    """The buffer stays SB3's own: same attributes, loadable where this package is not, and usable by another agent."""
+    model = make_model(vec_env(), buffer_size=5000, policy_update_interval=20)
+    model.learn(60)
+    assert model._logit_cache.sums.abs().max() > 0
+    model.save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        data = json.loads(archive.read("data"))
+        assert not {"_logit_cache", "_last_logit_sums", "replay_buffer"} & set(data)
+        assert sum(item.file_size for item in archive.infolist()) < 100_000  # the sums alone have 60,000 bytes
+        assert len(archive.read("data")) < 40_000
+
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    buffer = pickle.loads((tmp_path / "buffer.pkl").read_bytes())
+    assert type(buffer) is ReplayBuffer
+    assert vars(buffer).keys() == vars(ReplayBuffer(10, model.observation_space, model.action_space)).keys()
+    code = "import pickle, sys; sys.modules['sb3_staq'] = None; print(pickle.load(open(sys.argv[1], 'rb')).pos)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "buffer.pkl")], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "60"
+
+    dqn = DQN(
+        "MlpPolicy", vec_env(), policy_kwargs=dict(net_arch=[8]), buffer_size=5000, learning_starts=0, device="cpu"
+    )
+    dqn.load_replay_buffer(tmp_path / "buffer.pkl")
+    dqn.set_logger(model.logger)
+    dqn.train(gradient_steps=2, batch_size=8)
+    assert dqn._n_updates == 2
+
+
+def test_buffer_of_another_agent_is_usable():
+    """A buffer filled by DQN trains StaQ."""
+    dqn = DQN(
+        "MlpPolicy", vec_env(), policy_kwargs=dict(net_arch=[8]), buffer_size=100, learning_starts=10, device="cpu"
+    )
+    dqn.learn(150)
+    file = io.BytesIO()
+    dqn.save_replay_buffer(file)
+    file.seek(0)
+    model = make_model(vec_env(), buffer_size=100)
+    model.learn(60)
+    file_obs = dqn.replay_buffer.next_observations
+    model.load_replay_buffer(file)
+    assert np.array_equal(model.replay_buffer.next_observations, file_obs)
+    model.train(gradient_steps=1, batch_size=16)
+    assert cache_error(model) < 1e-4
+
+
+def test_an_interrupted_sample_leaves_the_buffer_as_it_was():
+    """Sampling watches the buffer; an error in between (nothing to sample from yet) must not leave traces."""
+    model = make_model(vec_env("dict"), "MultiInputPolicy")
+    arrays = dict(model.replay_buffer.next_observations)
+    with pytest.raises(ValueError):
+        model._sample(8)
+    assert model.replay_buffer.next_observations.keys() == arrays.keys()
+    assert all(model.replay_buffer.next_observations[key] is array for key, array in arrays.items())
+
+
+def test_message_at_verbose_says_which_evaluation_is_used(capsys):
+    make_model(vec_env(), verbose=1)
+    assert "cache" in capsys.readouterr().out
+    make_model(vec_env(), verbose=1, logit_cache=False)
+    assert "directly" in capsys.readouterr().out
+    make_model(vec_env(), verbose=0)
+    assert capsys.readouterr().out == ""

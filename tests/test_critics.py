@@ -1,0 +1,480 @@
+"""Batched critics against ordinary networks one by one, and the life of the stack of frozen critics."""
+
+import copy
+import gc
+import pickle
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import grow, make_model, members, randomise, relative_error, sample_obs, slow_logit_sums, slow_q_values
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from torch import nn
+
+from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_staq.critics import CriticEnsemble, QNetwork
+
+
+class NormExtractor(BaseFeaturesExtractor):
+    """A features extractor with parameters of its own, one layer without bias, and dropout."""
+
+    def __init__(self, observation_space, features_dim=6):
+        super().__init__(observation_space, features_dim)
+        n = int(np.prod(observation_space.shape))
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(n, 6, bias=False), nn.LayerNorm(6), nn.Dropout(0.5))
+
+    def forward(self, obs):
+        return self.net(obs)
+
+
+BOX = spaces.Box(-1, 1, (4,), np.float32)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+DICT = spaces.Dict(img=IMAGE, vec=spaces.Box(-2, 2, (3,), np.float64), kind=spaces.Discrete(4))
+ARCHITECTURES = {
+    "mlp": (MlpPolicy, BOX, dict(net_arch=[16, 8])),
+    "wide_input": (MlpPolicy, spaces.Box(-1, 1, (3, 40), np.float32), dict(net_arch=[8])),
+    "linear": (MlpPolicy, BOX, dict(net_arch=[])),
+    "tanh": (MlpPolicy, BOX, dict(net_arch=[8], activation_fn=nn.Tanh)),
+    "prelu": (MlpPolicy, BOX, dict(net_arch=[8, 8], activation_fn=nn.PReLU)),
+    "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
+    "three_critics": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=3)),
+    "extractor": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=NormExtractor)),
+    "discrete": (MlpPolicy, spaces.Discrete(5), dict(net_arch=[8])),
+    "multi_discrete": (MlpPolicy, spaces.MultiDiscrete([3, 4]), dict(net_arch=[8])),
+    "multi_binary": (MlpPolicy, spaces.MultiBinary(5), dict(net_arch=[8])),
+    "image": (CnnPolicy, IMAGE, dict(features_extractor_kwargs=dict(features_dim=8))),
+    "image_hidden": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
+    "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
+}
+
+
+def make_policy(architecture="mlp", **kwargs):
+    policy_class, space, policy_kwargs = ARCHITECTURES[architecture]
+    policy_kwargs = {"memory_size": 4, **policy_kwargs, **kwargs}
+    th.manual_seed(0)
+    policy = policy_class(space, spaces.Discrete(3), lambda _: 1e-3, **policy_kwargs)
+    randomise(policy.critics, seed=0)
+    return policy
+
+
+def push(policy, seed, kl_coef=1.0, ent_coef=0.1):
+    """Push random critics; return what they are, as ordinary networks."""
+    randomise(policy.critics, seed)
+    nets = members(policy.critics.frozen_copy())
+    policy.push_critics(kl_coef, ent_coef)
+    return nets
+
+
+def loop_sum(policy, stack, obs):
+    """``sum_i w_i reduce_j Q_ij`` over ordinary networks."""
+    reduce = {"mean": lambda q: q.mean(0), "min": lambda q: q.min(0).values}[policy.critic_reduction]
+    with th.no_grad():
+        values = [reduce(th.stack([net(obs) for net in nets])) for nets in stack]
+    return sum(weight * value for weight, value in zip(policy.frozen_critics.weights.values, values, strict=True))
+
+
+# Batched passes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ensemble_equals_networks_one_by_one(architecture):
+    """Values and gradients of the online critics."""
+    policy = make_policy(architecture)
+    policy.critics.eval()  # no dropout
+    obs = policy.preprocess(sample_obs(policy.observation_space, 9))
+    nets = members(policy.critics)
+    assert len(nets) == policy.n_critics
+
+    batched = policy.critics(obs)
+    one_by_one = th.stack([net(obs) for net in nets])
+    assert batched.shape == (policy.n_critics, 9, 3)
+    assert batched.std() > 0.01
+    assert relative_error(batched.detach(), one_by_one.detach()) < 1e-5
+
+    target = th.linspace(-1, 1, 27).reshape(9, 3)
+    ((batched - target) ** 2).sum().backward()
+    ((one_by_one - target) ** 2).sum().backward()
+    for name, param in policy.critics.net.named_parameters():
+        expected = th.stack([net.get_parameter(name).grad for net in nets])
+        assert relative_error(param.grad, expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "min"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stack_equals_networks_one_by_one(architecture, reduction):
+    """The weighted sum, with a stack that has been full for a while, at several batch sizes."""
+    policy = make_policy(architecture, critic_reduction=reduction)
+    stack = []
+    for i in range(7):
+        stack = [*stack, push(policy, seed=i, kl_coef=1.0 + i, ent_coef=0.1 + 0.2 * (i % 3))][-4:]
+    for batch_size in (1, 2, 33):
+        obs = sample_obs(policy.observation_space, batch_size)
+        sums = policy.logit_sums(obs)
+        assert sums.shape == (batch_size, 3)
+        assert sums.dtype == th.float32
+        assert not sums.requires_grad
+        expected = loop_sum(policy, stack, policy.preprocess(obs))
+        assert expected.std() > 0.01
+        assert relative_error(sums, expected) < 1e-5
+        th.testing.assert_close(policy.logits(obs), policy.frozen_critics.weights.scale * sums, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 256, 5000])
+@pytest.mark.parametrize("memory_size", [1, 2, 60])
+def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size):
+    """Whatever way of evaluation is chosen for these sizes: the same sums, to float precision."""
+    policy = make_policy("mlp", memory_size=memory_size, net_arch=[32, 32])
+    for i in range(memory_size + 7):
+        push(policy, seed=i, kl_coef=20.0, ent_coef=0.4)
+    obs = sample_obs(policy.observation_space, batch_size)
+    assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
+
+
+def test_batches_do_not_mix_observations():
+    """The value at an observation does not depend on what else is in the batch."""
+    policy = make_policy("mlp", memory_size=20)
+    for i in range(20):
+        push(policy, seed=i)
+    obs = sample_obs(policy.observation_space, 300)
+    one_by_one = th.cat([policy.logit_sums(obs[i : i + 1]) for i in range(300)])
+    assert relative_error(policy.logit_sums(obs), one_by_one) < 1e-6
+
+
+def test_empty_stack_is_uniform():
+    policy = make_policy("dict")
+    obs = sample_obs(policy.observation_space, 5)
+    assert policy.logits(obs).tolist() == [[0.0] * 3] * 5
+    np.testing.assert_allclose(policy.get_distribution(obs).distribution.probs, 1 / 3, rtol=1e-6)
+
+
+def test_new_critics_start_at_zero():
+    """The first policies are uniform whatever the observations."""
+    policy = MlpPolicy(BOX, spaces.Discrete(3), lambda _: 1e-3, net_arch=[16])
+    obs = sample_obs(BOX, 5)
+    assert (policy.critics(obs) == 0).all()
+    policy.push_critics(1.0, 0.1)
+    assert (policy.logits(obs) == 0).all()
+    first, second = policy.critics.net.q_net[0].weight
+    assert not th.equal(first, second)  # but the members are different networks
+
+
+def test_reductions():
+    nets = [QNetwork(FlattenExtractor(BOX), 3, [8]) for _ in range(3)]
+    for i, net in enumerate(nets):
+        randomise(net, i)
+    obs = sample_obs(BOX, 6)
+    expected = th.stack([net(obs) for net in nets])
+    ensembles = {name: CriticEnsemble([copy.deepcopy(net) for net in nets], name) for name in ("mean", "min")}
+    th.testing.assert_close(ensembles["mean"].q_values(obs), (expected[0] + expected[1] + expected[2]) / 3)
+    th.testing.assert_close(
+        ensembles["min"].q_values(obs), th.minimum(expected[0], th.minimum(expected[1], expected[2]))
+    )
+
+
+def test_preprocessing_is_sb3s():
+    """Images scaled, discrete observations one-hot, and raw images if so wished."""
+    for architecture in ("image", "dict", "discrete"):
+        policy = make_policy(architecture)
+        obs = sample_obs(policy.observation_space, 4)
+        expected = preprocess_obs(obs, policy.observation_space, normalize_images=True)
+        th.testing.assert_close(policy.preprocess(obs), expected)
+    policy = make_policy("image", normalize_images=False, features_extractor_kwargs=dict(normalized_image=False))
+    obs = sample_obs(policy.observation_space, 4)
+    th.testing.assert_close(policy.preprocess(obs), obs.float())
+
+
+# Growth, deletion and freezing
+
+
+@pytest.mark.parametrize("memory_size", [1, 2, 5])
+def test_growth_and_deletion_order(memory_size):
+    """Entries are the critics at the time of their push, oldest first; a full stack loses its oldest entry."""
+    policy = make_policy("mlp", memory_size=memory_size)
+    obs = sample_obs(BOX, 6)
+    pushed, seen = [], []
+    for i in range(3 * memory_size + 1):
+        randomise(policy.critics, seed=i)
+        pushed.append(policy.q_values(policy.critics, obs))
+        update, deleted = policy.push_critics(1.0, 0.1)
+        assert len(policy.frozen_critics) == min(i + 1, memory_size)
+        if i < memory_size:
+            assert deleted is None
+            assert not update.deletes
+        else:
+            assert update.deletes
+            th.testing.assert_close(policy.q_values(deleted, obs), pushed[i - memory_size], rtol=0, atol=0)
+            seen.append(deleted)
+        randomise(policy.critics, seed=1000 + i)  # the online critics train on
+        values = [policy.q_values(entry, obs) for entry in policy.frozen_critics]
+        for value, expected in zip(values, pushed[-memory_size:], strict=False):
+            th.testing.assert_close(value, expected, rtol=0, atol=0)
+        th.testing.assert_close(policy.q_values(policy.frozen_critics[-1], obs), pushed[i], rtol=0, atol=0)
+    for deleted, expected in zip(seen, pushed, strict=False):  # deleted entries stay what they were
+        th.testing.assert_close(policy.q_values(deleted, obs), expected, rtol=0, atol=0)
+
+
+def test_exact_rule_keeps_everything():
+    policy = make_policy("mlp", memory_size=2, logit_rule="exact")
+    stack = [push(policy, seed=i, kl_coef=5.0, ent_coef=0.3) for i in range(11)]
+    assert len(policy.frozen_critics) == 11
+    obs = sample_obs(BOX, 6)
+    assert relative_error(policy.logit_sums(obs), loop_sum(policy, stack, obs)) < 1e-5
+
+
+def test_no_gradient_reaches_frozen_critics():
+    """Training changes nothing in the stack, and the optimizer does not know of it or of the targets."""
+    model = make_model(memory_size=3)
+    model.learn(70)
+    policy = model.policy
+    assert len(policy.frozen_critics) == 3
+    trained = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
+    assert trained == {id(param) for param in policy.critics.parameters()}
+    frozen = [*policy.frozen_critics.parameters(), *policy.critics_target.parameters()]
+    assert not any(param.requires_grad for param in frozen)
+    assert not any(entry.training for entry in policy.frozen_critics)
+
+    before = copy.deepcopy(policy.frozen_critics.state_dict())
+    online = copy.deepcopy(policy.critics.state_dict())
+    model.policy_update_interval = 10**6
+    model.train(gradient_steps=20, batch_size=16)
+    after = policy.frozen_critics.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert key == "_extra_state" or th.equal(value, after[key]), key
+    assert after["_extra_state"] == before["_extra_state"]
+    assert not any(th.equal(value, online[key]) for key, value in policy.critics.state_dict().items())
+    assert all(param.grad is None for param in frozen)
+    assert not policy.logits(th.zeros(2, 4)).requires_grad
+
+
+def test_dropout_acts_in_training_only():
+    """The policy is a function; only the gradient step draws dropout masks."""
+    policy = make_policy("extractor")
+    for i in range(3):
+        push(policy, seed=i)
+    obs = sample_obs(BOX, 8)
+    policy.set_training_mode(True)
+    assert th.equal(policy.logits(obs), policy.logits(obs))
+    assert th.equal(policy.q_values(policy.critics_target, obs), policy.q_values(policy.critics_target, obs))
+    assert not th.equal(policy.critics(obs), policy.critics(obs))
+
+
+def test_buffers_are_refused():
+    """Running statistics would differ between entries, and a batched pass has one set of them."""
+
+    class BatchNormExtractor(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.norm = nn.BatchNorm1d(self.features_dim)
+
+        def forward(self, obs):
+            return self.norm(super().forward(obs))
+
+    with pytest.raises(ValueError, match=r"(?i)features.extractor.*BatchNorm"):
+        make_model(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
+
+
+# Memory
+
+
+def assert_entries_are_live(policy):
+    """What is written into the parameters of an entry is what the policy evaluates: there is no second copy."""
+    obs = sample_obs(policy.observation_space, 6)
+    for i, entry in enumerate(policy.frozen_critics):
+        before = policy.logit_sums(obs)
+        with th.no_grad():
+            entry.net.q_net[-1].bias += 1.0
+        after = policy.logit_sums(obs)
+        th.testing.assert_close(
+            after - before, th.full_like(before, policy.frozen_critics.weights.values[i]), rtol=1e-3, atol=1e-4
+        )
+        with th.no_grad():
+            entry.net.q_net[-1].bias -= 1.0
+    storages = {}
+    for name, param in policy.frozen_critics.named_parameters():
+        layer = name.partition(".")[2]
+        storages.setdefault(layer, set()).add(param.untyped_storage().data_ptr())
+    assert all(len(pointers) == 1 for pointers in storages.values())
+
+
+def round_trip(policy, kind):
+    if kind == "push":
+        push(policy, seed=77)
+    elif kind == "dtype":
+        policy.to(th.float64)
+        assert {param.dtype for param in policy.frozen_critics.parameters()} == {th.float64}
+        policy.to(th.float32)
+    elif kind == "device":
+        policy.to("cpu")
+    elif kind == "deepcopy":
+        return copy.deepcopy(policy)
+    elif kind == "pickle":
+        return pickle.loads(pickle.dumps(policy.frozen_critics)), policy
+    elif kind == "state_dict":
+        other = make_policy("mlp", memory_size=5)
+        other.load_state_dict(policy.state_dict())
+        return other
+    return policy
+
+
+@pytest.mark.parametrize("n_entries", [1, 3, 5, 8])
+@pytest.mark.parametrize("kind", ["push", "dtype", "device", "deepcopy", "pickle", "state_dict"])
+def test_block_and_entries_share_memory(kind, n_entries):
+    """Also after everything that moves or copies a module; and the stack grows on correctly afterwards."""
+    policy = make_policy("mlp", memory_size=5)
+    for i in range(n_entries):
+        push(policy, seed=i)
+    obs = sample_obs(BOX, 6)
+    before = policy.logit_sums(obs)
+    if kind == "pickle":
+        copied, original = round_trip(policy, kind)
+        policy = make_policy("mlp", memory_size=5)
+        policy.frozen_critics = copied
+    else:
+        original = policy
+        policy = round_trip(policy, kind)
+    if kind != "push":
+        th.testing.assert_close(policy.logit_sums(obs), before, rtol=0, atol=0)
+        assert policy.frozen_critics.weights.values == original.frozen_critics.weights.values
+    assert not any(param.requires_grad for param in policy.frozen_critics.parameters())
+    assert_entries_are_live(policy)
+    expected = original.logit_sums(obs)
+    for i in range(7):
+        push(policy, seed=100 + i)
+        assert_entries_are_live(policy)
+        assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+    if policy is not original:  # a copy is independent of its original
+        th.testing.assert_close(original.logit_sums(obs), expected, rtol=0, atol=0)
+
+
+def live_tensor_bytes():
+    """Bytes of all distinct storages of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for obj in gc.get_objects():
+        if issubclass(type(obj), th.Tensor):
+            storage = obj.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("memory_size", [33, 100])
+def test_memory_of_a_full_stack(memory_size):
+    """A full stack takes at most 5% more than its critics' parameters: no copies, no spare capacity."""
+    before = live_tensor_bytes()
+    policy = make_policy("mlp", memory_size=memory_size, net_arch=[64, 64])
+    empty = live_tensor_bytes() - before
+    for i in range(memory_size + 20):
+        push(policy, seed=i)
+        policy.logit_sums(th.zeros(1, 4))
+    one_entry = sum(param.nbytes for param in policy.critics.parameters())
+    assert live_tensor_bytes() - before - empty <= 1.05 * memory_size * one_entry
+
+
+def test_memory_while_growing_is_at_most_doubled():
+    policy = make_policy("mlp", memory_size=200, net_arch=[64, 64])
+    one_entry = sum(param.nbytes for param in policy.critics.parameters())
+    before = live_tensor_bytes()
+    for n in range(1, 71):
+        push(policy, seed=n)
+        if n % 23 == 0:
+            assert live_tensor_bytes() - before <= 2.05 * n * one_entry
+
+
+# Weights that do not matter
+
+
+@pytest.mark.parametrize("coefs", [(1.0, 9.0), (1.0, 1.0), (20.0, 0.4)])
+def test_skipping_negligible_weights(coefs):
+    """Skipping changes the weighted average of the Q-values by less than float resolution, however old they are."""
+    policy = make_policy("mlp", memory_size=120)
+    for i in range(130):
+        push(policy, *(i, *coefs))
+    obs = sample_obs(BOX, 50)
+    values = th.stack([slow_q_values(entry, obs) for entry in policy.frozen_critics])
+    weights = th.tensor(policy.frozen_critics.weights.values, dtype=th.float64)
+    # The stated bound: less than 2^-32 of the sum of the weights times max|Q| for each skipped critic, and rounding
+    bound = (120 * 2.0**-32 + 1e-6) * weights.sum() * values.abs().max()
+    error = (policy.logit_sums(obs) - th.tensordot(weights, values, dims=1)).abs().max()
+    assert error <= bound
+
+
+def test_old_critics_with_huge_values_are_within_the_bound():
+    """An old critic whose values are a million times larger does count where its weight says so."""
+    policy = make_policy("mlp", memory_size=10)
+    randomise(policy.critics, seed=0)
+    with th.no_grad():
+        for param in policy.critics.net.q_net[-1].parameters():
+            param *= 1e6
+    policy.push_critics(1.0, 9.0)
+    for i in range(5):  # the weight of the first is 1e-5 now
+        push(policy, seed=i, kl_coef=1.0, ent_coef=9.0)
+    obs = sample_obs(BOX, 50)
+    expected = slow_logit_sums(policy, obs)
+    without_first = sum(
+        weight * slow_q_values(entry, obs)
+        for weight, entry in list(zip(policy.frozen_critics.weights.values, policy.frozen_critics, strict=True))[1:]
+    )
+    assert relative_error(without_first, expected) > 0.1
+    assert relative_error(policy.logit_sums(obs), expected) < 1e-6
+
+
+# Loading
+
+
+@pytest.mark.parametrize("n_entries", range(6))
+@pytest.mark.parametrize("n_before", [0, 2, 5, 7])
+def test_a_stack_of_any_size_loads(n_before, n_entries):
+    """Whatever the stack held before; and it goes on as the original does."""
+    policy = make_policy("mlp", memory_size=5)
+    for i in range(n_entries):
+        push(policy, seed=i, kl_coef=1.0 + i)
+    other = make_policy("mlp", memory_size=5)
+    for i in range(n_before):
+        push(other, seed=50 + i)
+    other.load_state_dict(policy.state_dict())
+    obs = sample_obs(BOX, 6)
+    assert len(other.frozen_critics) == n_entries
+    for i in range(8):
+        th.testing.assert_close(other.logits(obs), policy.logits(obs), rtol=0, atol=0)
+        push(policy, seed=100 + i)
+        push(other, seed=100 + i)
+
+
+def test_a_larger_stack_is_refused():
+    """The error says how large it is, and which argument is needed; a larger memory takes it."""
+    policy = make_policy("mlp", memory_size=5)
+    for i in range(5):
+        push(policy, seed=i)
+    other = make_policy("mlp", memory_size=3)
+    with pytest.raises(ValueError, match=r"5 frozen critics.*memory_size=3.*memory_size >= 5"):
+        other.load_state_dict(policy.state_dict())
+    larger = make_policy("mlp", memory_size=9)
+    larger.load_state_dict(policy.state_dict())
+    unlimited = make_policy("mlp", memory_size=3, logit_rule="exact")
+    unlimited.load_state_dict(policy.state_dict())
+    obs = sample_obs(BOX, 6)
+    for loaded in (larger, unlimited):
+        th.testing.assert_close(loaded.logit_sums(obs), policy.logit_sums(obs), rtol=0, atol=0)
+
+
+def test_model_refuses_a_larger_stack_and_stays_whole():
+    """The parameters of a model are not changed by a set_parameters() that fails."""
+    model, other = make_model(memory_size=4), make_model(memory_size=2, seed=1)
+    grow(model, 4)
+    grow(other, 2, seed=9)
+    obs = sample_obs(other.observation_space, 6).clamp(-3, 3)
+    logits, q_values = other.policy.logits(obs), other.policy.critics(obs)
+    with pytest.raises(ValueError, match=r"memory_size >= 4"):
+        other.set_parameters(model.get_parameters())
+    th.testing.assert_close(other.policy.logits(obs), logits, rtol=0, atol=0)
+    th.testing.assert_close(other.policy.critics(obs), q_values, rtol=0, atol=0)
+
+
+def test_wrong_architecture_is_refused():
+    policy, other = make_policy("mlp"), make_policy("tanh")
+    push(policy, seed=0)
+    with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
+        other.load_state_dict(policy.state_dict())

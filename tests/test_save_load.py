@@ -1,0 +1,552 @@
+"""Saving and loading: what was saved comes back, training goes on as it would have, and no file is ever half."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from helpers import RandomObsEnv, grow, make_model, randomise, relative_error, sample_obs
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
+
+M = 4
+SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
+POLICIES = {"box": "MlpPolicy", "dict": "MultiInputPolicy", "image": "CnnPolicy"}
+
+
+def grown_model(n, kind="box", **kwargs):
+    """A model with n policy updates behind it."""
+    model = make_model(RandomObsEnv(kind), POLICIES[kind], memory_size=M, **kwargs)
+    grow(model, n)
+    randomise(model.policy.critics, 12345)
+    randomise(model.policy.critics_target, 54321)
+    return model
+
+
+def observations(model, n=40):
+    """As a user passes them to the policy: preprocessed to tensors, images channel-first."""
+    return sample_obs(model.observation_space, n)
+
+
+def assert_same_policy(actual: StaQPolicy, expected: StaQPolicy, obs):
+    """Bitwise: logits, online critics, targets and weights."""
+    assert len(actual.frozen_critics) == len(expected.frozen_critics)
+    assert actual.frozen_critics.weights.values == expected.frozen_critics.weights.values
+    assert th.equal(actual.logits(obs), expected.logits(obs))
+    for name in ("critics", "critics_target"):
+        assert th.equal(actual.q_values(getattr(actual, name), obs), expected.q_values(getattr(expected, name), obs)), (
+            name
+        )
+    if len(actual.frozen_critics) > 0:
+        assert expected.logits(obs).std() > 0
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("n", SIZES)
+def test_round_trip_of_the_model(n, kind, tmp_path):
+    kwargs = {} if kind != "image" else dict(policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)))
+    model = grown_model(n, kind, **kwargs)
+    model.save(tmp_path / "model.zip")
+    obs = observations(model)
+    loaded = StaQ.load(tmp_path / "model.zip")
+    assert_same_policy(loaded.policy, model.policy, obs)
+    assert loaded.policy.frozen_critics.weights.full == (n >= M)
+
+    other = make_model(RandomObsEnv(kind), POLICIES[kind], memory_size=M, **{**kwargs, "seed": 1})
+    grow(other, 2, seed=100)
+    other.set_parameters(tmp_path / "model.zip")
+    assert_same_policy(other.policy, model.policy, obs)
+
+    # The stack grows on in the same way
+    for each in (model, loaded, other):
+        grow(each, 2, seed=200)
+    assert_same_policy(loaded.policy, model.policy, obs) if n else None
+    assert th.equal(loaded.policy.logits(obs), model.policy.logits(obs))
+    assert th.equal(other.policy.logits(obs), model.policy.logits(obs))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_round_trip_of_parameters(n):
+    """``get_parameters`` and ``set_parameters`` without a file."""
+    model, other = grown_model(n), grown_model(2, seed=1)
+    params = model.get_parameters()
+    assert params.keys() == {"policy", "policy.optimizer"}
+    other.set_parameters(params)
+    assert_same_policy(other.policy, model.policy, observations(model))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_round_trip_of_the_policy(n, tmp_path):
+    model = grown_model(n)
+    obs = observations(model)
+    model.policy.save(tmp_path / "policy.pth")
+    assert_same_policy(MlpPolicy.load(tmp_path / "policy.pth"), model.policy, obs)
+    file = io.BytesIO()
+    model.policy.save(file)
+    file.seek(0)
+    assert_same_policy(StaQPolicy.load(file), model.policy, obs)
+
+
+def test_round_trip_of_the_policys_arguments(tmp_path):
+    """A policy is rebuilt with everything that it was built with."""
+    kwargs = dict(
+        net_arch=[7],
+        activation_fn=th.nn.PReLU,
+        optimizer_class=th.optim.SGD,
+        optimizer_kwargs=dict(momentum=0.5),
+        features_extractor_kwargs=dict(cnn_output_dim=5),
+    )
+    env = RandomObsEnv("dict")
+    model = StaQ(
+        "MultiInputPolicy",
+        env,
+        memory_size=3,
+        n_critics=3,
+        critic_reduction="min",
+        logit_rule="exact",
+        policy_kwargs=kwargs,
+        device="cpu",
+    )
+    grow(model, 5)
+    model.policy.save(tmp_path / "policy.pth")
+    loaded = MultiInputPolicy.load(tmp_path / "policy.pth")
+    assert_same_policy(loaded, model.policy, observations(model))
+    assert len(loaded.frozen_critics) == 5
+    assert (loaded.n_critics, loaded.critic_reduction, loaded.logit_rule) == (3, "min", "exact")
+    assert type(loaded.optimizer) is th.optim.SGD
+    assert loaded.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+SECOND_PROCESS = """
+import sys
+import torch as th
+th.set_num_threads(1)
+from sb3_staq import MlpPolicy, StaQ
+obs, *logits = th.load(sys.argv[1])
+for path, expected in zip(sys.argv[2:], logits):
+    policy = MlpPolicy.load(path) if path.endswith(".pth") else StaQ.load(path).policy
+    assert th.equal(policy.logits(obs), expected), path
+    print(len(policy.frozen_critics), expected.std().item() > 0)
+"""
+
+
+def test_round_trip_through_a_second_process(tmp_path):
+    """Logits are bitwise equal in a process that knows only the files."""
+    paths, logits = [], []
+    for n in SIZES:
+        model = grown_model(n)
+        obs = observations(model)
+        for name in ("model.zip", "policy.pth"):
+            path = tmp_path / f"{n}_{name}"
+            (model if name == "model.zip" else model.policy).save(path)
+            paths.append(str(path))
+            logits.append(model.policy.logits(obs))
+    th.save([obs, *logits], tmp_path / "expected.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", SECOND_PROCESS, str(tmp_path / "expected.pt"), *paths], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == [f"{min(n, M)} {n > 0}" for n in SIZES for _ in range(2)]
+
+
+def test_file_holds_the_stack_once(tmp_path):
+    """The critics' parameters are float32 and are stored once, without spare capacity, at a full stack."""
+    model = make_model(memory_size=40, net_arch=(64, 64))
+    grow(model, 60)
+    model.save(tmp_path / "model.zip")
+    one_entry = sum(param.nbytes for param in model.policy.critics.parameters())
+    size = (tmp_path / "model.zip").stat().st_size
+    assert 42 * one_entry < size < 1.15 * 42 * one_entry  # with critics and targets
+
+
+def test_parameters_load_with_weights_only(tmp_path):
+    """SB3 loads with ``weights_only=True``: nothing in the file's tensors needs code of this package."""
+    model = grown_model(M + 1)
+    model.save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        assert archive.testzip() is None
+        assert {"data", "policy.pth", "policy.optimizer.pth", "_stable_baselines3_version"} <= set(archive.namelist())
+        params = th.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+        assert json.loads(archive.read("data"))["memory_size"] == M
+    assert params["frozen_critics._extra_state"]["values"] == model.policy.frozen_critics.weights.values
+
+
+def test_exact_match(tmp_path):
+    """As for every SB3 algorithm: parameters that are missing are an error, unless allowed to be."""
+    model, other = grown_model(2), grown_model(1, seed=1)
+    params = model.get_parameters()
+    obs = observations(model)
+    with pytest.raises(ValueError, match="Names of parameters do not match"):
+        other.set_parameters({"policy": params["policy"]})
+    with pytest.raises(ValueError, match="invalid object name"):
+        other.set_parameters({**params, "nothing": {}})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.set_parameters({**params, "policy": {k: v for k, v in params["policy"].items() if "target" not in k}})
+    other = grown_model(1, seed=1)
+    other.set_parameters({"policy": params["policy"]}, exact_match=False)
+    assert_same_policy(other.policy, model.policy, obs)
+
+
+# Training goes on
+
+
+class StopHalfWay(BaseCallback):
+    def _on_step(self):
+        return self.num_timesteps < 68
+
+
+def trained_model(**kwargs):
+    """
+    Stopped at step 68 of 200, so that everything that training moves is half-way: coefficients, learning rate,
+    exploration, counters. The fifth policy update was at step 65.
+    """
+    kwargs = {
+        "learning_rate": lambda progress: 0.01 * progress + 1e-4,
+        "ent_coef": "lin_0.5_0.1",
+        "kl_coef": lambda progress: 1.0 + progress,
+        "exploration_initial_eps": 0.5,
+        "exploration_final_eps": 0.1,
+        "exploration_fraction": 0.9,
+        "buffer_size": 50,
+        "policy_update_interval": 9,
+        **kwargs,
+    }
+    model = make_model(RandomObsEnv(), **kwargs)
+    model.learn(200, callback=StopHalfWay())
+    return model
+
+
+def reload(model, tmp_path, **kwargs):
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = StaQ.load(tmp_path / "model", env=RandomObsEnv(), **kwargs)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.set_logger(model.logger)
+    return loaded
+
+
+def flat_state(model):
+    """All parameters, the optimizer's moments and all weights, in one vector."""
+    parts = [param.detach().flatten() for param in model.policy.parameters()]
+    for state in model.policy.optimizer.state.values():
+        parts += [value.detach().flatten().float() for value in state.values()]
+    parts.append(th.tensor(model.policy.frozen_critics.weights.values))
+    return th.cat(parts)
+
+
+@pytest.mark.parametrize("logit_cache", [True, False])
+def test_next_train_is_the_one_that_would_have_come(logit_cache, tmp_path):
+    """
+    With the replay buffer and the random state, all parameters after ``train`` are the same: bitwise with direct
+    evaluation; with the cache, which is rebuilt after loading, up to rounding. Policy updates fall on the same steps.
+    """
+    model = trained_model(logit_cache=logit_cache)
+    loaded = reload(model, tmp_path)
+    assert th.equal(flat_state(loaded), flat_state(model))
+    n_updates = []
+    for step in range(1, 13):
+        for each in (model, loaded):
+            each.num_timesteps += 3
+            each._update_current_progress_remaining(each.num_timesteps, 200)
+            th.manual_seed(step)
+            np.random.seed(step)
+            each.train(gradient_steps=3, batch_size=16)
+        n_updates.append(model._n_policy_updates)
+        assert loaded._n_policy_updates == model._n_policy_updates
+        assert loaded._n_updates == model._n_updates
+        assert loaded._current_ent_coef == model._current_ent_coef
+        if logit_cache:
+            assert relative_error(flat_state(loaded), flat_state(model)) < 1e-4
+        else:
+            assert th.equal(flat_state(loaded), flat_state(model))
+    # Learning starts at 20: policy updates at 29, ..., 65, then at 74, 83, 92, 101
+    assert n_updates == [5 + (68 + 3 * step - 65) // 9 for step in range(1, 13)]
+    assert n_updates[-1] > n_updates[0]
+
+
+def test_state_of_a_loaded_model(tmp_path):
+    """Counters, rates and coefficients are where they were, and schedules give what they gave."""
+    model = trained_model()
+    loaded = reload(model, tmp_path)
+    assert 0.1 < model.exploration_rate < 0.5
+    assert 0.6 < model._current_progress_remaining < 0.7
+    assert 0.1 < model._current_ent_coef < 0.5
+    for name in (
+        "num_timesteps",
+        "_n_updates",
+        "_n_policy_updates",
+        "_last_policy_update",
+        "_episode_num",
+        "_current_progress_remaining",
+        "_current_ent_coef",
+        "exploration_rate",
+    ):
+        assert getattr(loaded, name) == getattr(model, name), name
+    assert (loaded.num_timesteps, loaded._n_updates, loaded._n_policy_updates) == (68, 47, 5)
+    for progress in (1.0, 0.7, 0.0):
+        assert loaded.lr_schedule(progress) == model.lr_schedule(progress)
+        assert loaded.kl_coef_schedule(progress) == 1.0 + progress
+        assert loaded.ent_coef_schedule(progress) == pytest.approx(0.1 + 0.4 * progress)
+        assert loaded.exploration_schedule(progress) == model.exploration_schedule(progress)
+    learning_rate = model.policy.optimizer.param_groups[0]["lr"]
+    assert loaded.policy.optimizer.param_groups[0]["lr"] == learning_rate
+    assert 0.006 < learning_rate < 0.008
+    assert list(loaded.ep_info_buffer) == list(model.ep_info_buffer)
+    assert loaded.policy_kwargs == dict(net_arch=[16])
+
+
+def test_learning_goes_on(tmp_path):
+    """``reset_num_timesteps=False`` counts on from where the saved model was, with or without the replay buffer."""
+    model = trained_model()
+    for with_buffer in (True, False):
+        loaded = reload(model, tmp_path)
+        if not with_buffer:
+            loaded = StaQ.load(tmp_path / "model", env=RandomObsEnv())
+        before = flat_state(loaded).clone()
+        loaded.learn(36, reset_num_timesteps=False)
+        assert loaded.num_timesteps == 104
+        assert loaded._n_policy_updates == 9
+        assert not th.equal(flat_state(loaded), before)
+    loaded.learn(40)  # and with a reset from the beginning
+    assert loaded.num_timesteps == 40
+    assert loaded._n_policy_updates == 9 + 2
+
+
+def test_load_with_another_number_of_environments(tmp_path):
+    model = trained_model()
+    model.save(tmp_path / "model")
+    env = DummyVecEnv([RandomObsEnv] * 3)
+    loaded = StaQ.load(tmp_path / "model", env=env)
+    assert loaded.n_envs == 3
+    assert_same_policy(loaded.policy, model.policy, observations(model))
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 128
+    assert loaded.replay_buffer.n_envs == 3
+    assert loaded._n_policy_updates == 5 + 7  # at 74, 83, ..., 128
+
+
+def test_load_with_other_arguments(tmp_path):
+    """Keyword arguments replace what was saved, and take effect from the next policy update on."""
+    model = trained_model()
+    model.save(tmp_path / "model")
+    obs = observations(model)
+    loaded = StaQ.load(tmp_path / "model", env=RandomObsEnv(), ent_coef="lin_0.3", buffer_size=1, kl_coef=2.0)
+    assert_same_policy(loaded.policy, model.policy, obs)
+    assert loaded.replay_buffer.buffer_size == 1
+    assert [loaded.ent_coef_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [0.3, 0.15, 0.0]
+    assert loaded.kl_coef_schedule(0.5) == 2.0
+    loaded.learn(30, reset_num_timesteps=False)
+    assert loaded._n_policy_updates == 5 + 3
+    assert 0.003 <= loaded._current_ent_coef < 0.3
+
+    larger = StaQ.load(tmp_path / "model", memory_size=9)
+    assert_same_policy(larger.policy, model.policy, obs)
+    assert not larger.policy.frozen_critics.weights.full
+    with pytest.raises(ValueError, match=r"memory_size >= 4"):
+        StaQ.load(tmp_path / "model", memory_size=3)
+    with pytest.raises(ValueError, match=r"ent_coef=-1"):
+        StaQ.load(tmp_path / "model", ent_coef=-1.0)
+    with pytest.raises(ValueError, match=r"(?i)policy.kwargs"):
+        StaQ.load(tmp_path / "model", policy_kwargs=dict(net_arch=[4]))
+
+
+def test_custom_objects(tmp_path):
+    """What cannot be deserialised elsewhere can be replaced while loading."""
+    model = trained_model()
+    model.save(tmp_path / "model")
+    custom = dict(learning_rate=0.5, lr_schedule=lambda _: 0.5, kl_coef=7.0, kl_coef_schedule=lambda _: 0.0)
+    loaded = StaQ.load(tmp_path / "model", env=RandomObsEnv(), custom_objects=custom)
+    assert loaded.learning_rate == 0.5
+    assert loaded.kl_coef_schedule(1.0) == 7.0  # made from the argument
+    assert_same_policy(loaded.policy, model.policy, observations(model))
+    data, _, _ = load_from_zip_file(tmp_path / "model", custom_objects=custom)
+    assert data["kl_coef"] == 7.0
+
+
+def test_load_without_environment(tmp_path):
+    """Enough for predicting; an environment can be set later."""
+    model = trained_model()
+    model.save(tmp_path / "model")
+    loaded = StaQ.load(tmp_path / "model")
+    assert loaded.get_env() is None
+    obs = observations(model).numpy()
+    assert np.array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    with pytest.raises((AssertionError, ValueError)):
+        loaded.learn(10)
+    loaded.set_env(RandomObsEnv())
+    loaded.learn(30, reset_num_timesteps=False)
+    assert loaded._n_policy_updates == 5 + 3
+    with pytest.raises(ValueError, match=r"Observation spaces do not match"):
+        StaQ.load(tmp_path / "model", env=gym.make("CartPole-v1"))
+
+
+# Where files go
+
+
+def test_paths(tmp_path, monkeypatch):
+    """Strings, paths, open files, names without a suffix, with another one, and in folders that do not exist."""
+    model = grown_model(2)
+    obs = observations(model)
+    monkeypatch.chdir(tmp_path)
+    for path, file in [
+        ("plain", "plain.zip"),
+        (pathlib.Path("path"), "path.zip"),
+        ("suffix.zip", "suffix.zip"),
+        ("other.v1", "other.v1"),
+        ("new/folder/model", "new/folder/model.zip"),
+        (tmp_path / "absolute" / "model.zip", "absolute/model.zip"),
+        (str(tmp_path / "ünï cödé"), "ünï cödé.zip"),
+    ]:
+        model.save(path)
+        assert (tmp_path / file).is_file()
+        assert_same_policy(StaQ.load(path).policy, model.policy, obs)
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert_same_policy(StaQ.load(file).policy, model.policy, obs)
+    with open("open.zip", "wb") as file:
+        model.save(file)
+    assert_same_policy(StaQ.load("open.zip").policy, model.policy, obs)
+
+    model.save_replay_buffer("sub/buffer")
+    assert (tmp_path / "sub/buffer.pkl").is_file()
+    model.load_replay_buffer("sub/buffer")
+    file = io.BytesIO()
+    model.save_replay_buffer(file)
+    file.seek(0)
+    model.load_replay_buffer(file)
+    model.policy.save("another/policy.pth")
+    assert_same_policy(MlpPolicy.load("another/policy.pth"), model.policy, obs)
+    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
+
+
+def test_a_folder_of_that_name(tmp_path):
+    """As in SB3: the file gets another name."""
+    (tmp_path / "model.zip").mkdir()
+    model = grown_model(1)
+    with pytest.warns(UserWarning, match="is a folder"):
+        model.save(tmp_path / "model.zip")
+    assert (tmp_path / "model.zip").is_dir()
+    assert_same_policy(StaQ.load(tmp_path / "model.zip_2").policy, model.policy, observations(model))
+
+
+def test_links_and_permissions_are_kept(tmp_path):
+    """A save through a link replaces what it points to; a new file has the permissions of any new file."""
+    model = grown_model(1)
+    (tmp_path / "real").mkdir()
+    model.save(tmp_path / "real" / "first.zip")
+    (tmp_path / "link.zip").symlink_to(tmp_path / "real" / "first.zip")
+    other = grown_model(3)
+    other.save(tmp_path / "link.zip")
+    assert (tmp_path / "link.zip").is_symlink()
+    assert_same_policy(StaQ.load(tmp_path / "real" / "first.zip").policy, other.policy, observations(model))
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "real" / "first.zip").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("what", ["model", "buffer", "policy"])
+def test_failed_save_leaves_the_old_file_and_nothing_else(what, tmp_path, monkeypatch):
+    """An exception half-way (a full disk, say): the old file is whole and no other file is there."""
+    model = grown_model(2)
+    path = tmp_path / {"model": "model.zip", "buffer": "buffer.pkl", "policy": "policy.pth"}[what]
+    save = {"model": model.save, "buffer": model.save_replay_buffer, "policy": model.policy.save}[what]
+    save(path)
+    old = path.read_bytes()
+    grow(model, 2, seed=9)
+
+    def fail(obj, file, *args, **kwargs):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    for target in ("torch.save", "pickle.dump"):
+        monkeypatch.setattr(target, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(path)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "new" / path.name)
+    assert path.read_bytes() == old
+    assert [item.name for item in tmp_path.iterdir() if item.is_file()] == [path.name]
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.undo()
+    save(path)
+    assert path.read_bytes() != old or what == "buffer"
+
+
+# Saves that are killed. The child stops in the middle of the write, says so, and waits to be killed
+KILLED_CHILD = """
+import sys
+import torch as th
+th.set_num_threads(1)
+sys.path.insert(0, sys.argv[3])
+from test_save_load import grown_model
+what, path = sys.argv[1:3]
+model = grown_model(3)
+def stop(obj, file, *args, **kwargs):
+    file.write(b"half of it")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+if what == "buffer":
+    import pickle
+    pickle.dump = stop
+    model.save_replay_buffer(path)
+elif what == "policy":
+    th.save = stop
+    model.policy.save(path)
+elif what == "model_late":
+    import os
+    os.replace = lambda *args: stop(None, open(os.devnull, "wb"))
+    model.save(path)
+else:
+    th.save = stop
+    model.save(path)
+print("not killed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "model_late", "buffer", "policy"])
+def test_killed_save_leaves_the_old_file(what, tmp_path):
+    """SIGKILL in the middle of a save, or just before its end: the old file is as it was and loads."""
+    model = grown_model(2)
+    path = tmp_path / {"buffer": "buffer.pkl", "policy": "policy.pth"}.get(what, "model.zip")
+    {"buffer": model.save_replay_buffer, "policy": model.policy.save}.get(what, model.save)(path)
+    old = path.read_bytes()
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED_CHILD, what, str(path), str(pathlib.Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "writing\n"
+        files_meanwhile = [item for item in tmp_path.iterdir() if item != path]
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+    assert child.returncode == -signal.SIGKILL
+    assert len(files_meanwhile) == 1  # it was writing beside the old file
+    assert path.read_bytes() == old
+    if what == "buffer":
+        model.load_replay_buffer(path)
+    elif what == "policy":
+        assert_same_policy(MlpPolicy.load(path), model.policy, observations(model))
+    else:
+        assert_same_policy(StaQ.load(path).policy, model.policy, observations(model))
+        model.save(path)  # and the next save works
+        assert_same_policy(StaQ.load(path).policy, model.policy, observations(model))
