@@ -57,7 +57,7 @@ class StaQPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         critic_reduction: str = "mean",
-        memory_size: int = 300,
+        memory_size: int = 50,
         logit_rule: str = "weight_corrected",
     ):
         if optimizer_kwargs is None:

@@ -50,7 +50,8 @@ class StaQ(OffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
-    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most
+    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most. Acting costs M critics, so
+        no more than what the weights, which fall as ``(kl_coef / (kl_coef + ent_coef))**age``, make use of
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says)
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
@@ -103,18 +104,18 @@ class StaQ(OffPolicyAlgorithm):
         buffer_size: int = 100_000,
         learning_starts: int = 1000,
         batch_size: int = 256,
-        tau: float = 1.0,
+        tau: float = 0.005,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
+        train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = -1,
-        memory_size: int = 300,
+        memory_size: int = 50,
         logit_rule: str = "weight_corrected",
-        kl_coef: float | str | Schedule = 1.0,
+        kl_coef: float | str | Schedule = 0.5,
         ent_coef: float | str | Schedule = 0.05,
         policy_update_interval: int = 500,
         n_critics: int = 2,
         critic_reduction: str = "mean",
-        target_update_interval: int = 200,
+        target_update_interval: int = 1,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 0.05,
         exploration_final_eps: float = 0.05,

@@ -95,6 +95,8 @@ def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :return: arguments for the constructor
     """
     hyperparams = convert_offpolicy_params(sampled_params)
+    # The target update interval is one of hard updates, whatever the hyperparameter file has
+    hyperparams["tau"] = 1.0
     # A finished trial has the arguments of HER among all the others
     her_keys = {"n_sampled_goal", "goal_selection_strategy"} & hyperparams.keys()
     her_kwargs = {key: hyperparams.pop(key) for key in her_keys}

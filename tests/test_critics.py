@@ -261,21 +261,6 @@ def test_dropout_acts_in_training_only():
     assert not th.equal(policy.critics(obs), policy.critics(obs))
 
 
-def test_buffers_are_refused():
-    """Running statistics would differ between entries, and a batched pass has one set of them."""
-
-    class BatchNormExtractor(FlattenExtractor):
-        def __init__(self, observation_space):
-            super().__init__(observation_space)
-            self.norm = nn.BatchNorm1d(self.features_dim)
-
-        def forward(self, obs):
-            return self.norm(super().forward(obs))
-
-    with pytest.raises(ValueError, match=r"(?i)features.extractor.*BatchNorm"):
-        make_model(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
-
-
 # Memory
 
 

@@ -70,8 +70,9 @@ def test_train(trained: Path):
     assert model.num_timesteps == 600 and model.policy_update_interval == 100
     assert (folder / "best_model.zip").is_file() and (folder / "replay_buffer.pkl").is_file()
     # The rest is from the hyperparameter file
-    assert saved_config(folder)["memory_size"] == model.memory_size == 50
-    assert model.policy.net_arch == [64, 64]
+    tuned = yaml.safe_load(sb3_staq.zoo.default_config().read_text())["CartPole-v1"]
+    assert saved_config(folder) == {**tuned, "learning_starts": 100, "policy_update_interval": 100}
+    assert model.memory_size == tuned["memory_size"]
 
 
 @pytest.mark.parametrize("args", [[], ["--load-best"], ["--n-envs", "2"]])
