@@ -11,18 +11,28 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.45"
 
 
-def box(ax: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str, alpha: float = 0.15) -> None:
+def box(
+    ax: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str, alpha: float = 0.15
+) -> None:
     """A rounded box with its text; x, y are the lower left corner."""
     style = "round,pad=0.02,rounding_size=0.08"
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=color, alpha=alpha, linewidth=0))
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="none", edgecolor=color, linewidth=1.4))
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="none", edgecolor=color, linewidth=1.4)
+    )
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
 
 
 def arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
     ax.add_patch(
         FancyArrowPatch(
-            start, end, connectionstyle=f"arc3,rad={curve}", arrowstyle="-|>", mutation_scale=14, color=GREY, linewidth=1.4
+            start,
+            end,
+            connectionstyle=f"arc3,rad={curve}",
+            arrowstyle="-|>",
+            mutation_scale=14,
+            color=GREY,
+            linewidth=1.4,
         )
     )
 

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq import StaQ
 
@@ -60,13 +61,9 @@ def main() -> None:
     model = StaQ(
         "MlpPolicy",
         Monitor(gym.make("CartPole-v1"), str(args.folder)),
-        learning_rate=1e-3,
+        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
         batch_size=128,
         train_freq=8,
-        memory_size=30,
-        kl_coef=0.2,
-        ent_coef=0.05,
-        target_update_interval=1,
         tau=0.01,
         policy_kwargs=dict(net_arch=[64, 64]),
         seed=args.seed,

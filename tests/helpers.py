@@ -11,16 +11,28 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from sb3_staq import StaQ
 from sb3_staq.critics import CriticEnsemble, QNetwork
 
+# Everything that decides a result is here, so that tests do not depend on the defaults
 SMALL = dict(
     learning_rate=0.01,
     buffer_size=300,
     learning_starts=20,
     batch_size=16,
+    tau=1.0,
+    gamma=0.99,
+    train_freq=1,
+    gradient_steps=-1,
     memory_size=4,
+    logit_rule="weight_corrected",
     policy_update_interval=10,
+    n_critics=2,
+    critic_reduction="mean",
     target_update_interval=5,
     kl_coef=1.0,
     ent_coef=0.1,
+    exploration_fraction=0.1,
+    exploration_initial_eps=0.05,
+    exploration_final_eps=0.05,
+    reward_scale=1.0,
     seed=0,
     device="cpu",
 )

@@ -408,7 +408,7 @@ def test_exact_rule_converges_to_the_regularised_optimum(seed):
 
 
 def test_corrected_rule_has_no_error_floor_but_truncation_has():
-    """Deleting old Q-functions costs nothing in the limit with corrected weights, order beta^M in the logits without."""
+    """Deleting old Q-functions costs nothing in the limit with corrected weights; order beta^M in the logits if not."""
     mdp = RandomMDP(seed=1)
     floors = {}
     for memory_size in (6, 12):

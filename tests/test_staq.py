@@ -94,6 +94,7 @@ def test_images(channel_first):
         learning_starts=10,
         batch_size=8,
         policy_update_interval=10,
+        train_freq=1,
         gradient_steps=1,
         device="cpu",
     )
