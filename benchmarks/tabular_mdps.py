@@ -1,0 +1,129 @@
+"""Markov decision processes small enough for exact soft policy evaluation, and a batch of them at a time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch as th
+
+from sb3_staq.mirror_descent import soft_value
+
+# Start anywhere; moves against a wall or the border do nothing; G is absorbing
+GRID = """
+........
+.####.#.
+.#....#.
+.#.##.#.
+...#...G
+"""
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
+
+
+@dataclass(frozen=True)
+class TabularMDP:
+    """
+    A batch of MDPs of one size (the batch may have any shape, also none), in double precision.
+
+    :param reward: expected reward of each action, shape (..., states, actions)
+    :param transition: probabilities of the next states, shape (..., states, actions, states)
+    :param gamma: discount factor
+    """
+
+    reward: th.Tensor
+    transition: th.Tensor
+    gamma: float
+
+    @property
+    def n_actions(self) -> int:
+        return self.reward.shape[-1]
+
+    def look_ahead(self, values: th.Tensor) -> th.Tensor:
+        """
+        :param values: values of the next states, shape (..., states)
+        :return: ``r(s,a) + gamma E[V(s')]``, shape (..., states, actions)
+        """
+        return self.reward + self.gamma * (self.transition @ values[..., None, :, None]).squeeze(-1)
+
+    def evaluate(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
+        """
+        The soft Q-function of a policy: exact, the solution of a linear system.
+
+        :param log_pi: log-probabilities of the policy, shape (..., states, actions)
+        :param ent_coef: weight of the entropy
+        :return: same shape
+        """
+        transition = (log_pi.exp()[..., None] * self.transition).sum(dim=-2)
+        system = th.eye(transition.shape[-1], dtype=transition.dtype) - self.gamma * transition
+        # Reward and entropy of one step are together the soft value of the reward
+        return self.look_ahead(th.linalg.solve(system, soft_value(log_pi, self.reward, ent_coef)))
+
+    def optimal_q_values(self, ent_coef: float) -> th.Tensor:
+        """
+        The optimal soft Q-function by soft value iteration, which knows nothing of policies or mirror descent.
+
+        :param ent_coef: weight of the entropy
+        :return: shape (..., states, actions)
+        """
+        q_values = th.zeros_like(self.reward)
+        # Each sweep shrinks the error by gamma: as many as it takes to double precision
+        for _ in range(math.ceil(math.log(1e-17) / math.log(self.gamma))):
+            q_values = self.look_ahead(ent_coef * th.logsumexp(q_values / ent_coef, dim=-1))
+        return q_values
+
+
+def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, gamma: float) -> TabularMDP:
+    """
+    Random MDPs after Archibald et al. 1995: from every state, each action leads to a few random states with random
+    probabilities. Rewards are uniform in [0, 1].
+
+    :param seeds: one MDP each
+    :param n_states: number of states
+    :param n_actions: number of actions
+    :param branching: number of states that an action can lead to
+    :param gamma: discount factor
+    :return: the batch, with leading shape (number of seeds,)
+    """
+    rewards, transitions = [], []
+    for seed in seeds:
+        generator = th.Generator().manual_seed(seed)
+        shape = (n_states, n_actions)
+        rewards.append(th.rand(shape, generator=generator, dtype=th.float64))
+        reachable = th.rand((*shape, n_states), generator=generator, dtype=th.float64).argsort(dim=-1)[..., :branching]
+        # The gaps between sorted uniform numbers are uniform on the simplex
+        cuts = th.rand((*shape, branching - 1), generator=generator, dtype=th.float64).sort(dim=-1).values
+        ends = th.ones((*shape, 1), dtype=th.float64)
+        probabilities = th.diff(th.cat([0 * ends, cuts, ends], dim=-1), dim=-1)
+        transitions.append(th.zeros((*shape, n_states), dtype=th.float64).scatter_(-1, reachable, probabilities))
+    return TabularMDP(th.stack(rewards), th.stack(transitions), gamma)
+
+
+def grid_cells(grid: str = GRID) -> list[tuple[int, int]]:
+    """
+    :param grid: the map: ``#`` is a wall, ``G`` the goal
+    :return: row and column of each state
+    """
+    rows = grid.strip().splitlines()
+    return [(i, j) for i, row in enumerate(rows) for j, symbol in enumerate(row) if symbol != "#"]
+
+
+def grid_world(gamma: float, slip: float = 0.0, grid: str = GRID) -> TabularMDP:
+    """
+    Reward -1 for every step until the goal. A batch of no dimensions: one MDP.
+
+    :param gamma: discount factor
+    :param slip: probability that a random move is made instead of the chosen one
+    :param grid: the map, see :func:`grid_cells`
+    :return: the MDP, its states in the order of :func:`grid_cells`, its actions in that of ``MOVES``
+    """
+    rows = grid.strip().splitlines()
+    index = {cell: state for state, cell in enumerate(grid_cells(grid))}
+    moved = th.zeros(len(index), len(MOVES), len(index), dtype=th.float64)
+    reward = th.full(moved.shape[:2], -1.0, dtype=th.float64)
+    for (i, j), state in index.items():
+        at_goal = rows[i][j] == "G"
+        if at_goal:
+            reward[state] = 0.0
+        for action, (down, right) in enumerate(MOVES):
+            target = state if at_goal else index.get((i + down, j + right), state)
+            moved[state, action, target] = 1.0
+    return TabularMDP(reward, (1 - slip) * moved + slip * moved.mean(dim=1, keepdim=True), gamma)
