@@ -1,67 +1,160 @@
-"""Action spaces as a product of categorical choices ("groups"): the form in which mirror descent is closed-form."""
+"""
+Action spaces as a product of categorical choices ("groups"): the form in which mirror descent is closed-form.
 
-from typing import NamedTuple
+A policy is the product of one softmax per group, a critic is a sum of one value per group. ``choices`` are the indices
+chosen within each group, shape (batch, number of groups). "Stored" actions are what SB3's replay buffers hold, shape
+(batch, action_dim): the actions themselves, but scaled to [-1, 1] for Box.
+"""
 
+import itertools
+
+import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
 
-SUPPORTED_ACTION_SPACES = (spaces.Discrete,)
+SUPPORTED_ACTION_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
+ACTION_GRIDS = ("factored", "axis", "joint")
+MAX_JOINT_CHOICES = 4096
 
 
-class ActionGroups(NamedTuple):
+class ActionGroups:
     """
-    A finite action space as groups of choices. Logits and Q-values have one column per choice, group after group.
+    Groups of choices. Logits and Q-values have one column per choice, group after group.
 
-    :param space: the action space
     :param sizes: the number of choices of each group
     """
 
-    space: spaces.Discrete
-    sizes: tuple[int, ...]
+    def __init__(self, sizes: list[int]):
+        self.sizes = tuple(sizes)
+        # The column of each group's first choice
+        self._offsets = th.as_tensor(np.cumsum([0, *sizes[:-1]]))
 
     @property
     def n_choices(self) -> int:
         """The number of columns of the logits."""
         return sum(self.sizes)
 
-    def decode(self, columns: th.Tensor) -> th.Tensor:
+    def decode(self, choices: th.Tensor) -> th.Tensor:
         """
-        :param columns: the column chosen in each group, shape (batch, number of groups)
-        :return: actions of the space, shape (batch, *space.shape)
+        :param choices: shape (batch, number of groups)
+        :return: stored actions, shape (batch, action_dim)
         """
-        return columns.squeeze(1) + int(self.space.start)
+        raise NotImplementedError
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
         """
-        :param actions: actions as a replay buffer stores them, shape (batch, action_dim)
-        :return: the column chosen in each group, shape (batch, number of groups)
+        :param actions: stored actions of any agent, shape (batch, action_dim)
+        :return: the nearest choices, shape (batch, number of groups)
         """
-        return actions.long() - int(self.space.start)
+        raise NotImplementedError
 
-    def uniform(self, batch_size: int, device: th.device) -> th.Tensor:
+    def columns(self, choices: th.Tensor) -> th.Tensor:
+        """
+        :param choices: shape (batch, number of groups)
+        :return: their columns in logits and Q-values, same shape
+        """
+        return choices + self._offsets.to(choices.device)
+
+    def uniform(self, batch_size: int) -> th.Tensor:
         """
         :param batch_size: number of actions
-        :param device: where to draw them
-        :return: columns chosen uniformly at random, shape (batch_size, number of groups)
+        :return: choices drawn uniformly, shape (batch_size, number of groups)
         """
-        return th.randint(self.n_choices, (batch_size, 1), device=device)
+        return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1)
 
     def distribution(self, logits: th.Tensor) -> Distribution:
         """
         :param logits: shape (batch, n_choices)
         :return: the policy as SB3's distribution over choices
         """
-        return CategoricalDistribution(self.n_choices).proba_distribution(logits)
+        if len(self.sizes) == 1:
+            return CategoricalDistribution(self.n_choices).proba_distribution(logits)
+        return MultiCategoricalDistribution(list(self.sizes)).proba_distribution(logits)
 
 
-def make_action_groups(space: spaces.Space) -> ActionGroups:
+class EvenlySpacedGroups(ActionGroups):
+    """
+    One group for each component of the action, whose choices are evenly spaced numbers.
+
+    :param sizes: the number of choices of each component
+    :param lowest: first choice of each component
+    :param spacing: difference of successive choices of each component
+    :param dtype: of the stored actions
+    """
+
+    def __init__(self, sizes: list[int], lowest: np.ndarray, spacing: np.ndarray, dtype: th.dtype):
+        super().__init__(sizes)
+        self._lowest = th.as_tensor(lowest, dtype=th.float64)
+        self._spacing = th.as_tensor(spacing, dtype=th.float64)
+        self._last = th.as_tensor(sizes) - 1
+        self._dtype = dtype
+
+    def decode(self, choices: th.Tensor) -> th.Tensor:
+        values = self._lowest.to(choices.device) + self._spacing.to(choices.device) * choices
+        return values.to(self._dtype)
+
+    def encode(self, actions: th.Tensor) -> th.Tensor:
+        steps = (actions - self._lowest.to(actions.device)) / self._spacing.to(actions.device)
+        return steps.round().long().clamp(min=0).minimum(self._last.to(actions.device))
+
+
+class ListedGroup(ActionGroups):
+    """
+    A single group, whose choices are whole actions.
+
+    :param actions: the stored action of each choice, shape (number of choices, action_dim)
+    """
+
+    def __init__(self, actions: np.ndarray):
+        super().__init__([len(actions)])
+        self._actions = th.as_tensor(actions, dtype=th.float32)
+
+    def decode(self, choices: th.Tensor) -> th.Tensor:
+        return self._actions.to(choices.device)[choices.squeeze(1)]
+
+    def encode(self, actions: th.Tensor) -> th.Tensor:
+        return th.cdist(actions.float(), self._actions.to(actions.device)).argmin(dim=1, keepdim=True)
+
+
+def make_action_groups(space: spaces.Space, action_grid: str = "factored", action_bins: int = 3) -> ActionGroups:
     """
     :param space: the action space
+    :param action_grid: for Box with d dimensions: "factored" (d groups of ``action_bins`` evenly spaced values), "axis"
+        (one group: zero, and each dimension at either bound) or "joint" (one group of ``action_bins**d``)
+    :param action_bins: number of values per dimension of a Box for "factored" and "joint"
     :return: its groups of choices
-    :raise ValueError: if the space is not supported; the message lists those that are
+    :raise ValueError: if the space is not supported, or has too many joint choices; says what is accepted
     """
     if isinstance(space, spaces.Discrete):
-        return ActionGroups(space, (int(space.n),))
-    supported = ", ".join(kind.__name__ for kind in SUPPORTED_ACTION_SPACES)
+        return EvenlySpacedGroups([int(space.n)], np.array([space.start]), np.ones(1), th.int64)
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return EvenlySpacedGroups(space.nvec.tolist(), space.start, np.ones(len(space.nvec)), th.int64)
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+        n_bits = space.shape[0]
+        return EvenlySpacedGroups([2] * n_bits, np.zeros(n_bits), np.ones(n_bits), th.int64)
+    if isinstance(space, spaces.Box):
+        return _make_box_groups(int(np.prod(space.shape)), action_grid, action_bins)
+    supported = "Discrete, Box, and MultiDiscrete and MultiBinary of one dimension"
     raise ValueError(f"action_space={space} is not supported by StaQ; supported: {supported}")
+
+
+def _make_box_groups(n_dims: int, action_grid: str, action_bins: int) -> ActionGroups:
+    bins = np.linspace(-1.0, 1.0, action_bins)
+    if action_grid == "factored":
+        return EvenlySpacedGroups(
+            [action_bins] * n_dims, np.full(n_dims, -1.0), np.full(n_dims, 2 / (action_bins - 1)), th.float32
+        )
+    if action_grid == "axis":
+        eye = np.eye(n_dims)
+        return ListedGroup(np.concatenate([np.zeros((1, n_dims)), -eye, eye]))
+    if action_bins**n_dims > MAX_JOINT_CHOICES:
+        raise ValueError(
+            f"action_grid='joint' with action_bins={action_bins} and {n_dims} dimensions has {action_bins**n_dims} "
+            f"choices; accepted: at most {MAX_JOINT_CHOICES}, or another action_grid"
+        )
+    return ListedGroup(np.array(list(itertools.product(bins, repeat=n_dims))))

@@ -6,7 +6,7 @@ the parameters of all its entries, and the parameters of the entries in the ``nn
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -28,13 +28,35 @@ _CHUNK_ELEMENTS = 2**20
 _NEGLIGIBLE_WEIGHT = 2.0**-32
 
 
+class Dueling(nn.Module):
+    """
+    The additive critic of several groups of choices: ``Q(s,a) = V(s) + sum_g A_g(s,a_g)``, each ``A_g`` centred within
+    its group. Without centring, choices that are seldom taken keep stale values while V grows.
+
+    :param group_sizes: the number of choices of each group
+    """
+
+    def __init__(self, group_sizes: Sequence[int]):
+        super().__init__()
+        self.group_sizes = list(group_sizes)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: advantages and value, shape (..., sum(group_sizes) + 1)
+        :return: the terms of the sum, V shared equally by the groups, shape (..., sum(group_sizes))
+        """
+        value = x[..., -1:] / len(self.group_sizes)
+        advantages = x[..., :-1].split(self.group_sizes, dim=-1)
+        return th.cat([value + group - group.mean(dim=-1, keepdim=True) for group in advantages], dim=-1)
+
+
 class QNetwork(nn.Module):
     """
-    One critic: features extractor, then an MLP with one output per choice. The last layer starts at zero, so the first
-    policies are uniform.
+    One critic: features extractor, then an MLP with one output per choice; dueling if there are several groups. The
+    last layer starts at zero, so the first policies are uniform.
 
     :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
-    :param n_choices: number of outputs
+    :param group_sizes: the number of choices of each group
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation function
     """
@@ -42,7 +64,7 @@ class QNetwork(nn.Module):
     def __init__(
         self,
         features_extractor: BaseFeaturesExtractor,
-        n_choices: int,
+        group_sizes: Sequence[int],
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
@@ -53,9 +75,13 @@ class QNetwork(nn.Module):
                 "stack of critics cannot hold; accepted: extractors without, e.g. with LayerNorm or GroupNorm instead"
             )
         self.features_extractor = features_extractor
-        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_choices, net_arch, activation_fn))
+        self.n_choices = sum(group_sizes)
+        n_outputs = self.n_choices + (len(group_sizes) > 1)
+        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_outputs, net_arch, activation_fn))
         for param in self.q_net[-1].parameters():
             nn.init.zeros_(param)
+        if len(group_sizes) > 1:
+            self.q_net.append(Dueling(group_sizes))
         # Layer by layer, with the names of its parameters: what a batched pass needs to know
         layers: dict[str, nn.Module] = {"features_extractor": self.features_extractor}
         layers.update({f"q_net.{i}": layer for i, layer in enumerate(self.q_net)})
@@ -103,7 +129,7 @@ def batched_forward(net: QNetwork, params: Mapping[str, th.Tensor], obs: PyTorch
             x = _batched_layer(layer, {leaf: params[name] for leaf, name in names.items()}, x, x_is_batched)
             x_is_batched = True
         else:
-            x = layer(x)  # nothing to learn in it: the same for all critics
+            x = layer(x)  # nothing to learn in it: the same for all critics, along the last dimension
     return x
 
 
@@ -162,7 +188,7 @@ class FrozenCritics(nn.ModuleList):
         self._slots: list[int] = []
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in self._named_template_parameters()}
         head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
-        self.n_choices = head[-1].shape[-2]
+        self.n_choices = template.net.n_choices
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:

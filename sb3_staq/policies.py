@@ -39,6 +39,8 @@ class StaQPolicy(BasePolicy):
     :param critic_reduction: How the critics' values become one, "mean" or "min"
     :param memory_size: The largest number of frozen ensembles
     :param logit_rule: "weight_corrected", "truncated" or "exact", see :mod:`sb3_staq.mirror_descent`
+    :param action_grid: which actions of a Box are choices, see :func:`sb3_staq.action_spaces.make_action_groups`
+    :param action_bins: number of values per dimension of a Box
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -59,6 +61,8 @@ class StaQPolicy(BasePolicy):
         critic_reduction: str = "mean",
         memory_size: int = 50,
         logit_rule: str = "weight_corrected",
+        action_grid: str = "factored",
+        action_bins: int = 3,
     ):
         if optimizer_kwargs is None:
             # The same numbers in one kernel instead of several per parameter
@@ -71,6 +75,7 @@ class StaQPolicy(BasePolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             normalize_images=normalize_images,
+            squash_output=isinstance(action_space, spaces.Box),  # `predict` rescales from [-1, 1]
         )
         if net_arch is None:
             net_arch = [] if self.features_extractor_class == NatureCNN else [256, 256]
@@ -80,7 +85,9 @@ class StaQPolicy(BasePolicy):
         self.critic_reduction = critic_reduction
         self.memory_size = memory_size
         self.logit_rule = logit_rule
-        self.action_groups = make_action_groups(action_space)
+        self.action_grid = action_grid
+        self.action_bins = action_bins
+        self.action_groups = make_action_groups(action_space, action_grid, action_bins)
 
         critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
         # First, so that a saved stack that is too large is refused before anything is overwritten
@@ -95,7 +102,7 @@ class StaQPolicy(BasePolicy):
         )
 
     def _make_critic(self) -> QNetwork:
-        return QNetwork(self.make_features_extractor(), self.action_groups.n_choices, self.net_arch, self.activation_fn)
+        return QNetwork(self.make_features_extractor(), self.action_groups.sizes, self.net_arch, self.activation_fn)
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
@@ -150,7 +157,7 @@ class StaQPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         choices = self.get_distribution(observation).get_actions(deterministic=deterministic)
-        return self.action_groups.decode(choices.unsqueeze(1))
+        return self.action_groups.decode(choices.reshape(len(choices), -1))
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
         """
@@ -175,6 +182,8 @@ class StaQPolicy(BasePolicy):
             critic_reduction=self.critic_reduction,
             memory_size=self.memory_size,
             logit_rule=self.logit_rule,
+            action_grid=self.action_grid,
+            action_bins=self.action_bins,
         )
 
     def set_training_mode(self, mode: bool) -> None:

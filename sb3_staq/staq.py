@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -22,7 +23,7 @@ from sb3_staq.mirror_descent import decay_rate, entropy, kl_divergence, log_poli
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.schedules import make_schedule
-from sb3_staq.validation import STACK_ARGUMENTS, check_arguments, check_coefficients
+from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -50,8 +51,8 @@ class StaQ(OffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
-    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most. Acting costs M critics, so
-        no more than what the weights, which fall as ``(kl_coef / (kl_coef + ent_coef))**age``, make use of
+    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most. Acting costs M critics,
+        so no more than what the weights, which fall as ``(kl_coef / (kl_coef + ent_coef))**age``, make use of
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says)
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
@@ -66,6 +67,10 @@ class StaQ(OffPolicyAlgorithm):
     :param exploration_fraction: fraction of entire training period over which the exploration rate is reduced
     :param exploration_initial_eps: initial probability of a uniformly random action
     :param exploration_final_eps: final probability of a uniformly random action; all others follow the softmax policy
+    :param action_grid: which actions of a Box are choices: "factored" (``action_bins`` evenly spaced values of each
+        dimension, chosen independently), "axis" (zero, and each dimension at either bound) or "joint" (all combinations
+        of ``action_bins`` values; for few dimensions)
+    :param action_bins: number of values per dimension of a Box, at least 2
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
@@ -119,6 +124,8 @@ class StaQ(OffPolicyAlgorithm):
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 0.05,
         exploration_final_eps: float = 0.05,
+        action_grid: str = "factored",
+        action_bins: int = 3,
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -169,6 +176,8 @@ class StaQ(OffPolicyAlgorithm):
         self.exploration_fraction = exploration_fraction
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_final_eps = exploration_final_eps
+        self.action_grid = action_grid
+        self.action_bins = action_bins
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 
@@ -192,7 +201,7 @@ class StaQ(OffPolicyAlgorithm):
         check_coefficients(self)
         # The stack's arguments belong to the algorithm; the policy only gets to know them
         policy_kwargs = self.policy_kwargs
-        self.policy_kwargs = {**policy_kwargs, **{name: getattr(self, name) for name in STACK_ARGUMENTS}}
+        self.policy_kwargs = {**policy_kwargs, **{name: getattr(self, name) for name in POLICY_ARGUMENTS}}
         super()._setup_model()
         self.policy_kwargs = policy_kwargs
         if self._n_policy_updates == 0:
@@ -258,7 +267,7 @@ class StaQ(OffPolicyAlgorithm):
 
     def _evaluate_policy(self, gradient_steps: int, batch_size: int) -> None:
         """Train the critics towards the soft Q-function of the current policy."""
-        policy = self.policy
+        policy, groups = self.policy, self.policy.action_groups
         losses, td_errors = [], []
         for _ in range(gradient_steps):
             batch, cache_index = self._sample(batch_size)
@@ -272,7 +281,7 @@ class StaQ(OffPolicyAlgorithm):
                 targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
 
             q_values = policy.critics(policy.preprocess(batch.observations))
-            chosen = policy.action_groups.encode(batch.actions).expand(len(q_values), -1, -1)
+            chosen = groups.columns(groups.encode(batch.actions)).expand(len(q_values), -1, -1)
             td_error = q_values.gather(2, chosen).sum(dim=2) - targets.squeeze(1)
             # Each critic has its own regression: mean over the batch, sum over the critics
             loss = td_error.square().mean(dim=1).sum()
@@ -368,20 +377,31 @@ class StaQ(OffPolicyAlgorithm):
 
     def _explore(self, actions: np.ndarray) -> np.ndarray:
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
-        for i in np.flatnonzero(np.random.rand(len(actions)) < self.exploration_rate):
-            actions[i] = self.action_space.sample()
+        explores = np.random.rand(len(actions)) < self.exploration_rate
+        if explores.any():
+            actions[explores] = self._to_env_actions(self.policy.action_groups.uniform(int(explores.sum())))
         return actions
+
+    def _to_env_actions(self, choices: th.Tensor) -> np.ndarray:
+        """Choices, shape (batch, number of groups), as actions, shape (batch, *action_space.shape)."""
+        stored = self.policy.action_groups.decode(choices).cpu().numpy()
+        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
+        return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.num_timesteps < learning_starts or self._last_logit_sums is None:
-            return super()._sample_action(learning_starts, action_noise, n_envs)
-        # The cache has just evaluated the stack at these observations
+        assert self._last_obs is not None
         groups = self.policy.action_groups
-        choices = groups.distribution(self.policy.scale(self._last_logit_sums)).sample().unsqueeze(1)
-        actions = self._explore(groups.decode(choices).cpu().numpy())
-        return actions, actions
+        if self.num_timesteps < learning_starts:  # random choices, not random actions: a Box has actions off the grid
+            actions = self._to_env_actions(groups.uniform(n_envs))
+        elif self._last_logit_sums is None:
+            actions, _ = self.predict(self._last_obs)
+        else:  # the cache has just evaluated the stack at these observations
+            choices = groups.distribution(self.policy.scale(self._last_logit_sums)).sample()
+            actions = self._explore(self._to_env_actions(choices.reshape(n_envs, -1)))
+        is_box = isinstance(self.action_space, spaces.Box)
+        return actions, self.policy.scale_action(actions) if is_box else actions
 
     def _store_transition(
         self,

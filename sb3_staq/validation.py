@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from stable_baselines3.common.type_aliases import TrainFreq
 
+from sb3_staq.action_spaces import ACTION_GRIDS, make_action_groups
 from sb3_staq.critics import CRITIC_REDUCTIONS
 from sb3_staq.mirror_descent import LOGIT_RULES
 from sb3_staq.schedules import is_number
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sb3_staq.staq import StaQ
 
 # Arguments of the policy that the algorithm sets itself
-STACK_ARGUMENTS = ("n_critics", "critic_reduction", "memory_size", "logit_rule")
+POLICY_ARGUMENTS = ("n_critics", "critic_reduction", "memory_size", "logit_rule", "action_grid", "action_bins")
 
 
 def _is_whole(value: Any, minimum: int) -> bool:
@@ -41,6 +42,7 @@ def check_arguments(model: "StaQ") -> None:
         "n_critics": 1,
         "target_update_interval": 1,
         "n_steps": 1,
+        "action_bins": 2,
     }
     for name, minimum in minima.items():
         check(name, _is_whole(getattr(model, name), minimum), f"a whole number >= {minimum}")
@@ -52,7 +54,11 @@ def check_arguments(model: "StaQ") -> None:
         value = getattr(model, name)
         check(name, is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     check("reward_scale", is_number(model.reward_scale) and model.reward_scale > 0, "a finite number > 0")
-    for name, names in {"logit_rule": LOGIT_RULES, "critic_reduction": tuple(CRITIC_REDUCTIONS)}.items():
+    for name, names in {
+        "logit_rule": LOGIT_RULES,
+        "critic_reduction": tuple(CRITIC_REDUCTIONS),
+        "action_grid": ACTION_GRIDS,
+    }.items():
         check(name, getattr(model, name) in names, ", ".join(names))
     check("logit_cache", isinstance(model.logit_cache, bool) or model.logit_cache == "auto", "'auto', True, False")
     learning_rate = model.learning_rate
@@ -63,12 +69,13 @@ def check_arguments(model: "StaQ") -> None:
         valid = len(train_freq) == 2 and _is_whole(train_freq[0], 1) and train_freq[1] in ("step", "episode")
         check("train_freq", valid, 'a whole number >= 1, or a tuple of one and "step" or "episode"')
     _check_policy_kwargs(model.policy_kwargs)
+    make_action_groups(model.action_space, model.action_grid, model.action_bins)
 
 
 def _check_policy_kwargs(policy_kwargs: Any) -> None:
     if not isinstance(policy_kwargs, dict):
         raise ValueError(f"policy_kwargs={policy_kwargs!r} is not accepted; accepted: a dictionary")
-    for name in STACK_ARGUMENTS:
+    for name in POLICY_ARGUMENTS:
         if name in policy_kwargs:
             raise ValueError(f"policy_kwargs={policy_kwargs!r} has {name!r}; accepted: {name} as an argument of StaQ")
     net_arch = policy_kwargs.get("net_arch")

@@ -1,0 +1,268 @@
+"""Every action space as groups of choices, held against brute-force enumeration of the joint choices."""
+
+import itertools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import make_model
+from stable_baselines3 import SAC
+from stable_baselines3.common.envs import (
+    IdentityEnv,
+    IdentityEnvBox,
+    IdentityEnvMultiBinary,
+    IdentityEnvMultiDiscrete,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_staq import StaQ
+from sb3_staq.action_spaces import make_action_groups
+from sb3_staq.critics import Dueling
+from sb3_staq.mirror_descent import decay_rate, entropy, log_policy, step_size
+
+UNEVEN_BOX = spaces.Box(np.array([-1.0, 0.0, -3.0]), np.array([1.0, 2.0, 5.0]), dtype=np.float32)
+SPACES = {
+    "discrete": (spaces.Discrete(5), {}),
+    "discrete_start": (spaces.Discrete(3, start=-4), {}),
+    "multi_discrete": (spaces.MultiDiscrete([2, 4, 3]), {}),
+    "multi_discrete_start": (spaces.MultiDiscrete([2, 3], start=[5, -1]), {}),
+    "multi_binary": (spaces.MultiBinary(3), {}),
+    "box_factored": (UNEVEN_BOX, dict(action_grid="factored", action_bins=4)),
+    "box_axis": (UNEVEN_BOX, dict(action_grid="axis")),
+    "box_joint": (UNEVEN_BOX, dict(action_grid="joint", action_bins=3)),
+    "box_2d": (spaces.Box(-2.0, 1.0, (2, 2), np.float32), dict(action_grid="factored", action_bins=2)),
+}
+
+
+def all_choices(sizes) -> th.Tensor:
+    """Every combination of choices, shape (product of sizes, number of groups)."""
+    return th.tensor(list(itertools.product(*map(range, sizes))))
+
+
+class OneStepEnv(gym.Env):
+    """Episodes of one step with a constant observation, whatever the action space."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, action_space: spaces.Space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        return np.zeros(2, np.float32), 1.0, True, False, {}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_decode_and_encode_are_inverse(name):
+    """All joint choices give different stored actions, from which they are recovered."""
+    space, kwargs = SPACES[name]
+    groups = make_action_groups(space, **kwargs)
+    choices = all_choices(groups.sizes)
+    actions = groups.decode(choices)
+    assert len(actions.unique(dim=0)) == len(choices)
+    assert th.equal(groups.encode(actions), choices)
+
+
+def test_expected_choices():
+    """The numbers of choices of each grid, and their extremes."""
+    sizes = {name: make_action_groups(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}
+    assert sizes == {
+        "discrete": (5,),
+        "discrete_start": (3,),
+        "multi_discrete": (2, 4, 3),
+        "multi_discrete_start": (2, 3),
+        "multi_binary": (2, 2, 2),
+        "box_factored": (4, 4, 4),
+        "box_axis": (7,),
+        "box_joint": (27,),
+        "box_2d": (2, 2, 2, 2),
+    }
+    axis = make_action_groups(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
+    assert axis.abs().sum(dim=1).tolist() == [0] + [1] * 6
+    factored = make_action_groups(UNEVEN_BOX, "factored", 4).decode(all_choices((4, 4, 4)))
+    assert factored.unique().tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+
+
+@pytest.mark.parametrize("name", ["box_factored", "box_axis", "box_joint", "box_2d"])
+def test_encode_finds_the_nearest_choice(name):
+    """For arbitrary stored actions, as another agent's buffer holds them."""
+    space, kwargs = SPACES[name]
+    groups = make_action_groups(space, **kwargs)
+    actions = 2 * th.rand(200, int(np.prod(space.shape)), generator=th.Generator().manual_seed(0)) - 1
+    candidates = groups.decode(all_choices(groups.sizes))
+    found = groups.decode(groups.encode(actions))
+    distance = (actions.unsqueeze(1) - candidates).square().sum(dim=2).min(dim=1).values
+    assert th.allclose((actions - found).square().sum(dim=1), distance, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_distribution_against_the_joint_distribution(name):
+    """Log-probabilities and entropy of the product policy are those of the enumerated joint distribution."""
+    space, kwargs = SPACES[name]
+    groups = make_action_groups(space, **kwargs)
+    logits = th.randn(1, groups.n_choices, dtype=th.float64, generator=th.Generator().manual_seed(1))
+    choices = all_choices(groups.sizes)
+    # The sum of the chosen logits, by a loop, normalised over all joint choices
+    starts = [sum(groups.sizes[:g]) for g in range(len(groups.sizes))]
+    scores = th.tensor(
+        [sum(logits[0, start + int(c)] for start, c in zip(starts, row, strict=True)) for row in choices]
+    )
+    joint = scores - scores.logsumexp(dim=0)
+
+    distribution = groups.distribution(logits.expand(len(choices), -1))
+    chosen = choices if len(groups.sizes) > 1 else choices.squeeze(1)
+    assert th.allclose(distribution.log_prob(chosen), joint)
+    expected_entropy = -(joint.exp() * joint).sum()
+    assert th.allclose(distribution.entropy(), expected_entropy)
+    assert th.allclose(entropy(log_policy(logits, groups.sizes)), expected_entropy)
+    assert th.allclose(log_policy(logits, groups.sizes)[0, groups.columns(choices)].sum(dim=1), joint)
+
+
+def test_groupwise_update_is_the_joint_optimum():
+    """For an additive Q and a product policy, no joint distribution has a better value of the EPMD objective."""
+    generator = th.Generator().manual_seed(2)
+    sizes, kl_coef, ent_coef = (3, 2, 2), 0.7, 0.3
+    xi = th.randn(sum(sizes), dtype=th.float64, generator=generator)
+    q_terms = th.randn(sum(sizes), dtype=th.float64, generator=generator)
+    choices = all_choices(sizes)
+    columns = choices + th.tensor([0, 3, 5])
+
+    def joint(logits: th.Tensor) -> th.Tensor:
+        return log_policy(logits, sizes)[columns].sum(dim=1)
+
+    q_joint, log_old = q_terms[columns].sum(dim=1), joint(xi)
+
+    def objective(log_p: th.Tensor) -> th.Tensor:
+        p = log_p.exp()
+        return (p * q_joint).sum() - ent_coef * (p * log_p).sum() - kl_coef * (p * (log_p - log_old)).sum()
+
+    updated = joint(decay_rate(kl_coef, ent_coef) * xi + step_size(kl_coef, ent_coef) * q_terms)
+    free = th.zeros(len(choices), dtype=th.float64, requires_grad=True)
+    optimizer = th.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -objective(th.log_softmax(free, dim=0))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = th.log_softmax(free.detach(), dim=0)
+    assert objective(updated) >= objective(best) - 1e-12
+    assert th.allclose(updated.exp(), best.exp(), atol=1e-5)
+
+
+def test_dueling_terms():
+    """Each group's terms differ by its advantages and average to its share of the value."""
+    x = th.randn(4, 7 + 1)
+    terms = Dueling([3, 4])(x)
+    for columns in (slice(0, 3), slice(3, 7)):
+        assert th.allclose(terms[:, columns].mean(dim=1), x[:, -1] / 2, atol=1e-6)
+        differences = x[:, columns] - x[:, columns.start : columns.start + 1]
+        assert th.allclose(terms[:, columns] - terms[:, columns.start : columns.start + 1], differences, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_actions_are_in_the_space(name, tmp_path):
+    """Training, predicting and loading on every space; the environment asserts that it contains the actions."""
+    space, kwargs = SPACES[name]
+    model = make_model(OneStepEnv(space), exploration_initial_eps=0.5, exploration_final_eps=0.5, **kwargs)
+    model.learn(60)
+    assert len(model.policy.frozen_critics) > 0
+    obs = model.observation_space.sample()
+    for deterministic in (True, False):
+        action, _ = model.predict(obs, deterministic=deterministic)
+        assert space.contains(space.dtype.type(action) if space.shape == () else action)
+        batch, _ = model.predict(np.stack([obs] * 3), deterministic=deterministic)
+        assert batch.shape == (3, *space.shape)
+    model.save(tmp_path / "model.zip")
+    loaded = StaQ.load(tmp_path / "model.zip")
+    logits = model.policy.logits(th.zeros(1, 2))
+    assert th.equal(loaded.policy.logits(th.zeros(1, 2)), logits) and logits.abs().max() > 0
+    assert loaded.policy.action_groups.sizes == model.policy.action_groups.sizes
+
+
+def test_buffer_of_another_agent():
+    """Transitions that SAC collected, with actions anywhere in the box, train StaQ."""
+    sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=1000, buffer_size=500, seed=0)
+    sac.learn(200)
+    model = make_model("Pendulum-v1", action_bins=5, learning_starts=0)
+    model.learn(1)
+    model.replay_buffer = sac.replay_buffer
+    before = model.policy.critics.net.q_net[0].weight.clone()
+    model.train(gradient_steps=5, batch_size=32)
+    after = model.policy.critics.net.q_net[0].weight
+    assert th.isfinite(after).all() and not th.equal(after, before)
+
+
+def test_too_many_joint_choices():
+    """The error counts them and says what is accepted."""
+    space = spaces.Box(-1, 1, (6,), np.float32)
+    with pytest.raises(ValueError, match=r"action_grid='joint'.*action_bins=5.*15625.*4096"):
+        make_model(OneStepEnv(space), action_grid="joint", action_bins=5)
+
+
+IDENTITY_ENVS = {
+    "discrete": (lambda: IdentityEnv(10), {}),
+    "multi_discrete": (lambda: IdentityEnvMultiDiscrete(4), {}),
+    "multi_binary": (lambda: IdentityEnvMultiBinary(2), {}),
+    "box_factored": (lambda: IdentityEnvBox(eps=0.5), dict(action_bins=5)),
+    "box_axis": (lambda: IdentityEnvBox(eps=0.5), dict(action_grid="axis")),
+    "box_joint": (lambda: IdentityEnvBox(eps=0.5), dict(action_grid="joint", action_bins=5)),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITY_ENVS)
+def test_identity_environments_are_solved(name):
+    """The action must tell the observation: 100 is the largest return."""
+    make_env, kwargs = IDENTITY_ENVS[name]
+    model = make_model(
+        DummyVecEnv([make_env]),
+        net_arch=(32,),
+        gamma=0.0,
+        learning_rate=3e-3,
+        batch_size=64,
+        buffer_size=3000,
+        learning_starts=200,
+        train_freq=4,
+        policy_update_interval=100,
+        memory_size=20,
+        kl_coef=0.2,
+        ent_coef=0.05,
+        **kwargs,
+    )
+    model.learn(3000)
+    mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)
+    assert mean >= 90
+
+
+@pytest.mark.slow
+def test_pendulum():
+    """A continuous task: -200 and more is a pendulum that is swung up and held."""
+    model = make_model(
+        "Pendulum-v1",
+        net_arch=(64, 64),
+        gamma=0.98,
+        learning_rate=1e-3,
+        batch_size=128,
+        buffer_size=20_000,
+        learning_starts=1000,
+        train_freq=8,
+        tau=0.01,
+        target_update_interval=1,
+        policy_update_interval=200,
+        memory_size=25,
+        kl_coef=1.0,
+        ent_coef=0.2,
+        action_bins=9,
+    )
+    model.learn(10_000)
+    mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    assert mean >= -200
