@@ -19,7 +19,7 @@ typecheck: $(INSTALLED)
 	$(BIN)/mypy sb3_staq
 
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -35,6 +35,12 @@ wheel-test:
 	$(VENV)-wheel/bin/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir dist .
 	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd $$(mktemp -d) && $(abspath $(VENV))-wheel/bin/python -m rl_zoo3.train --algo staq --env CartPole-v1 -n 2000 --eval-freq -1
+
+# The results that the README shows; the runs take hours, are resumable and repeat nothing that is done
+figures: $(INSTALLED)
+	$(BIN)/python -m benchmarks run classic --algos staq
+	$(BIN)/python -m benchmarks report classic
+	$(BIN)/python docs/how_it_works.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo

@@ -24,6 +24,8 @@ extras = {
     "mujoco": ["gymnasium[mujoco]"],
     "minatar": ["minatar>=1.0.15"],
     "box2d": ["gymnasium[box2d]"],
+    # RLiable's bootstrap does not work with pandas 3 yet
+    "benchmarks": ["rliable>=1.2", "pandas<3", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
 }
 
 setup(
@@ -53,7 +55,7 @@ setup(
     ],
     extras_require={
         **extras,
-        "tests": ["pytest>=8", "ruff", "mypy", "setuptools>=68"],
+        "tests": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=68"],
         "all": sorted({requirement for requirements in extras.values() for requirement in requirements}),
     },
     classifiers=[

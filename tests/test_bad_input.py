@@ -247,9 +247,8 @@ class ActionsEnv(RandomObsEnv):
 
 
 UNSUPPORTED = [
-    spaces.Box(-1, 1, (2,), np.float32),
-    spaces.MultiDiscrete([2, 3]),
-    spaces.MultiBinary(3),
+    spaces.MultiDiscrete([[2, 3], [3, 2]]),
+    spaces.MultiBinary((2, 3)),
     spaces.Dict(a=spaces.Discrete(2)),
     spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2))),
     spaces.Text(3),
