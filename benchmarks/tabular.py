@@ -9,8 +9,8 @@ iteration. All distances are sup norms relative to that of the optimal soft Q-fu
 import argparse
 import math
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -121,8 +121,8 @@ def linear_rate(kl_coef: float, ent_coef: float, gamma: float) -> float:
 
 def bound(mdp: TabularMDP, kl_coef: float, ent_coef: float, n_iterations: int) -> np.ndarray:
     """
-    ``C d^k`` for the distance of ``ent_coef * xi_k`` under the exact rule from ``xi_0 = 0``; ``gamma`` times as much for
-    that of ``Q_k``.
+    ``C d^k`` for the distance of ``ent_coef * xi_k`` under the exact rule from ``xi_0 = 0``; ``gamma`` times as much
+    for that of ``Q_k``.
 
     With ``e_k = |Q* - ent_coef xi_k|`` and ``D = |Q_0|``, the policy improves at every iteration, from which
     ``|Q* - Q_k| <= gamma (e_k + beta^k D)``; the recursion gives ``e_{k+1} <= beta e_k + (1 - beta) |Q* - Q_k|``.
@@ -166,7 +166,7 @@ def floor(staq: TabularStaQ, n_iterations: int) -> tuple[float, float]:
     return distance(staq.evaluate(), optimum).mean(), distance(staq.scaled_logits, optimum).mean()
 
 
-def fitted_slope(x: Sequence[float], y: Sequence[float], largest: float = 0.1) -> float:
+def fitted_slope(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series, largest: float = 0.1) -> float:
     """
     :param x: abscissas
     :param y: ordinates; what is lost in rounding is left out
@@ -213,8 +213,8 @@ def noisy_iteration(staq: TabularStaQ, noise: float, n_burn_in: int, n_measured:
 # The experiments: each returns a table of its numbers
 
 N_MDPS = 5
-GARNET = {"n_states": 20, "n_actions": 4, "branching": 3, "gamma": 0.9}
-GRID_WORLD = {"gamma": 0.95, "slip": 0.1}
+GARNET: dict[str, Any] = {"n_states": 20, "n_actions": 4, "branching": 3, "gamma": 0.9}
+GRID_WORLD: dict[str, Any] = {"gamma": 0.95, "slip": 0.1}
 # (MDPs, kl_coef, ent_coef) by name
 CONVERGENCE_SETTINGS = {
     "garnet": (garnet(range(N_MDPS), **GARNET), 0.9, 0.1),
@@ -230,8 +230,8 @@ NOISE_KL_COEFS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 NOISE_ENT_COEF = 0.1
 NOISE_MEASURED = 200
 SMALL_KL_COEF, SMALL_ENT_COEF = 1.0, 1e-4
-SMALL_GARNET = {"n_states": 5, "n_actions": 3, "branching": 1, "gamma": 0.99}
-N_SMALL_MDPS = 100
+SMALL_GARNET: dict[str, Any] = {"n_states": 5, "n_actions": 3, "branching": 1, "gamma": 0.99}
+N_SMALL_MDPS = 500
 
 
 def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -338,30 +338,31 @@ def plot_variants(ax: Axes, rows: pd.DataFrame, rule: str, x: str, y: str, marke
     ax.plot(exact[x], exact[y], color="black", linestyle="--", linewidth=1.5, label="exact")
 
 
-def plot_convergence(curves: pd.DataFrame, title: str, gamma: float) -> Figure:
+def plot_convergence(curves: pd.DataFrame, name: str) -> Figure:
     """
-    :param curves: distances on one kind of MDP
-    :param title: its name
-    :param gamma: its discount factor
+    :param curves: distances over the iterations
+    :param name: on which kind of MDP
     :return: the figure: ``Q_k`` above, logits below
     """
+    mdp, kl_coef, ent_coef = CONVERGENCE_SETTINGS[name]
+    curves = curves[curves["mdp"] == name]
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True)
     exact = curves[curves["rule"] == "exact"]
     quantities = {
-        "q_distance": ("soft Q-function of $\\pi_k$", gamma),
+        "q_distance": ("soft Q-function of $\\pi_k$", mdp.gamma),
         "logit_distance": ("logits, ent_coef $\\xi_k$", 1.0),
     }
-    for row, (column, (name, factor)) in zip(axes, quantities.items(), strict=True):
+    for row, (column, (title, factor)) in zip(axes, quantities.items(), strict=True):
         for ax, rule in zip(row, FINITE_RULES, strict=True):
             plot_variants(ax, curves, rule, "iteration", column, markevery=25)
-            label = "bound, proportional to $d^k$"
+            label = f"bound, falls as $d^k$, d = {linear_rate(kl_coef, ent_coef, mdp.gamma):.3f}"
             ax.plot(exact["iteration"], factor * exact["bound"], color="0.45", linestyle=":", linewidth=2, label=label)
-            ax.set_title(f'"{rule}": {name}')
+            ax.set_title(f'"{rule}": {title}')
         row[0].set_ylabel("distance to $Q^*$, relative (sup norm)")
     axes[0, 0].set(yscale="log", ylim=(1e-16, 30), xlim=(0, N_ITERATIONS))
     for ax in axes[1]:
         ax.set_xlabel("iteration k (policy updates)")
-    figure.suptitle(f"{title}: distance to the optimal soft Q-function")
+    figure.suptitle(f"{TITLES[name]}: distance to the optimal soft Q-function")
     share_legend(figure, axes.flat)
     return figure
 
@@ -375,9 +376,9 @@ def plot_floors(floors: pd.DataFrame) -> Figure:
     betas = sorted(floors["beta"].unique())
     palette = sns.color_palette("colorblind", len(betas))
     x = np.geomspace(1e-11, 1, 2)
-    for ax, column, slope, name in [
-        (axes[0], "logit_floor", 1, "logits, ent_coef $\\xi$"),
-        (axes[1], "q_floor", 2, "soft Q-function of $\\pi$"),
+    for ax, column, slope, line, reference, name in [
+        (axes[0], "logit_floor", 1, "--", "$\\beta^M$", "logits, ent_coef $\\xi$"),
+        (axes[1], "q_floor", 2, ":", "$\\beta^{2M}$", "soft Q-function of $\\pi$"),
     ]:
         for rule, filled in (("truncated", True), ("weight_corrected", False)):
             for beta, color, marker in zip(betas, palette, "osD", strict=True):
@@ -386,19 +387,16 @@ def plot_floors(floors: pd.DataFrame) -> Figure:
                 label = f'"{rule}", $\\beta$ = {beta:.1f}'
                 style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": "none"}
                 ax.plot(rows["beta^M"], rows[column], label=label, **style)
-        ax.plot(
-            x, x**slope, color="0.45", linestyle=":", linewidth=2, label="$\\beta^M$" if slope == 1 else "$\\beta^{2M}$"
-        )
+        ax.plot(x, x**slope, color="0.45", linestyle=line, linewidth=2, label=reference)
         ax.set(xscale="log", yscale="log", ylim=(1e-16, 3), xlabel="$\\beta^M$ (weight of the deleted Q-function)")
         ax.set_title(f"What is left: {name}")
     axes[0].set_ylabel("distance to $Q^*$, relative (sup norm)")
-    share_legend(figure, axes)
-    legend = figure.legends[0]
-    entries = dict(zip((text.get_text() for text in legend.get_texts()), legend.legend_handles, strict=True))
-    legend.remove()
-    figure.legend(
-        entries.values(), entries.keys(), ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
-    )
+    # The panels share all but their last entry
+    handles, labels = axes[0].get_legend_handles_labels()
+    last = [entries[-1:] for entries in axes[1].get_legend_handles_labels()]
+    figure.tight_layout()
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+    figure.legend(handles + last[0], labels + last[1], ncols=3, **place)
     return figure
 
 
@@ -445,11 +443,11 @@ def convergence_section(rates: pd.DataFrame, small_entropy: pd.DataFrame) -> lis
     """
     text = [
         "## Convergence",
-        "Distance of the soft Q-function of `pi_k` and of the logits `ent_coef * xi_k` to the optimal soft Q-function. The "
-        "rate is the factor per iteration (straight line through the logarithms, down to 1e-10; the slowest of the MDPs). "
-        "The bound is `gamma C d^k` for Q and `C d^k` for the logits, `C = |Q*| + |Q_0|`, proven for the exact rule; at "
-        "most 1 in the columns *over bound* (highest ratio of distance and bound over all iterations and MDPs) means that "
-        "it holds. *Left* is the distance in the end.",
+        "Distance of the soft Q-function of `pi_k` and of the logits `ent_coef * xi_k` to the optimal soft "
+        "Q-function. The rate is the factor per iteration (straight line through the logarithms, down to 1e-10; the "
+        "slowest of the MDPs). The bound is `gamma C d^k` for Q and `C d^k` for the logits, `C = |Q*| + |Q_0|`, "
+        "proven for the exact rule; at most 1 in the columns *over bound* (highest ratio of distance and bound over "
+        "all iterations and MDPs) means that it holds. *Left* is the distance in the end.",
     ]
     columns = ["", "rate, Q", "rate, logits", "over bound, Q", "over bound, logits", "iterations to 1e-6 (Q)"]
     for name, group in rates.groupby("mdp", sort=False):
@@ -470,26 +468,27 @@ def convergence_section(rates: pd.DataFrame, small_entropy: pd.DataFrame) -> lis
             f"![Distance over iterations](convergence_{name}.png)",
         ]
     rows = {
-        f"M = {cell.M}": [f"{cell.q_rose:.0%}", f"{cell.unconverged:.0%}"]
+        f"M = {cell.M}": [f"{cell.q_rose:.1%}", f"{cell.unconverged:.1%}"]
         for cell in small_entropy.itertuples(index=False)
     }
     return [
         *text,
         "What the figures say:",
-        "- The bound holds for the exact and the corrected rule, and is slack. Near the optimum the value of a policy is "
-        "flat, the error of `Q_k` is of second order in that of the logits: the logits then shrink by `beta` per iteration "
-        "and the Q-function by about `beta^2`, whatever gamma is.\n"
-        '- "weight_corrected" converges for all M, and the *faster* the smaller M is: with exact evaluation, old Q-functions '
-        "are only in the way (M = 1 is soft policy iteration). Memory is for noise, see below.\n"
-        '- "truncated" goes where its weights lead: they sum to `(1 - beta^M) / ent_coef`, the optimum for a larger entropy '
-        "weight. Small M are useless with this beta.",
+        "- The bound holds for the exact and the corrected rule, and is slack. Near the optimum the value of a "
+        "policy is flat, the error of `Q_k` is of second order in that of the logits: the logits then shrink by "
+        "`beta` per iteration and the Q-function by about `beta^2`, whatever gamma is.\n"
+        '- "weight_corrected" converges for all M, and the *faster* the smaller M is: with exact evaluation, old '
+        "Q-functions are only in the way (M = 1 is soft policy iteration, faster than any linear rate). Memory is "
+        "for noise, see below. The error may rise for a moment when the first Q-functions are deleted (k near M).\n"
+        '- "truncated" goes where its weights lead: they sum to `(1 - beta^M) / ent_coef`, the optimum for a larger '
+        "entropy weight. Small M are useless with this beta.",
         "### Little entropy, small M",
         "The theory asks for a large M for the corrected rule. Looked for on purpose: does it fail below that? "
-        f"{N_SMALL_MDPS} small deterministic Garnet MDPs ({describe(SMALL_GARNET)}), kl_coef = {SMALL_KL_COEF}, ent_coef = "
-        f"{SMALL_ENT_COEF}, 60 iterations.",
+        f"{N_SMALL_MDPS} small deterministic Garnet MDPs ({describe(SMALL_GARNET)}), kl_coef = {SMALL_KL_COEF}, "
+        f"ent_coef = {SMALL_ENT_COEF}, 60 iterations.",
         markdown_table(["", "error of Q rose at least once", "not within 1e-6 in the end"], rows),
-        "Convergence is then not always monotone (it is for M = 1 and for the exact rule), but no lasting oscillation was "
-        "found. That is no proof that there is none.",
+        "Convergence is then not always monotone (for M = 1 and the exact rule it is, as every policy update "
+        "improves the policy), but no lasting oscillation was found. That is no proof that there is none.",
     ]
 
 
@@ -511,16 +510,17 @@ def floor_section(floors: pd.DataFrame) -> list[str]:
     return [
         "## The error floor",
         f"Distances after convergence, mean of {N_MDPS} Garnet MDPs, ent_coef = {FLOOR_ENT_COEF}, kl_coef = "
-        f"{', '.join(map(str, FLOOR_KL_COEFS))}. Slopes on log axes against `beta^M`, fitted where that is at most 0.1:",
+        f"{', '.join(map(str, FLOOR_KL_COEFS))}. Slopes on log axes against `beta^M`, fitted where that is at most "
+        "0.1:",
         markdown_table(
             ["", '"truncated": slope, logits', "slope, Q", '"weight_corrected": largest distance, any M'], rows
         ),
         "![Distance after convergence against beta^M](floors.png)",
         '"truncated" with beta = 0.9:',
         markdown_table(["", "beta^M", "left, logits", "left, Q"], some),
-        "The floor of the logits is `beta^M` to three digits, in units of `|Q*|`: the missing weight. That of the soft "
-        "Q-function goes with `beta^(2M)`, as it is of second order: a policy may be nearly optimal while its logits are "
-        'not. "weight_corrected" has no floor but rounding, for any M.',
+        "The floor of the logits is `beta^M` to three digits where that is small, in units of `|Q*|`: the missing weight. That of the soft "
+        "Q-function goes with `beta^(2M)`, as it is of second order: a policy may be nearly optimal while its logits "
+        'are not. "weight_corrected" has no floor but rounding, for any M.',
     ]
 
 
@@ -529,7 +529,7 @@ def noise_section(noise: pd.DataFrame) -> list[str]:
     :param noise: what noise does
     :return: the section
     """
-    tables = {"value_loss": {}, "logit_error": {}}
+    tables: dict[str, dict[str, list[str]]] = {"value_loss": {}, "logit_error": {}}
     for column, rows in tables.items():
         for (rule, memory_size), group in noise.groupby(["rule", "M"], sort=False):
             rows[variant_name(rule, memory_size)] = [f"{value:.3f}" for value in group[column]]
@@ -538,23 +538,25 @@ def noise_section(noise: pd.DataFrame) -> list[str]:
     columns = ["", *(f"kl_coef = {kl_coef:g}" for kl_coef in NOISE_KL_COEFS)]
     return [
         "## Noise in the evaluation",
-        f"Gaussian noise of standard deviation {NOISE} (rewards are in [0, 1]), independent between iterations, states and "
-        f"actions, added to every `Q_k`. {N_MDPS} Garnet MDPs, ent_coef = {NOISE_ENT_COEF}, noise seed 0; means over "
-        f"{NOISE_MEASURED} iterations after `8 / (1 - beta)` iterations that are not counted.",
+        f"Gaussian noise of standard deviation {NOISE} (rewards are in [0, 1]), independent between iterations, "
+        f"states and actions, added to every `Q_k`. {N_MDPS} Garnet MDPs, ent_coef = {NOISE_ENT_COEF}, noise seed 0; "
+        f"means over {NOISE_MEASURED} iterations after `8 / (1 - beta)` iterations that are not counted.",
         "Loss of value, the mean of `Q* - Q_k` (true soft Q-functions):",
         markdown_table(columns, tables["value_loss"]),
         "Root mean square error of the logits `ent_coef * xi_k`, less their mean in each state:",
         markdown_table(columns, tables["logit_error"]),
         "![Effect of noise over kl_coef and M](noise.png)",
-        "The logits are a weighted mean of Q-functions, so their noise should be that of one Q-function times the root sum "
-        f'of squares of the weights. For "exact" and "weight_corrected", measured over expected is {ratio.min():.2f} to '
-        f"{ratio.max():.2f}. A larger kl_coef averages over more iterations, until the memory ends: then kl_coef has no "
-        "more effect and the variance stays at one M-th. The loss of value falls with the variance, the square. "
-        '"truncated" averages as well but trades the noise for its bias: past some kl_coef it gets worse again.',
+        "The logits are a weighted mean of Q-functions, so their noise should be that of one Q-function times the "
+        f'root sum of squares of the weights. For "exact" and "weight_corrected", measured over expected is '
+        f"{ratio.min():.2f} to {ratio.max():.2f}. A larger kl_coef averages over more iterations, until the memory "
+        "ends: with corrected weights kl_coef has then no more effect and the variance stays at one M-th. The loss of "
+        "value falls about with the variance, the square.",
+        '"truncated" averages as well but trades the noise for its bias: past some kl_coef it gets worse again. With '
+        "M = 2 its best is nevertheless a little better than that of the corrected rule.",
     ]
 
 
-def describe(settings: dict[str, float]) -> str:
+def describe(settings: dict[str, Any]) -> str:
     """
     :param settings: parameters of an MDP
     :return: them as text
@@ -577,20 +579,19 @@ def write_report(folder: Path) -> Path:
     tables = {"convergence": thinned, "rates": rates, "floors": floors, "small_entropy": small_entropy, "noise": noise}
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
-    for name, (mdp, _, _) in CONVERGENCE_SETTINGS.items():
-        figure = plot_convergence(curves[curves["mdp"] == name], TITLES[name], mdp.gamma)
-        save(figure, folder / f"convergence_{name}.png")
+    for name in CONVERGENCE_SETTINGS:
+        save(plot_convergence(curves, name), folder / f"convergence_{name}.png")
     save(plot_floors(floors), folder / "floors.png")
     save(plot_noise(noise), folder / "noise.png")
     text = [
         "# The theory on tabular MDPs",
         "`python -m benchmarks.tabular` writes this page, its figures and its CSV files. Policy evaluation is exact (a "
         "linear system, double precision); the policy update is the code of `sb3_staq.mirror_descent` that the deep "
-        "algorithm runs; the reference `Q*` is from soft value iteration. Distances are sup norms over states and actions "
-        "relative to that of `Q*`. All start from the uniform policy.",
+        "algorithm runs; the reference `Q*` is from soft value iteration. Distances are sup norms over states and "
+        "actions relative to that of `Q*`. All start from the uniform policy.",
         f"Garnet MDPs: {describe(GARNET)}; seeds 0 to {N_MDPS - 1}; rewards uniform in [0, 1]. Grid world: "
-        f"{CONVERGENCE_SETTINGS['grid'][0].reward.shape[0]} states, 4 actions, {describe(GRID_WORLD)} (probability of a "
-        "random move); reward -1 per step until the goal.",
+        f"{CONVERGENCE_SETTINGS['grid'][0].reward.shape[0]} states, 4 actions, {describe(GRID_WORLD)} (probability "
+        "of a random move); reward -1 per step until the goal.",
         *convergence_section(rates, small_entropy),
         *floor_section(floors),
         *noise_section(noise),

@@ -47,19 +47,21 @@ def make_model(env="CartPole-v1", policy="MlpPolicy", net_arch=(16,), policy_kwa
 class RandomObsEnv(gym.Env):
     """
     Random observations, every one different; episodes end by termination or truncation at random, and at the latest by
-    truncation after ``ep_length`` steps. The reward is 1 for the action that is the sign pattern of the observation.
+    truncation after ``ep_length`` steps. The reward is 1 if the (first component of the) action tells whether the first
+    number of the observation is above 0.
 
-    :param kind: "box", "dict", "discrete" or "image"
+    :param kind: of the observations: "box", "dict", "discrete" or "image"
+    :param action_space: Discrete by default, with n_actions and start
     """
 
-    def __init__(self, kind="box", ep_length=8, n_actions=3, start=0):
+    def __init__(self, kind="box", ep_length=8, n_actions=3, start=0, action_space=None):
         self.observation_space = {
             "box": spaces.Box(-1, 1, (4,), np.float32),
             "dict": spaces.Dict(a=spaces.Box(-1, 1, (3,), np.float32), b=spaces.Discrete(5)),
             "discrete": spaces.Discrete(7),
             "image": spaces.Box(0, 255, (36, 36, 1), np.uint8),
         }[kind]
-        self.action_space = spaces.Discrete(n_actions, start=start)
+        self.action_space = spaces.Discrete(n_actions, start=start) if action_space is None else action_space
         self.ep_length = ep_length
         self.actions = []
 
@@ -75,10 +77,11 @@ class RandomObsEnv(gym.Env):
         return self._obs(), {}
 
     def step(self, action):
-        self.actions.append(int(action))
+        self.actions.append(np.asarray(action).tolist())
         self.steps += 1
         first = self._last["a"][0] if isinstance(self._last, dict) else np.ravel(self._last)[0]
-        reward = float(int(action) - self.action_space.start == int(first > 0))
+        start = self.action_space.start if isinstance(self.action_space, spaces.Discrete) else 0
+        reward = float((np.ravel(action)[0] > start) == (first > 0))
         terminated = self.np_random.random() < 0.1
         truncated = self.np_random.random() < 0.05 or self.steps >= self.ep_length
         return self._obs(), reward, bool(terminated), bool(truncated), {}
@@ -130,6 +133,17 @@ def slow_logit_sums(policy, obs, dtype=th.float64) -> th.Tensor:
     for weight, entry in zip(policy.frozen_critics.weights.values, policy.frozen_critics, strict=True):
         total += weight * slow_q_values(entry, obs, dtype)
     return total
+
+
+def slow_log_policy(policy, logits: th.Tensor) -> th.Tensor:
+    """Log-probabilities of the choices, group after group."""
+    parts, start = [], 0
+    for size in policy.action_groups.sizes:
+        group = logits[..., start : start + size]
+        parts.append(group - group.exp().sum(-1, keepdim=True).log())
+        start += size
+    assert start == logits.shape[-1]
+    return th.cat(parts, dim=-1)
 
 
 def relative_error(actual: th.Tensor, expected: th.Tensor) -> float:

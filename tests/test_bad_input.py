@@ -29,6 +29,7 @@ WHOLE_NUMBERS = {
     "target_update_interval": 1,
     "n_steps": 1,
     "stats_window_size": 1,
+    "action_bins": 2,
     "learning_starts": 0,
     "gradient_steps": -1,
 }
@@ -70,6 +71,7 @@ CASES = [
     *((name, value) for name in ("kl_coef", "ent_coef") for value in ["linear_1", "1.0", "LIN_1", "const_1", "lin 1"]),
     *(("logit_rule", value) for value in ["", "corrected", "Exact", None, 0, ["exact"], True]),
     *(("critic_reduction", value) for value in ["", "max", "Mean", None, 0, ["mean"], {}, np.mean]),
+    *(("action_grid", value) for value in ["", "grid", "Axis", None, 3, ["axis"], True]),
     *(("logit_cache", value) for value in ["", "yes", "AUTO", None, 0, 1, 1.0, [True]]),
     *(
         ("train_freq", value)
@@ -120,6 +122,7 @@ def test_arguments_out_of_range(case):
         dict(logit_cache="auto"),
         dict(logit_cache=True, critic_reduction="min"),
         dict(logit_cache=False, critic_reduction="mean"),
+        dict(action_grid="axis", action_bins=2),
         dict(policy_kwargs=None, stats_window_size=1, n_steps=2, seed=None),
     ],
     ids=str,
@@ -201,10 +204,10 @@ def test_schedules_in_range():
         assert all(type(number) is float for number in actual)
 
 
-@pytest.mark.parametrize("name", ["n_critics", "critic_reduction", "memory_size", "logit_rule"])
+@pytest.mark.parametrize("name", ["n_critics", "critic_reduction", "memory_size", "logit_rule", "action_grid"])
 def test_arguments_in_the_wrong_place(name):
     """Arguments of StaQ in ``policy_kwargs`` would be overwritten: the error says where they belong."""
-    value = {"critic_reduction": "min", "logit_rule": "exact"}.get(name, 3)
+    value = {"critic_reduction": "min", "logit_rule": "exact", "action_grid": "axis"}.get(name, 3)
     with pytest.raises(ValueError, match=rf"policy_kwargs.*{name}.*accepted: "):
         make_model(policy_kwargs={name: value})
 

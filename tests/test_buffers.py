@@ -10,7 +10,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
-from helpers import RandomObsEnv, make_model, relative_error, slow_logit_sums
+from gymnasium import spaces
+from helpers import RandomObsEnv, make_model, relative_error, slow_log_policy, slow_logit_sums
 from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -27,6 +28,12 @@ BUFFERS = {
     "dict": dict(policy="MultiInputPolicy"),
     "discrete": dict(),
     "low_memory": LOW_MEMORY,
+    "multi_discrete_actions": dict(),
+    "box_actions": dict(action_bins=5),
+}
+ACTION_SPACES = {
+    "multi_discrete_actions": spaces.MultiDiscrete([3, 2]),
+    "box_actions": spaces.Box(-2, 3, (2,), np.float32),
 }
 
 
@@ -36,7 +43,8 @@ def vec_env(kind="box", n_envs=1, **kwargs):
 
 def make_cached(buffer="plain", n_envs=1, **kwargs):
     kind = buffer if buffer in ("dict", "discrete") else "box"
-    return make_model(vec_env(kind, n_envs), **{**BUFFERS[buffer], **kwargs})
+    env = vec_env(kind, n_envs, action_space=ACTION_SPACES.get(buffer))
+    return make_model(env, **{**BUFFERS[buffer], **kwargs})
 
 
 def stored_next_observations(buffer):
@@ -68,7 +76,8 @@ def sampled_error(model, n_batches=5):
     errors = []
     for _ in range(n_batches):
         batch, index = model._sample(64)
-        direct = th.log_softmax(model.policy.scale(slow_logit_sums(model.policy, batch.next_observations)), dim=-1)
+        logits = model.policy.frozen_critics.weights.scale * slow_logit_sums(model.policy, batch.next_observations)
+        direct = slow_log_policy(model.policy, logits)
         actual = model._next_log_policy(batch, index)
         if model.optimize_memory_usage:
             alive = (batch.dones == 0).squeeze(1)
@@ -196,11 +205,11 @@ def test_subclasses_of_buffers_are_evaluated_directly():
         pass
 
     assert make_model(vec_env(), replay_buffer_class=Shuffled)._logit_cache is None
-    spaces = vec_env().observation_space, vec_env().action_space
-    assert LogitCache.supports(ReplayBuffer(10, *spaces))
-    assert LogitCache.supports(NStepReplayBuffer(10, *spaces))
-    assert LogitCache.supports(DictReplayBuffer(10, vec_env("dict").observation_space, spaces[1]))
-    assert not LogitCache.supports(Shuffled(10, *spaces))
+    env_spaces = vec_env().observation_space, vec_env().action_space
+    assert LogitCache.supports(ReplayBuffer(10, *env_spaces))
+    assert LogitCache.supports(NStepReplayBuffer(10, *env_spaces))
+    assert LogitCache.supports(DictReplayBuffer(10, vec_env("dict").observation_space, env_spaces[1]))
+    assert not LogitCache.supports(Shuffled(10, *env_spaces))
 
 
 def test_normalization_that_comes_later_ends_the_use_of_the_cache():
@@ -225,13 +234,20 @@ def test_normalization_that_comes_later_ends_the_use_of_the_cache():
 
 @pytest.mark.parametrize(
     ("buffer", "n_envs", "n_steps"),
-    [("plain", 1, 3000), ("plain", 3, 6000), ("n_step", 3, 3000), ("dict", 3, 3000), ("low_memory", 3, 3000)],
+    [
+        ("plain", 1, 3000),
+        ("plain", 3, 6000),
+        ("n_step", 3, 3000),
+        ("dict", 3, 3000),
+        ("low_memory", 3, 3000),
+        ("box_actions", 3, 3000),
+    ],
 )
 def test_same_actions_with_and_without_cache(buffer, n_envs, n_steps):
     """The cache changes how things are computed, not what: from one seed, the same actions for thousands of steps."""
     actions, parameters = {}, {}
     for logit_cache in (True, False):
-        env = vec_env(buffer if buffer == "dict" else "box", n_envs)
+        env = vec_env(buffer if buffer == "dict" else "box", n_envs, action_space=ACTION_SPACES.get(buffer))
         kwargs = dict(learning_rate=1e-3, gradient_steps=1, train_freq=4, policy_update_interval=100, buffer_size=1000)
         model = make_model(env, logit_cache=logit_cache, **{**BUFFERS[buffer], **kwargs})
         model.learn(n_steps)

@@ -47,14 +47,17 @@ ARCHITECTURES = {
     "image": (CnnPolicy, IMAGE, dict(features_extractor_kwargs=dict(features_dim=8))),
     "image_hidden": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
     "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
+    "groups": (MlpPolicy, BOX, dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]))),
+    "groups_linear": (MlpPolicy, BOX, dict(net_arch=[], action_space=spaces.MultiBinary(3))),
+    "box_axis": (MlpPolicy, BOX, dict(net_arch=[8], action_space=spaces.Box(-1, 1, (3,)), action_grid="axis")),
 }
 
 
 def make_policy(architecture="mlp", **kwargs):
     policy_class, space, policy_kwargs = ARCHITECTURES[architecture]
-    policy_kwargs = {"memory_size": 4, **policy_kwargs, **kwargs}
+    policy_kwargs = {"action_space": spaces.Discrete(3), "memory_size": 4, **policy_kwargs, **kwargs}
     th.manual_seed(0)
-    policy = policy_class(space, spaces.Discrete(3), lambda _: 1e-3, **policy_kwargs)
+    policy = policy_class(space, lr_schedule=lambda _: 1e-3, **policy_kwargs)
     randomise(policy.critics, seed=0)
     return policy
 
@@ -89,11 +92,12 @@ def test_ensemble_equals_networks_one_by_one(architecture):
 
     batched = policy.critics(obs)
     one_by_one = th.stack([net(obs) for net in nets])
-    assert batched.shape == (policy.n_critics, 9, 3)
+    n_choices = policy.action_groups.n_choices
+    assert batched.shape == (policy.n_critics, 9, n_choices)
     assert batched.std() > 0.01
     assert relative_error(batched.detach(), one_by_one.detach()) < 1e-5
 
-    target = th.linspace(-1, 1, 27).reshape(9, 3)
+    target = th.linspace(-1, 1, 9 * n_choices).reshape(9, n_choices)
     ((batched - target) ** 2).sum().backward()
     ((one_by_one - target) ** 2).sum().backward()
     for name, param in policy.critics.net.named_parameters():
@@ -112,7 +116,7 @@ def test_stack_equals_networks_one_by_one(architecture, reduction):
     for batch_size in (1, 2, 33):
         obs = sample_obs(policy.observation_space, batch_size)
         sums = policy.logit_sums(obs)
-        assert sums.shape == (batch_size, 3)
+        assert sums.shape == (batch_size, policy.action_groups.n_choices)
         assert sums.dtype == th.float32
         assert not sums.requires_grad
         expected = loop_sum(policy, stack, policy.preprocess(obs))
@@ -161,7 +165,7 @@ def test_new_critics_start_at_zero():
 
 
 def test_reductions():
-    nets = [QNetwork(FlattenExtractor(BOX), 3, [8]) for _ in range(3)]
+    nets = [QNetwork(FlattenExtractor(BOX), [3], [8]) for _ in range(3)]
     for i, net in enumerate(nets):
         randomise(net, i)
     obs = sample_obs(BOX, 6)

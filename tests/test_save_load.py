@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, randomise, relative_error, sample_obs
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -22,12 +23,19 @@ from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
-POLICIES = {"box": "MlpPolicy", "dict": "MultiInputPolicy", "image": "CnnPolicy"}
+POLICIES = {"box": "MlpPolicy", "dict": "MultiInputPolicy", "image": "CnnPolicy", "groups": "MlpPolicy"}
+
+
+def make_env(kind="box"):
+    """An environment with these observations; "groups" has several groups of choices."""
+    if kind == "groups":
+        return RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3]))
+    return RandomObsEnv(kind)
 
 
 def grown_model(n, kind="box", **kwargs):
     """A model with n policy updates behind it."""
-    model = make_model(RandomObsEnv(kind), POLICIES[kind], memory_size=M, **kwargs)
+    model = make_model(make_env(kind), POLICIES[kind], memory_size=M, **kwargs)
     grow(model, n)
     randomise(model.policy.critics, 12345)
     randomise(model.policy.critics_target, 54321)
@@ -66,7 +74,7 @@ def test_round_trip_of_the_model(n, kind, tmp_path):
     assert_same_policy(loaded.policy, model.policy, obs)
     assert loaded.policy.frozen_critics.weights.full == (n >= M)
 
-    other = make_model(RandomObsEnv(kind), POLICIES[kind], memory_size=M, **{**kwargs, "seed": 1})
+    other = make_model(make_env(kind), POLICIES[kind], memory_size=M, **{**kwargs, "seed": 1})
     grow(other, 2, seed=100)
     other.set_parameters(tmp_path / "model.zip")
     assert_same_policy(other.policy, model.policy, obs)
@@ -110,10 +118,12 @@ def test_round_trip_of_the_policys_arguments(tmp_path):
         optimizer_kwargs=dict(momentum=0.5),
         features_extractor_kwargs=dict(cnn_output_dim=5),
     )
-    env = RandomObsEnv("dict")
+    env = RandomObsEnv("dict", action_space=spaces.Box(-1, 1, (2,), np.float32))
     model = StaQ(
         "MultiInputPolicy",
         env,
+        action_grid="joint",
+        action_bins=4,
         memory_size=3,
         n_critics=3,
         critic_reduction="min",
@@ -127,6 +137,7 @@ def test_round_trip_of_the_policys_arguments(tmp_path):
     assert_same_policy(loaded, model.policy, observations(model))
     assert len(loaded.frozen_critics) == 5
     assert (loaded.n_critics, loaded.critic_reduction, loaded.logit_rule) == (3, "min", "exact")
+    assert loaded.action_groups.sizes == (16,)
     assert type(loaded.optimizer) is th.optim.SGD
     assert loaded.optimizer.param_groups[0]["momentum"] == 0.5
 

@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
-from helpers import RandomObsEnv, grow, make_model, members, randomise, relative_error, slow_logit_sums
+from helpers import RandomObsEnv, grow, make_model, members, randomise, relative_error, slow_log_policy, slow_logit_sums
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -451,6 +451,15 @@ class ByHand:
         self.weights = list(policy.frozen_critics.weights.values)
         self.scale = policy.frozen_critics.weights.scale
         self.ent_coef = model.ent_coef
+        space = model.action_space
+        sizes = {
+            spaces.Discrete: lambda: [int(space.n)],
+            spaces.MultiDiscrete: lambda: space.nvec.tolist(),
+            spaces.MultiBinary: lambda: [2] * space.n,
+            spaces.Box: lambda: [model.action_bins] * space.shape[0],
+        }[type(space)]()
+        ends = np.cumsum(sizes).tolist()
+        self.columns = [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
         params = [param for net in self.nets for param in net.parameters()]
         for param in params:
             param.requires_grad_(True)
@@ -460,12 +469,23 @@ class ByHand:
     def reduce(self, values):
         return values.mean(0) if self.model.critic_reduction == "mean" else values.min(0).values
 
+    def chosen_columns(self, action):
+        """The columns of a stored action."""
+        space = self.model.action_space
+        if isinstance(space, spaces.Box):
+            values = np.linspace(-1, 1, self.model.action_bins)
+            choices = [int(np.abs(values - a.item()).argmin()) for a in action]
+        else:
+            start = space.start if isinstance(space, spaces.Discrete) else 0
+            choices = [int(a) - int(start) for a in action]
+        return [columns[choice] for columns, choice in zip(self.columns, choices, strict=True)]
+
     def log_policy(self, obs):
         obs = self.model.policy.preprocess(obs)
         with th.no_grad():
             q_values = [self.reduce(th.stack([net(obs) for net in nets])) for nets in self.stack]
         total = sum(weight * q for weight, q in zip(self.weights, q_values, strict=True))
-        return (self.scale * total).log_softmax(-1)
+        return th.cat([(self.scale * total[:, columns]).log_softmax(-1) for columns in self.columns], dim=-1)
 
     def gradient_step(self, batch):
         model = self.model
@@ -474,14 +494,18 @@ class ByHand:
             next_q = self.reduce(th.stack([net(next_obs) for net in self.targets])).tolist()
         targets = []
         for i, log_pi in enumerate(self.log_policy(batch.next_observations).tolist()):
-            value = sum(np.exp(lp) * (q - self.ent_coef * lp) for lp, q in zip(log_pi, next_q[i], strict=True))
+            value = 0.0
+            for columns in itertools.product(*self.columns):  # all joint actions
+                log_p = sum(log_pi[column] for column in columns)
+                value += np.exp(log_p) * (sum(next_q[i][column] for column in columns) - self.ent_coef * log_p)
             discount = model.gamma if batch.discounts is None else batch.discounts[i].item()
             bootstrap = discount * value if batch.dones[i].item() == 0 else 0.0
             targets.append(model.reward_scale * batch.rewards[i].item() + bootstrap)
         obs = model.policy.preprocess(batch.observations)
         loss = 0.0
         for net in self.nets:
-            chosen = net(obs)[th.arange(len(targets)), batch.actions.squeeze(1) - int(model.action_space.start)]
+            q_values = net(obs)
+            chosen = th.stack([q_values[i, self.chosen_columns(a)].sum() for i, a in enumerate(batch.actions)])
             loss = loss + ((chosen - th.tensor(targets)) ** 2).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -524,6 +548,9 @@ TD_CASES = {
     "low_memory": dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
     "normalized": dict(normalized=True),
     "adam": dict(policy_kwargs=dict()),
+    "multi_discrete": dict(action_space=spaces.MultiDiscrete([2, 3])),
+    "multi_binary": dict(action_space=spaces.MultiBinary(3)),
+    "box": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_bins=4),
 }
 
 
@@ -532,7 +559,8 @@ def test_gradient_steps_by_hand(case):
     """Four gradient steps give the parameters, the targets, the loss and the TD error of the formulas."""
     kwargs = {"policy_kwargs": dict(optimizer_class=th.optim.SGD), "ent_coef": 0.7, **TD_CASES[case]}
     kind, n_envs, start = kwargs.pop("kind", "box"), kwargs.pop("n_envs", 1), kwargs.pop("start", 0)
-    env = DummyVecEnv([lambda: RandomObsEnv(kind, start=start)] * n_envs)
+    action_space = kwargs.pop("action_space", None)
+    env = DummyVecEnv([lambda: RandomObsEnv(kind, start=start, action_space=action_space)] * n_envs)
     if kwargs.pop("normalized", False):
         env = VecNormalize(env)
     model = prepared_model(env, learning_rate=1e-3, **kwargs)
@@ -556,12 +584,14 @@ def test_gradient_steps_by_hand(case):
 
 
 @pytest.mark.parametrize("logit_cache", [True, False])
-def test_policy_updates_by_hand(logit_cache):
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3])], ids=str)
+def test_policy_updates_by_hand(action_space, logit_cache):
     """
     Nine gradient steps with three policy updates: the critics of each phase are trained under the policy that the
     previous phase gave. One stored transition, so that every batch is the same.
     """
-    model = prepared_model(RandomObsEnv(), n_steps=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
+    env = RandomObsEnv(action_space=action_space)
+    model = prepared_model(env, n_steps=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
     model.replay_buffer.dones[:] = 0
     model.learning_starts = 0
     model._last_policy_update = None
@@ -577,11 +607,14 @@ def test_policy_updates_by_hand(logit_cache):
     by_hand.assert_same(rtol=1e-4)
     assert len(model.policy.frozen_critics) == len(by_hand.stack) == 6
     obs = th.randn(10, 4, generator=th.Generator().manual_seed(0))
-    th.testing.assert_close(model.policy.logits(obs).log_softmax(-1), by_hand.log_policy(obs), rtol=1e-3, atol=1e-4)
+    th.testing.assert_close(
+        slow_log_policy(model.policy, model.policy.logits(obs)), by_hand.log_policy(obs), rtol=1e-3, atol=1e-4
+    )
     # What is logged is about the last update
     log_pi = by_hand.log_policy(batch.next_observations)
     logged = model.logger.name_to_value
-    entropy = -(log_pi.exp() * log_pi).sum(-1).mean().item() / np.log(3)
+    entropy = -(log_pi.exp() * log_pi).sum(-1).mean().item()
+    entropy /= sum(np.log(len(columns)) for columns in by_hand.columns)
     assert logged["train/entropy"] == pytest.approx(entropy, rel=1e-3)
     kl_divergence = (log_pi.exp() * (log_pi - old_log_pi)).sum(-1).mean().item()
     assert logged["train/kl_divergence"] == pytest.approx(kl_divergence, rel=1e-2)

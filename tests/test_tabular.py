@@ -146,11 +146,10 @@ def test_grid_world_is_solved_by_shortest_paths(maze, rule, memory_size):
     assert sorted(steps) == cells
     for state, start in enumerate(cells):
         cell = start
-        for walked in range(steps[start] + 1):
-            if steps[cell] == 0:
-                break
+        for _ in range(steps[start]):
+            assert steps[cell] > 0, "at the goal too early: the reference is wrong"
             down, right = MOVES[policy[cells.index(cell)].argmax()]
             cell = (cell[0] + down, cell[1] + right)
-        assert walked == steps[start]
+        assert steps[cell] == 0
         towards = [steps.get((start[0] + down, start[1] + right), 99) < steps[start] for down, right in MOVES]
         assert steps[start] == 0 or policy[state][th.tensor(towards)].sum() > 0.999
