@@ -518,9 +518,9 @@ def floor_section(floors: pd.DataFrame) -> list[str]:
         "![Distance after convergence against beta^M](floors.png)",
         '"truncated" with beta = 0.9:',
         markdown_table(["", "beta^M", "left, logits", "left, Q"], some),
-        "The floor of the logits is `beta^M` to three digits where that is small, in units of `|Q*|`: the missing weight. That of the soft "
-        "Q-function goes with `beta^(2M)`, as it is of second order: a policy may be nearly optimal while its logits "
-        'are not. "weight_corrected" has no floor but rounding, for any M.',
+        "The floor of the logits is `beta^M` to three digits where that is small, in units of `|Q*|`: the missing "
+        "weight. That of the soft Q-function goes with `beta^(2M)`, as it is of second order: a policy may be nearly "
+        'optimal while its logits are not. "weight_corrected" has no floor but rounding, for any M.',
     ]
 
 
