@@ -85,8 +85,13 @@ CASES = [
 ]
 
 
+def readable(value):
+    """An identifier that is the same in every process: without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 def case_id(case):
-    return f"{case[0]}={case[1]!r}"
+    return readable(f"{case[0]}={case[1]!r}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -125,7 +130,7 @@ def test_arguments_out_of_range(case):
         dict(action_grid="axis", action_bins=2),
         dict(policy_kwargs=None, stats_window_size=1, n_steps=2, seed=None),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_arguments_at_the_edge_of_the_range(kwargs):
     """What is just accepted can be trained with."""
