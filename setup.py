@@ -23,6 +23,7 @@ extras = {
     "zoo": ["tensorboard>=2.9.1", "tqdm", "rich", "moviepy", "gymnasium[classic-control]"],
     "mujoco": ["gymnasium[mujoco]"],
     "minatar": ["minatar>=1.0.15"],
+    "atari": ["ale-py", "opencv-python-headless"],
     "box2d": ["gymnasium[box2d]"],
     # RLiable's bootstrap does not work with pandas 3 yet
     "benchmarks": ["rliable>=1.2", "pandas<3", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],

@@ -46,8 +46,7 @@ class LogitCache:
     def __init__(self, replay_buffer: ReplayBuffer, n_choices: int, device: th.device):
         self.replay_buffer = replay_buffer
         self.sums = th.zeros(replay_buffer.buffer_size, replay_buffer.n_envs, n_choices, device=device)
-        # Where the buffer is expected to write next; anything else means that it was filled by somebody else
-        self._expected = (0, False)
+        self._synced = self._fingerprint() if replay_buffer.size() == 0 else None
         # With `optimize_memory_usage`, next observations stand in `observations`, one row further
         self._array_name = "observations" if replay_buffer.optimize_memory_usage else "next_observations"
 
@@ -59,10 +58,23 @@ class LogitCache:
         """
         return type(replay_buffer) in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
-    @property
-    def in_sync(self) -> bool:
-        """Whether all transitions in the buffer came with their sums; if not, :meth:`rebuild` is due."""
-        return self._expected == (self.replay_buffer.pos, self.replay_buffer.full)
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """Tells whether somebody else has written to the buffer: where it writes next and what it wrote last."""
+        buffer = self.replay_buffer
+        last = (buffer.pos - 1) % buffer.buffer_size
+        return buffer.pos, buffer.full, buffer.actions[last].tobytes(), buffer.rewards[last].tobytes()
+
+    def sync(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
+        """
+        Make sure that all transitions in the buffer have their sums: after loading a buffer, or filling it by hand, the
+        whole stack is evaluated at all stored next states.
+
+        :param logit_sums: the weighted sums at observations
+        """
+        if self._synced != self._fingerprint():
+            for obs, sums in self._batches():
+                sums.copy_(logit_sums(obs))
+            self._synced = self._fingerprint()
 
     def append(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
         """
@@ -72,11 +84,10 @@ class LogitCache:
         :return: shape (n_envs, n_choices)
         """
         buffer = self.replay_buffer
-        pos, full = self._expected
-        self._expected = ((pos + 1) % buffer.buffer_size, full or pos + 1 == buffer.buffer_size)
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
         sums = logit_sums(self._next_observations(slice(row, row + 1)))
         self.sums[row] = sums
+        self._synced = self._fingerprint()
         return sums
 
     def sample(self, batch_size: int) -> tuple[ReplayBufferSamples, tuple[th.Tensor, th.Tensor]]:
@@ -115,16 +126,6 @@ class LogitCache:
         """
         for obs, sums in self._batches():
             sums.copy_(update.apply(sums, newest(obs), deleted(obs) if deleted is not None else None))
-
-    def rebuild(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
-        """
-        Evaluate the whole stack at all stored next states, as is needed once after loading.
-
-        :param logit_sums: the weighted sums at observations
-        """
-        for obs, sums in self._batches():
-            sums.copy_(logit_sums(obs))
-        self._expected = (self.replay_buffer.pos, self.replay_buffer.full)
 
     def _batches(self) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """All stored next observations and the views of their sums, in large batches."""

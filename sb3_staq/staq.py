@@ -334,8 +334,7 @@ class StaQ(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         if self._logit_cache is None:
             return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env), None
-        if not self._logit_cache.in_sync:
-            self._logit_cache.rebuild(self.policy.logit_sums)
+        self._logit_cache.sync(self.policy.logit_sums)
         return self._logit_cache.sample(batch_size)
 
     def _next_log_policy(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
@@ -420,6 +419,8 @@ class StaQ(OffPolicyAlgorithm):
             self._check_finite("observation", new_obs)
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
+        if self._logit_cache is not None:
+            self._logit_cache.sync(self.policy.logit_sums)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_logit_sums = None
         if self._logit_cache is not None:

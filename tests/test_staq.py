@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import RandomObsEnv, grow, make_model, members, randomise, relative_error, slow_log_policy, slow_logit_sums
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -431,13 +432,13 @@ def test_updates_after_a_second_learn():
 # The training by hand
 
 
-def prepared_model(env, n_steps=150, **kwargs):
+def prepared_model(env, n_collected=150, **kwargs):
     """Random critics, targets and stack, and transitions; nothing trained yet."""
     model = make_model(env, **{**kwargs, "learning_starts": 10**6})
     grow(model, 5)
     randomise(model.policy.critics, 100)
     randomise(model.policy.critics_target, 101)
-    model.learn(n_steps)
+    model.learn(n_collected)
     return model
 
 
@@ -519,7 +520,7 @@ class ByHand:
 
     def policy_update(self):
         model = self.model
-        alpha = 1 / (model.kl_coef + model.ent_coef)
+        alpha = 1 / (model.kl_coef + self.ent_coef)
         beta = model.kl_coef * alpha
         self.stack = [*self.stack, [copy.deepcopy(net) for net in self.nets]][-model.memory_size :]
         self.weights = [*(beta * weight for weight in self.weights), 1.0][-model.memory_size :]
@@ -570,6 +571,7 @@ def test_gradient_steps_by_hand(case):
     model.train(gradient_steps=4, batch_size=32)
     np.random.seed(5)
     losses, n_terminations = [], 0
+    assert (type(model.replay_buffer) is NStepReplayBuffer) == (case == "n_step")
     for _ in range(4):
         batch = model.replay_buffer.sample(32, env=model.get_vec_normalize_env())
         n_terminations += batch.dones.sum().item()
@@ -591,7 +593,7 @@ def test_policy_updates_by_hand(action_space, logit_cache):
     previous phase gave. One stored transition, so that every batch is the same.
     """
     env = RandomObsEnv(action_space=action_space)
-    model = prepared_model(env, n_steps=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
+    model = prepared_model(env, n_collected=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
     model.replay_buffer.dones[:] = 0
     model.learning_starts = 0
     model._last_policy_update = None
@@ -720,17 +722,34 @@ def test_entropy_coefficient_that_falls_to_zero():
 
 
 def test_targets_use_the_coefficient_of_the_current_policy():
-    """Between policy updates the entropy bonus is that of the last update, not of the schedule's present value."""
-    model = prepared_model(RandomObsEnv(), ent_coef="lin_1.0", policy_kwargs=dict(optimizer_class=th.optim.SGD))
-    model.num_timesteps = 30
-    model._update_current_progress_remaining(30, 100)
+    """The entropy bonus is that of the last policy update (before the first: the initial one), not of the moment."""
+    model = prepared_model(
+        RandomObsEnv(),
+        ent_coef="lin_1.0",
+        policy_kwargs=dict(optimizer_class=th.optim.SGD),
+        learning_rate=1e-3,
+        memory_size=10,
+    )
+    model.learning_starts = 0
+    model._last_policy_update = None
+    model.policy_update_interval = 50
     by_hand = ByHand(model)
-    by_hand.ent_coef = 1.0
-    np.random.seed(5)
-    model.train(gradient_steps=1, batch_size=32)
-    np.random.seed(5)
-    by_hand.gradient_step(model.replay_buffer.sample(32))
-    by_hand.assert_same()
+    # No update is due at step 30; one is at step 60, after the gradient step; none at 90
+    for step, coefficient, updates in [(30, 1.0, False), (60, 1.0, True), (90, 0.4, False)]:
+        model.num_timesteps = step
+        model._update_current_progress_remaining(step, 100)
+        by_hand.ent_coef = coefficient
+        np.random.seed(step)
+        model.train(gradient_steps=1, batch_size=32)
+        np.random.seed(step)
+        by_hand.gradient_step(model.replay_buffer.sample(32))
+        by_hand.assert_same()
+        if updates:
+            by_hand.ent_coef = 0.4
+            by_hand.policy_update()
+            assert by_hand.scale == pytest.approx(model.policy.frozen_critics.weights.scale)
+            assert by_hand.weights == pytest.approx(model.policy.frozen_critics.weights.values)
+    assert model._n_policy_updates == 1
 
 
 def test_learning_rate_schedule():
