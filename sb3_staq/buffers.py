@@ -62,7 +62,10 @@ class LogitCache:
         """Tells whether somebody else has written to the buffer: where it writes next and what it wrote last."""
         buffer = self.replay_buffer
         last = (buffer.pos - 1) % buffer.buffer_size
-        return buffer.pos, buffer.full, buffer.actions[last].tobytes(), buffer.rewards[last].tobytes()
+        observations = buffer.observations
+        if isinstance(observations, dict):
+            observations = next(iter(observations.values()))
+        return buffer.pos, buffer.full, buffer.actions[last].tobytes(), observations[last].tobytes()
 
     def sync(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
         """

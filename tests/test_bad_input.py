@@ -414,6 +414,7 @@ def test_bad_numbers_in_the_first_observation(kind, n_envs, tmp_path):
     assert_whole(model, before, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("where", ["reward", "obs", "terminal", "reset"])

@@ -147,29 +147,34 @@ def test_hindsight_experience_replay(obs_kind, n_envs):
 
 
 def test_hindsight_experience_replay_solves_bit_flipping():
-    """The reward is sparse: without relabelled goals nothing would be learned."""
-    model = make_model(
-        BitFlippingEnv(n_bits=6),
-        "MultiInputPolicy",
-        net_arch=(64,),
-        replay_buffer_class=HerReplayBuffer,
-        replay_buffer_kwargs=dict(n_sampled_goal=4),
-        buffer_size=10_000,
-        learning_starts=200,
-        batch_size=64,
-        learning_rate=1e-3,
-        gamma=0.9,
-        memory_size=20,
-        ent_coef=0.02,
-        kl_coef=0.2,
-        policy_update_interval=100,
-        target_update_interval=50,
-    )
-    model.learn(4000)
-    rewards, _ = evaluate_policy(
-        model, Monitor(BitFlippingEnv(n_bits=6)), n_eval_episodes=50, return_episode_rewards=True
-    )
-    assert np.mean(np.array(rewards) > -6) >= 0.9  # -6: the goal was not reached
+    """The reward is sparse: nearly all goals are reached with relabelled transitions, few without."""
+    reached = {}
+    her = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=4))
+    for name, kwargs in [("her", her), ("plain", {})]:
+        model = make_model(
+            BitFlippingEnv(n_bits=6),
+            "MultiInputPolicy",
+            net_arch=(64,),
+            buffer_size=10_000,
+            learning_starts=200,
+            batch_size=64,
+            learning_rate=1e-3,
+            gamma=0.9,
+            memory_size=20,
+            ent_coef=0.02,
+            kl_coef=0.2,
+            policy_update_interval=100,
+            target_update_interval=50,
+            train_freq=2,
+            gradient_steps=1,
+            **kwargs,
+        )
+        model.learn(2500)
+        env = Monitor(BitFlippingEnv(n_bits=6))
+        rewards, _ = evaluate_policy(model, env, n_eval_episodes=50, return_episode_rewards=True)
+        reached[name] = np.mean(np.array(rewards) > -6)  # -1 for each of six steps: not reached
+    assert reached["her"] >= 0.9
+    assert reached["plain"] <= 0.6
 
 
 class DiscreteObsEnv(RandomObsEnv):
@@ -982,6 +987,7 @@ def test_callbacks_that_stop(tmp_path):
     assert model.num_timesteps == 60
 
 
+@pytest.mark.filterwarnings("ignore:rich is experimental")
 def test_progress_bar(capsys):
     make_model().learn(100, progress_bar=True)
     captured = capsys.readouterr()
