@@ -186,7 +186,7 @@ class FrozenCritics(nn.ModuleList):
         self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
         # The parameters of the entry with slot j are the views block[j]; the slots in use are always the first ones
         self._slots: list[int] = []
-        self._blocks = {name: param.new_empty(0, *param.shape) for name, param in self._named_template_parameters()}
+        self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
         head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self.n_choices = template.net.n_choices
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
@@ -244,9 +244,6 @@ class FrozenCritics(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights
         return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
-
-    def _named_template_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._template[0].net.named_parameters())
 
     def _reserve(self, n_entries: int) -> None:
         """Grow the blocks by doubling, so that pushes cost amortised constant time, but not beyond the memory size."""
