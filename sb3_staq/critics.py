@@ -289,6 +289,14 @@ class FrozenCritics(nn.ModuleList):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state_dict(state)
 
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
+        """As of any module, but with copies: saving a view would save the whole block, unused slots included."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        for key, value in state.items():
+            if key.startswith(prefix) and isinstance(value, th.Tensor) and not keep_vars:
+                state[key] = value.clone()
+        return state
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         extra_state = state_dict.get(f"{prefix}_extra_state")
         if extra_state is not None:

@@ -469,3 +469,18 @@ def test_wrong_architecture_is_refused():
     push(policy, seed=0)
     with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
         other.load_state_dict(policy.state_dict())
+
+
+@pytest.mark.parametrize("n_pushed", [1, 5, 9])
+def test_saved_stack_has_no_unused_slots(n_pushed):
+    """While the blocks grow they have room for more entries, which is not saved."""
+    policy = make_policy(memory_size=50)
+    for _ in range(n_pushed):
+        policy.push_critics(0.5, 0.05)
+    size = sum(
+        value.untyped_storage().nbytes()
+        for value in policy.frozen_critics.state_dict().values()
+        if isinstance(value, th.Tensor)
+    )
+    critics = sum(param.numel() * param.element_size() for param in policy.critics.parameters())
+    assert size == n_pushed * critics
