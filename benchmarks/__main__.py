@@ -1,10 +1,14 @@
 """``python -m benchmarks run SUITE`` and ``python -m benchmarks report SUITE``."""
 
 import argparse
+import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.suites import FOLDER, SUITES_FILE, load_suites, make_cells
+
+RAY_ADDRESSES = '"auto" (the cluster of this machine), HOST:PORT (seen from a node) or ray://HOST:PORT (from elsewhere)'
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,7 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--envs", nargs="+", help="some of the suite's environments")
     run.add_argument("--seeds", nargs="+", type=int, help="seeds instead of the suite's")
     run.add_argument("--steps", type=int, help="environment steps of each training instead of the suite's")
-    run.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    where.add_argument("--ray", metavar="ADDRESS", help=f"run the cells on a Ray cluster instead: {RAY_ADDRESSES}")
+    run.add_argument("--shared", action="store_true", help="the nodes share --folder, under the same path")
     run.add_argument("--fresh", action="store_true", help="replace results of other steps or hyperparameters")
     return parser
 
@@ -49,11 +56,24 @@ def main() -> int:
         unknown = set(chosen or []) - set(known)
         if unknown:
             parser.error(f"{option}: {', '.join(unknown)} not in the suite; accepted: {', '.join(known)}")
-    from benchmarks.runner import Runner
+    if args.shared and args.ray is None:
+        parser.error("--shared goes with --ray only")
+    if args.ray is not None and importlib.util.find_spec("ray") is None:
+        parser.error('--ray needs Ray: pip install "sb3-staq[ray]"')
+    from benchmarks.runner import Runner, train_locally
 
+    train = partial(train_locally, n_jobs=args.jobs)
+    if args.ray is not None:
+        from benchmarks.ray_runner import connect, train_on_ray
+
+        try:
+            connect(args.ray)
+        except ConnectionError as error:
+            parser.error(f"--ray {args.ray!r}: {error}; accepted: {RAY_ADDRESSES}")
+        train = partial(train_on_ray, shared=args.shared)
     cells = make_cells(suite, args.algos, args.envs, args.seeds, args.steps, args.folder.resolve())
     try:
-        return 0 if Runner(cells, args.jobs, args.fresh).run() else 1
+        return 0 if Runner(cells, train, args.fresh).run() else 1
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoints")
         return 130

@@ -1,4 +1,4 @@
-"""Runs cells side by side, each in a process of its own, and shows how far they are."""
+"""Runs cells side by side and shows how far they are; on this machine, each in a process of its own."""
 
 import multiprocessing as mp
 import os
@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -21,6 +21,8 @@ from rich.table import Table
 from benchmarks.results import Results
 from benchmarks.suites import Cell
 
+# One thread a run, also outside PyTorch
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # So many lines of finished cells stay in the table
 N_RECENT = 8
 
@@ -36,8 +38,6 @@ class Job:
     :param seconds: wall-clock seconds of training so far
     :param last_return: mean return of the last evaluation
     :param error: the traceback of a failed cell, or what else has to be said
-    :param process: the process of the cell once it has been started
-    :param connection: where the process reports
     """
 
     cell: Cell
@@ -46,13 +46,19 @@ class Job:
     seconds: float = 0.0
     last_return: float | None = None
     error: str = ""
-    process: Any = None
-    connection: Any = None
 
     @property
     def rate(self) -> float:
         """Environment steps per second of training."""
         return self.step / self.seconds if self.seconds > 0 else 0.0
+
+    def show(self, results: Results) -> None:
+        """
+        :param results: where the training stands
+        """
+        if results.evaluations:
+            last = results.evaluations[-1]
+            self.step, self.seconds, self.last_return = last.step, last.seconds, last.mean
 
     def fields(self) -> list[str]:
         """What is shown of the cell, as in ``HEADINGS``."""
@@ -92,9 +98,7 @@ def look_up(cell: Cell, fresh: bool) -> Job:
     if different and fresh:
         remove(cell)
         return job
-    if results.evaluations:
-        last = results.evaluations[-1]
-        job.step, job.seconds, job.last_return = last.step, last.seconds, last.mean
+    job.show(results)
     if different:
         job.state, job.error = "outdated", f"its results are of other {', '.join(different)}; --fresh replaces them"
     elif results.done:
@@ -142,18 +146,67 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+# Trains the cells of the jobs and keeps the jobs up to date; yields whenever there may be something new to show
+Train = Callable[[list[Job]], Generator[None, None, None]]
+
+
+def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
+    """
+    Train cells on this machine, see ``Train``. They end with this function, whatever ends it.
+
+    :param jobs: jobs that are waiting
+    :param n_jobs: number of cells at a time
+    """
+    os.environ.update(ONE_THREAD)
+    context = mp.get_context("spawn")
+    waiting = list(reversed(jobs))
+    running: dict[Any, tuple[Job, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_jobs:
+                job = waiting.pop()
+                parent_end, child_end = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(job.cell, child_end))
+                process.start()
+                child_end.close()  # so that the end of the process is the end of the pipe
+                job.state, running[parent_end] = "running", (job, process)
+            for connection in wait(list(running), timeout=1.0):
+                if _receive(*running[connection], connection) != "running":
+                    del running[connection]
+            yield
+    finally:
+        for _, process in running.values():
+            process.terminate()
+
+
+def _receive(job: Job, process: Any, connection: Any) -> str:
+    """Take in what the process of a cell reports; gives the state of the cell."""
+    try:
+        state, *report = connection.recv()
+    except EOFError:  # no last word: the process was killed
+        process.join()
+        state, report = "failed", [f"The process ended with exit code {process.exitcode}"]
+    if state == "running":
+        job.step, job.seconds, job.last_return = report
+    else:
+        job.state, job.error = state, "".join(report)
+        process.join()
+    return job.state
+
+
 class Runner:
     """
     Runs all cells that are not done.
 
     :param cells: the cells
-    :param n_jobs: number of cells at a time
+    :param train: trains those that are not done
     :param fresh: whether to replace results of other settings
     """
 
-    def __init__(self, cells: list[Cell], n_jobs: int, fresh: bool = False):
+    def __init__(self, cells: list[Cell], train: Train, fresh: bool = False):
         self.jobs = [look_up(cell, fresh) for cell in cells]
-        self.n_jobs = n_jobs
+        self.to_do = [job for job in self.jobs if job.state == "waiting"]
+        self.train = train
         self.console = Console()
         self._shown: dict[int, tuple[Any, ...]] = {}
 
@@ -161,52 +214,12 @@ class Runner:
         """
         :return: whether all cells are done
         """
-        # One thread a run, also outside PyTorch
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[variable] = "1"
-        try:
-            with self._display() as show:
+        with self._display() as show, closing(self.train(self.to_do)) as news:
+            show()
+            for _ in news:
                 show()
-                while self._start_jobs():
-                    self._receive()
-                    show()
-        finally:
-            for job in self._running():
-                job.process.terminate()
         self._print_summary()
         return all(job.state == "done" for job in self.jobs)
-
-    def _running(self) -> list[Job]:
-        return [job for job in self.jobs if job.state == "running"]
-
-    def _start_jobs(self) -> bool:
-        """Start as many cells as there is room for; tell whether any are running."""
-        waiting = [job for job in self.jobs if job.state == "waiting"]
-        for job in waiting[: max(self.n_jobs - len(self._running()), 0)]:
-            context = mp.get_context("spawn")
-            job.connection, child_end = context.Pipe(duplex=False)
-            job.process = context.Process(target=_work, args=(job.cell, child_end))
-            job.process.start()
-            child_end.close()  # so that the end of the process is the end of the pipe
-            job.state = "running"
-        return bool(self._running())
-
-    def _receive(self) -> None:
-        """Take in what the cells report."""
-        jobs = {job.connection: job for job in self._running()}
-        ready: list[Any] = wait(list(jobs), timeout=1.0)
-        for connection in ready:
-            job = jobs[connection]
-            try:
-                state, *report = connection.recv()
-            except EOFError:  # no last word: the process was killed
-                job.process.join()
-                state, report = "failed", [f"The process ended with exit code {job.process.exitcode}"]
-            if state == "running":
-                job.step, job.seconds, job.last_return = report
-                continue
-            job.state, job.error = state, "".join(report)
-            job.process.join()
 
     @contextmanager
     def _display(self) -> Iterator[Any]:
@@ -220,9 +233,10 @@ class Runner:
     def _table(self) -> Group:
         """The cells that run or have ended, the latest ones, and the numbers of all."""
         table = Table(*HEADINGS, title="Cells")
-        ended = [job for job in self.jobs if job.process is not None and job.state != "running"]
+        ended = [job for job in self.to_do if job.state in ("done", "failed")]
+        running = [job for job in self.to_do if job.state == "running"]
         colors = {"running": "cyan", "done": "green", "failed": "red"}
-        for job in ended[-N_RECENT:] + self._running():
+        for job in ended[-N_RECENT:] + running:
             table.add_row(*job.fields(), style=colors[job.state])
         return Group(table, self._counts())
 
@@ -235,7 +249,7 @@ class Runner:
         """One line for each cell whose state or last evaluation is new."""
         for job in self.jobs:
             news = (job.state, job.last_return)
-            if job.state != "waiting" and self._shown.get(id(job)) != news:
+            if self._shown.get(id(job), ("waiting", job.last_return)) != news:
                 self._shown[id(job)] = news
                 print(time.strftime("%H:%M:%S"), *(field for field in job.fields() if field), flush=True)
 
