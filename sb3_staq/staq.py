@@ -1,8 +1,9 @@
 """StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
 
+import copy
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -19,8 +20,10 @@ from stable_baselines3.common.utils import LinearSchedule, polyak_update
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
 from sb3_staq.buffers import LogitCache
+from sb3_staq.critics import CriticEnsemble
 from sb3_staq.mirror_descent import (
     LogitRule,
+    StackWeights,
     decay_rate,
     entropy,
     kl_divergence,
@@ -35,6 +38,7 @@ from sb3_staq.schedules import make_schedule
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
+PolicyUpdateHook = Callable[[float, float, StackWeights, CriticEnsemble | None], None]
 
 
 class StaQ(OffPolicyAlgorithm):
@@ -198,6 +202,9 @@ class StaQ(OffPolicyAlgorithm):
         self._current_ent_coef = 0.0  # in force since the last policy update
         self._logit_cache: LogitCache | None = None
         self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
+        # Called after each policy update with kl_coef, ent_coef, the weights before it and the critics that it deleted;
+        # for one call of `learn`: callbacks add theirs in `_on_training_start`
+        self.policy_update_hooks: list[PolicyUpdateHook] = []
 
         if _init_setup_model:
             self._setup_model()
@@ -325,6 +332,7 @@ class StaQ(OffPolicyAlgorithm):
         kl_coef, ent_coef = self._coefficients()
         batch, cache_index = self._sample(batch_size)
         old_log_pi = self._next_log_policy(batch, cache_index)
+        old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
         self._current_ent_coef = ent_coef
@@ -346,6 +354,8 @@ class StaQ(OffPolicyAlgorithm):
         self.logger.record("train/n_frozen_critics", len(policy.frozen_critics))
         self.logger.record("train/oldest_weight", weights.values[0] if weights.full else 0.0)
         self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
+        for hook in self.policy_update_hooks:
+            hook(kl_coef, ent_coef, old_weights, deleted)
 
     def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
         """A batch of transitions, and where the logit cache has its next states (None without a cache)."""
@@ -484,6 +494,7 @@ class StaQ(OffPolicyAlgorithm):
         if reset_num_timesteps:
             self._last_policy_update = None
         self._last_logit_sums = None
+        self.policy_update_hooks = []
         self._setup_logit_cache()
         return total_timesteps, callback
 
@@ -539,7 +550,7 @@ class StaQ(OffPolicyAlgorithm):
         self._setup_logit_cache()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums"]
+        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
