@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -21,7 +20,9 @@ from sb3_staq.mirror_descent import StackWeights, entropy, kl_divergence, log_po
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import StaQ
 
+# Needed to look at the file only, not to train
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 HEADER = "policy_update,step,kl,lost_kl,entropy,action_gap,kl_coef,ent_coef,shares\n"
@@ -177,17 +178,19 @@ def _complete_lines(path: str | Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
-def read_diagnostics(path: str | Path) -> pd.DataFrame:
+def read_diagnostics(path: str | Path) -> "pd.DataFrame":
     """
     :param path: a file of :class:`PolicyUpdateDiagnostics`, complete or not
     :return: one row per policy update; ``shares`` holds arrays, one number per critic, newest first
     :raise ValueError: if it is another kind of file
     """
+    import pandas as pd
+
     text = "".join([HEADER, *_complete_lines(path)])
     return pd.read_csv(io.StringIO(text), converters={"shares": lambda text: np.array(text.split(), dtype=float)})
 
 
-def plot_diagnostics(data: pd.DataFrame) -> "Figure":
+def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     """
     :param data: at least one policy update, as from :func:`read_diagnostics`
     :return: the figure
@@ -246,7 +249,7 @@ def main() -> None:
             raise ValueError(f"{args.file} holds no policy update yet")
         plot_diagnostics(data).savefig(output, dpi=100)
     except ModuleNotFoundError as error:
-        parser.exit(1, f"{error}; the plot needs it: pip install matplotlib\n")
+        parser.exit(1, f"{error}; the plot needs it: pip install matplotlib pandas\n")
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     print(output)
