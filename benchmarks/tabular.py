@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import markdown_table, save, share_legend
 from benchmarks.tabular_mdps import TabularMDP, garnet, grid_world
-from sb3_staq.mirror_descent import StackWeights, decay_rate, kl_divergence, log_policy
+from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy
 
 FOLDER = Path(__file__).parent / "results" / "tabular"
 MEMORY_SIZES = (2, 5, 10, 50, 300)
@@ -44,13 +44,13 @@ class TabularStaQ:
     Policy mirror descent on a batch of MDPs.
 
     :param mdp: the MDPs
-    :param logit_rule: one of ``LOGIT_RULES``
+    :param logit_rule: one of ``LOGIT_RULES``, or custom weights by age
     :param memory_size: ``M``
     :param kl_coef: weight of the KL term
     :param ent_coef: weight of the entropy
     """
 
-    def __init__(self, mdp: TabularMDP, logit_rule: str, memory_size: int, kl_coef: float, ent_coef: float):
+    def __init__(self, mdp: TabularMDP, logit_rule: LogitRule, memory_size: int, kl_coef: float, ent_coef: float):
         self.mdp = mdp
         self.kl_coef = kl_coef
         self.ent_coef = ent_coef
@@ -85,7 +85,10 @@ class TabularStaQ:
         deleted = self.stack.popleft() if update.deletes else None
         if self.weights.logit_rule != "exact":  # which would keep all of them, and needs none
             self.stack.append(q_values)
-        self.total = update.apply(self.total, q_values, deleted)
+        if self.weights.recursive:
+            self.total = update.apply(self.total, q_values, deleted)
+        else:
+            self.total = sum(weight * q for weight, q in zip(self.weights.values, self.stack, strict=True))
 
 
 def distance(q_values: th.Tensor, optimum: th.Tensor) -> np.ndarray:

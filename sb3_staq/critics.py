@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call, vmap
 
-from sb3_staq.mirror_descent import PolicyUpdate, StackWeights
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights
 
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": lambda q_values: q_values.mean(dim=0),
@@ -176,11 +176,11 @@ class FrozenCritics(nn.ModuleList):
     ``state_dict`` holds the critics and their weights; it loads into a stack of any size.
 
     :param template: an ensemble with the architecture of the entries
-    :param logit_rule: one of ``mirror_descent.LOGIT_RULES``
+    :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
     :param memory_size: the largest number of entries ("exact" has no limit)
     """
 
-    def __init__(self, template: CriticEnsemble, logit_rule: str, memory_size: int):
+    def __init__(self, template: CriticEnsemble, logit_rule: LogitRule, memory_size: int):
         super().__init__()
         self.weights = StackWeights(logit_rule, memory_size)
         self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
@@ -201,12 +201,12 @@ class FrozenCritics(nn.ModuleList):
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
         total = first.new_zeros(len(first), self.n_choices, dtype=th.float32)
         weights = [weight for _, weight in sorted(zip(self._slots, self.weights.values, strict=True))]
-        threshold = _NEGLIGIBLE_WEIGHT * sum(weights)
+        threshold = _NEGLIGIBLE_WEIGHT * sum(map(abs, weights))
         ensemble = self._template[0]
         chunk = max(1, _CHUNK_ELEMENTS // (self._widest_layer * len(first)))
         for start in range(0, len(weights), chunk):
             part = weights[start : start + chunk]
-            if max(part) <= threshold:
+            if max(map(abs, part)) <= threshold:
                 continue
             params = {name: block[start : start + len(part)].flatten(0, 1) for name, block in self._blocks.items()}
             q_values = batched_forward(ensemble.net, params, obs).unflatten(0, (len(part), -1))

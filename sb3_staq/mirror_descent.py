@@ -9,19 +9,57 @@ After each policy evaluation ``Q_k`` the policy update
     S_{k+1} = beta_k * S_k + Q_k - w * Q_{k-M}
 
 where ``w`` is the weight that the deleted Q-function has left. The three logit rules differ only in ``scale_k`` and in
-whether anything is deleted. Everything here works on plain tensors of any leading shape: the tabular testbed and the
-deep algorithm both call it.
+whether anything is deleted. Custom weights by age, ``xi_{k+1} = sum_age w(age) Q_{k-age}``, take the place of all that:
+they follow no recursion, the sum is evaluated as it stands. Everything here works on plain tensors of any leading
+shape: the tabular testbed and the deep algorithm both call it.
 
 Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https://arxiv.org/abs/2506.13862
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch as th
 
 LOGIT_RULES = ("weight_corrected", "truncated", "exact")
+LogitRule = str | Sequence[float] | Callable[[int], float]
+
+
+def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[float, ...]:
+    """
+    :param logit_rule: one of ``LOGIT_RULES``; or custom weights, the factors of the Q-functions in the logits by age,
+        newest first: ``memory_size`` numbers, or a callable of the age (0 is the newest), which is evaluated here
+    :param memory_size: ``M``, the number of Q-functions kept
+    :return: the name of the rule, or the custom weights
+    :raise ValueError: if it is neither, with what is accepted; custom weights must be finite and not all 0
+    """
+    accepted = (
+        f"{', '.join(LOGIT_RULES)}, or custom weights by age: memory_size={memory_size} finite numbers, newest first "
+        "and not all 0, or a callable of the age that gives them"
+    )
+    weights: list[Any] | None = None
+    gives = ""
+    if isinstance(logit_rule, str):
+        if logit_rule in LOGIT_RULES:
+            return logit_rule
+    elif callable(logit_rule):
+        try:
+            weights = [logit_rule(age) for age in range(memory_size)]
+        except Exception as error:
+            raise ValueError(f"logit_rule={logit_rule!r} failed: {error!r}; accepted: {accepted}") from error
+        gives = f" gives {weights}, which"
+    elif isinstance(logit_rule, Iterable):
+        weights = list(logit_rule)
+    if (
+        weights is None
+        or len(weights) != memory_size
+        or not all(isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w) for w in weights)
+        or not any(weights)
+    ):
+        raise ValueError(f"logit_rule={logit_rule!r}{gives} is not accepted; accepted: {accepted}")
+    return tuple(map(float, weights))
 
 
 def step_size(kl_coef: float, ent_coef: float) -> float:
@@ -54,7 +92,10 @@ def logit_scale(logit_rule: str, kl_coef: float, ent_coef: float, memory_size: i
 
 
 class PolicyUpdate(NamedTuple):
-    """What one policy update does to the weighted sum: ``S <- decay * S + Q_new - deleted_weight * Q_deleted``."""
+    """
+    What one policy update does to the weighted sum: ``S <- decay * S + Q_new - deleted_weight * Q_deleted``. The
+    numbers are NaN for custom weights, which follow no such recursion.
+    """
 
     decay: float
     deletes: bool
@@ -69,6 +110,7 @@ class PolicyUpdate(NamedTuple):
         :param q_deleted: ``Q_{k-M}``, same shape; needed only if ``deletes``
         :return: ``S_{k+1}``
         """
+        assert not math.isnan(self.decay), "custom weights follow no recursion: evaluate the sum"
         total = self.decay * total + q_new
         if self.deletes:
             assert q_deleted is not None, "this update deletes a Q-function: its values are needed"
@@ -81,14 +123,15 @@ class StackWeights:
     The weights of the stacked Q-functions, oldest first, and the scale of their sum.
 
     A Q-function enters with weight 1 and shrinks by the ``beta`` of each later update, so a weight is the product of
-    the betas that were in force since its push. Kept in double precision on the host: M numbers.
+    the betas that were in force since its push; custom weights depend on its age alone. Kept in double precision on the
+    host: M numbers.
 
-    :param logit_rule: one of ``LOGIT_RULES``
+    :param logit_rule: one of ``LOGIT_RULES``, or custom weights by age, see :func:`make_logit_rule`
     :param memory_size: ``M``, the number of Q-functions kept ("exact" keeps all)
     """
 
-    def __init__(self, logit_rule: str, memory_size: int):
-        self.logit_rule = logit_rule
+    def __init__(self, logit_rule: LogitRule, memory_size: int):
+        self.logit_rule = make_logit_rule(logit_rule, memory_size)
         self.memory_size = memory_size
         self.values: list[float] = []
         self.scale = 0.0
@@ -101,14 +144,23 @@ class StackWeights:
         """Whether the next push deletes the oldest Q-function."""
         return self.logit_rule != "exact" and len(self.values) >= self.memory_size
 
+    @property
+    def recursive(self) -> bool:
+        """Whether the weighted sum follows the recursion; custom weights change as a whole at every push."""
+        return isinstance(self.logit_rule, str)
+
     def push(self, kl_coef: float, ent_coef: float) -> PolicyUpdate:
         """
         Make room for one more Q-function under the given coefficients.
 
         :return: what the update does to the weighted sum
         """
-        beta = decay_rate(kl_coef, ent_coef)
         deletes = self.full
+        if not isinstance(self.logit_rule, str):
+            self.values = list(self.logit_rule[len(self) :: -1])  # by age, as many as there are, oldest first
+            self.scale = 1.0
+            return PolicyUpdate(math.nan, deletes, math.nan)
+        beta = decay_rate(kl_coef, ent_coef)
         self.values = [beta * value for value in self.values]
         deleted_weight = self.values.pop(0) if deletes else 0.0
         self.values.append(1.0)

@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_staq.action_spaces import make_action_groups
 from sb3_staq.critics import CriticEnsemble, FrozenCritics, QNetwork
-from sb3_staq.mirror_descent import PolicyUpdate
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, make_logit_rule
 from sb3_staq.save_util import atomic_write
 
 
@@ -38,7 +38,8 @@ class StaQPolicy(BasePolicy):
     :param n_critics: Number of critics in an ensemble
     :param critic_reduction: How the critics' values become one, "mean" or "min"
     :param memory_size: The largest number of frozen ensembles
-    :param logit_rule: "weight_corrected", "truncated" or "exact", see :mod:`sb3_staq.mirror_descent`
+    :param logit_rule: "weight_corrected", "truncated", "exact" or custom weights by age, see
+        :func:`sb3_staq.mirror_descent.make_logit_rule`
     :param action_grid: which actions of a Box are choices, see :func:`sb3_staq.action_spaces.make_action_groups`
     :param action_bins: number of values per dimension of a Box
     """
@@ -60,7 +61,7 @@ class StaQPolicy(BasePolicy):
         n_critics: int = 2,
         critic_reduction: str = "mean",
         memory_size: int = 50,
-        logit_rule: str = "weight_corrected",
+        logit_rule: LogitRule = "weight_corrected",
         action_grid: str = "factored",
         action_bins: int = 3,
     ):
@@ -84,14 +85,14 @@ class StaQPolicy(BasePolicy):
         self.n_critics = n_critics
         self.critic_reduction = critic_reduction
         self.memory_size = memory_size
-        self.logit_rule = logit_rule
+        self.logit_rule = make_logit_rule(logit_rule, memory_size)  # numbers, which can be saved
         self.action_grid = action_grid
         self.action_bins = action_bins
         self.action_groups = make_action_groups(action_space, action_grid, action_bins)
 
         critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
         # First, so that a saved stack that is too large is refused before anything is overwritten
-        self.frozen_critics = FrozenCritics(critics, logit_rule, memory_size)
+        self.frozen_critics = FrozenCritics(critics, self.logit_rule, memory_size)
         self.critics = critics
         self.critics_target = critics.frozen_copy()
         self.set_training_mode(False)

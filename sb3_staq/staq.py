@@ -1,8 +1,9 @@
 """StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
 
+import copy
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -19,13 +20,25 @@ from stable_baselines3.common.utils import LinearSchedule, polyak_update
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
 from sb3_staq.buffers import LogitCache
-from sb3_staq.mirror_descent import decay_rate, entropy, kl_divergence, log_policy, max_entropy, soft_value
+from sb3_staq.critics import CriticEnsemble
+from sb3_staq.mirror_descent import (
+    LogitRule,
+    StackWeights,
+    decay_rate,
+    entropy,
+    kl_divergence,
+    log_policy,
+    make_logit_rule,
+    max_entropy,
+    soft_value,
+)
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.schedules import make_schedule
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
+PolicyUpdateHook = Callable[[float, float, StackWeights, CriticEnsemble | None], None]
 
 
 class StaQ(OffPolicyAlgorithm):
@@ -54,7 +67,9 @@ class StaQ(OffPolicyAlgorithm):
     :param memory_size: ``M``, the number of frozen critics that the policy is made of at most. Acting costs M critics,
         so no more than what the weights, which fall as ``(kl_coef / (kl_coef + ent_coef))**age``, make use of
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
-        (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says)
+        (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
+        of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
+        newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
         see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
@@ -74,8 +89,8 @@ class StaQ(OffPolicyAlgorithm):
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
-        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right: not with HER or
-        VecNormalize), True or False
+        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right: not with HER,
+        VecNormalize or custom weights), True or False
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -114,7 +129,7 @@ class StaQ(OffPolicyAlgorithm):
         train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = -1,
         memory_size: int = 50,
-        logit_rule: str = "weight_corrected",
+        logit_rule: LogitRule = "weight_corrected",
         kl_coef: float | str | Schedule = 0.5,
         ent_coef: float | str | Schedule = 0.05,
         policy_update_interval: int = 500,
@@ -187,12 +202,16 @@ class StaQ(OffPolicyAlgorithm):
         self._current_ent_coef = 0.0  # in force since the last policy update
         self._logit_cache: LogitCache | None = None
         self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
+        # Called after each policy update with kl_coef, ent_coef, the weights before it and the critics that it deleted;
+        # for one call of `learn`: callbacks add theirs in `_on_training_start`
+        self.policy_update_hooks: list[PolicyUpdateHook] = []
 
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
         check_arguments(self)
+        self.logit_rule = make_logit_rule(self.logit_rule, self.memory_size)
         self.kl_coef_schedule = make_schedule("kl_coef", self.kl_coef)
         self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef)
         self.exploration_schedule = LinearSchedule(
@@ -214,7 +233,13 @@ class StaQ(OffPolicyAlgorithm):
     def _setup_logit_cache(self) -> None:
         """Keep the cache as long as it is right for the replay buffer, else start a new one where one can be used."""
         assert self.replay_buffer is not None
-        possible = LogitCache.supports(self.replay_buffer) and self._vec_normalize_env is None
+        recursive = self.policy.frozen_critics.weights.recursive
+        if self.logit_cache is True and not recursive:
+            raise ValueError(
+                f"logit_cache=True cannot be used with custom weights, logit_rule={self.logit_rule!r}, which follow no "
+                "recursion; accepted: 'auto' or False"
+            )
+        possible = recursive and LogitCache.supports(self.replay_buffer) and self._vec_normalize_env is None
         if self.logit_cache is True and not possible:
             raise ValueError(
                 f"logit_cache=True cannot be used with {type(self.replay_buffer).__name__}"
@@ -307,6 +332,7 @@ class StaQ(OffPolicyAlgorithm):
         kl_coef, ent_coef = self._coefficients()
         batch, cache_index = self._sample(batch_size)
         old_log_pi = self._next_log_policy(batch, cache_index)
+        old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
         self._current_ent_coef = ent_coef
@@ -328,6 +354,8 @@ class StaQ(OffPolicyAlgorithm):
         self.logger.record("train/n_frozen_critics", len(policy.frozen_critics))
         self.logger.record("train/oldest_weight", weights.values[0] if weights.full else 0.0)
         self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
+        for hook in self.policy_update_hooks:
+            hook(kl_coef, ent_coef, old_weights, deleted)
 
     def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
         """A batch of transitions, and where the logit cache has its next states (None without a cache)."""
@@ -466,6 +494,7 @@ class StaQ(OffPolicyAlgorithm):
         if reset_num_timesteps:
             self._last_policy_update = None
         self._last_logit_sums = None
+        self.policy_update_hooks = []
         self._setup_logit_cache()
         return total_timesteps, callback
 
@@ -521,7 +550,7 @@ class StaQ(OffPolicyAlgorithm):
         self._setup_logit_cache()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums"]
+        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

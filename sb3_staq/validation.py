@@ -7,7 +7,6 @@ from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_staq.action_spaces import ACTION_GRIDS, make_action_groups
 from sb3_staq.critics import CRITIC_REDUCTIONS
-from sb3_staq.mirror_descent import LOGIT_RULES
 from sb3_staq.schedules import is_number
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ def check_arguments(model: "StaQ") -> None:
         check(name, is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     check("reward_scale", is_number(model.reward_scale) and model.reward_scale > 0, "a finite number > 0")
     for name, names in {
-        "logit_rule": LOGIT_RULES,
         "critic_reduction": tuple(CRITIC_REDUCTIONS),
         "action_grid": ACTION_GRIDS,
     }.items():

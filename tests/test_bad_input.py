@@ -70,6 +70,8 @@ CASES = [
     ),
     *((name, value) for name in ("kl_coef", "ent_coef") for value in ["linear_1", "1.0", "LIN_1", "const_1", "lin 1"]),
     *(("logit_rule", value) for value in ["", "corrected", "Exact", None, 0, ["exact"], True]),
+    *(("logit_rule", value) for value in [[], [1.0], [1.0] * 49, [1.0] * 51, [0.0] * 50, [NAN] * 50, [True] * 50]),
+    *(("logit_rule", value) for value in [np.ones((50, 2)), [*[1.0] * 49, INF], dict.fromkeys("ab", 1.0)]),
     *(("critic_reduction", value) for value in ["", "max", "Mean", None, 0, ["mean"], {}, np.mean]),
     *(("action_grid", value) for value in ["", "grid", "Axis", None, 3, ["axis"], True]),
     *(("logit_cache", value) for value in ["", "yes", "AUTO", None, 0, 1, 1.0, [True]]),
@@ -124,6 +126,8 @@ def test_arguments_out_of_range(case):
         dict(train_freq=(2, "step")),
         dict(train_freq=(1, "episode"), gradient_steps=0),
         dict(learning_rate=lambda progress: 1e-3 * progress),
+        dict(logit_rule=[-1, 0, np.float32(0.5)], memory_size=3, ent_coef=0),
+        dict(logit_rule=lambda age: np.exp(-age), memory_size=np.int64(2), logit_cache=False),
         dict(logit_cache="auto"),
         dict(logit_cache=True, critic_reduction="min"),
         dict(logit_cache=False, critic_reduction="mean"),
@@ -207,6 +211,18 @@ def test_schedules_in_range():
         actual = [schedule(progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)]
         assert actual == pytest.approx(expected)
         assert all(type(number) is float for number in actual)
+
+
+@pytest.mark.parametrize("weights", [lambda age: NAN, lambda age: 0, lambda age: "1", lambda age: [age], list, fails])
+def test_custom_weights_out_of_range(weights):
+    """The error tells what a callable gives, or how it fails."""
+    with pytest.raises(ValueError) as error:
+        make_model(logit_rule=weights, memory_size=2)
+    message = str(error.value)
+    assert message.startswith(f"logit_rule={weights!r}")
+    assert "accepted: " in message
+    assert "memory_size=2" in message
+    assert " gives [" in message or " failed: " in message
 
 
 @pytest.mark.parametrize("name", ["n_critics", "critic_reduction", "memory_size", "logit_rule", "action_grid"])

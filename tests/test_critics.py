@@ -227,6 +227,23 @@ def test_exact_rule_keeps_everything():
     assert relative_error(policy.logit_sums(obs), loop_sum(policy, stack, obs)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "by_age", [[1.0, -2.0, 0.5], [-1.0, -0.1, -1e-3], [0.0, 0.0, 3.0], [1.0, -1.0, 0.0], [1.0, 1e-3, 1e6]], ids=str
+)
+@pytest.mark.parametrize("architecture", ["mlp", "groups"])
+def test_custom_weights(architecture, by_age):
+    """The logits are ``sum_age w(age) Q_{k-age}``, missing critics count as zero."""
+    policy = make_policy(architecture, memory_size=3, logit_rule=by_age)
+    obs = sample_obs(BOX, 6)
+    pushed: list[th.Tensor] = []
+    for i in range(8):
+        randomise(policy.critics, seed=i)
+        pushed.insert(0, slow_q_values(policy.critics, obs))
+        policy.push_critics(1.0 + i, 0.1)
+        expected = sum(weight * q_values for weight, q_values in zip(by_age, pushed, strict=False))
+        th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=1e-5 * max(map(abs, by_age)))
+
+
 def test_no_gradient_reaches_frozen_critics():
     """Training changes nothing in the stack, and the optimizer does not know of it or of the targets."""
     model = make_model(memory_size=3)

@@ -18,6 +18,7 @@ from sb3_staq.mirror_descent import (
     kl_divergence,
     log_policy,
     logit_scale,
+    make_logit_rule,
     max_entropy,
     soft_value,
     step_size,
@@ -177,6 +178,52 @@ def test_no_kl_term():
             weights.push(0.0, 0.25)
         assert weights.values[-1] * weights.scale == 4.0
         assert sum(weights.values) == 1.0
+
+
+def test_custom_weights_equal_the_sum_written_out():
+    """Also negative ones, ones that are 0, and while the stack is filling; whatever the coefficients are."""
+    rng = np.random.default_rng(0)
+    by_age = [0.0, -1.5, 2.0, 0.25]
+    q_values = [rng.normal(size=(4, 3)) for _ in range(11)]
+    weights = StackWeights(by_age, 4)
+    assert not weights.recursive
+    for k in range(11):
+        assert weights.full == (k >= 4)
+        update = weights.push(float(rng.uniform(0, 5)), float(rng.uniform(0, 5)))
+        assert update.deletes == (k >= 4)
+        with pytest.raises(AssertionError, match="recursion"):
+            update.apply(th.ones(2), th.ones(2), th.ones(2))
+        expected = sum(by_age[age] * q_values[k - age] for age in range(4) if age <= k)
+        kept = q_values[max(0, k - 3) : k + 1]
+        actual = sum(weights.scale * weight * q for weight, q in zip(weights.values, kept, strict=True))
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("memory_size", [1, 2, 6])
+def test_geometric_custom_weights_are_the_truncated_rule(memory_size):
+    kl, ent = 2.0, 0.5
+    custom = StackWeights(lambda age: 0.4 * 0.8**age, memory_size)
+    truncated = StackWeights("truncated", memory_size)
+    for _ in range(3 * memory_size):
+        assert custom.push(kl, ent).deletes == truncated.push(kl, ent).deletes
+        actual, expected = (np.multiply(weights.scale, weights.values) for weights in (custom, truncated))
+        np.testing.assert_allclose(actual, expected, rtol=1e-14)
+
+
+def test_custom_weights_are_evaluated_once():
+    ages = []
+
+    def weight(age):
+        ages.append(age)
+        return 1.0 / (1 + age)
+
+    assert make_logit_rule(weight, 3) == (1.0, 1 / 2, 1 / 3)
+    weights = StackWeights(weight, 3)
+    for _ in range(5):
+        weights.push(1.0, 1.0)
+    assert ages == [0, 1, 2] * 2
+    for same in ([1, 0.5, 0], (1, 0.5, 0.0), np.array([1, 0.5, 0], np.float32)):
+        assert make_logit_rule(same, 3) == (1.0, 0.5, 0.0)
 
 
 def test_float32_recursion_stays_close_to_the_sum():

@@ -142,6 +142,23 @@ def test_round_trip_of_the_policys_arguments(tmp_path):
     assert loaded.optimizer.param_groups[0]["momentum"] == 0.5
 
 
+@pytest.mark.parametrize("n", [0, 2, M + 2])
+def test_round_trip_of_custom_weights(n, tmp_path):
+    """Saved are the numbers that a callable gave, not the callable."""
+    model = grown_model(n, logit_rule=lambda age: 2.0 / (1 + age) - 0.7)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy.pth")
+    loaded = StaQ.load(tmp_path / "model")
+    policy = MlpPolicy.load(tmp_path / "policy.pth")
+    assert model.logit_rule == loaded.logit_rule == policy.logit_rule == (1.3, 1.0 - 0.7, 2 / 3 - 0.7, 0.5 - 0.7)
+    obs = observations(model)
+    for each in (loaded.policy, policy):
+        assert_same_policy(each, model.policy, obs)
+    grow(model, 3, seed=200)
+    grow(loaded, 3, seed=200)
+    assert_same_policy(loaded.policy, model.policy, obs)
+
+
 SECOND_PROCESS = """
 import sys
 import torch as th

@@ -12,7 +12,17 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
-from helpers import RandomObsEnv, grow, make_model, members, randomise, relative_error, slow_log_policy, slow_logit_sums
+from helpers import (
+    RandomObsEnv,
+    grow,
+    make_model,
+    members,
+    randomise,
+    relative_error,
+    slow_log_policy,
+    slow_logit_sums,
+    slow_q_values,
+)
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import (
@@ -724,6 +734,25 @@ def test_entropy_coefficient_that_falls_to_zero():
         assert th.isfinite(model.policy.logits(th.zeros(1, 4))).all()
     assert ends["weight_corrected"] == pytest.approx(0.005)
     assert ends["truncated"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["Discrete", "MultiDiscrete", "Box"])
+def test_custom_weights(kind):
+    """Trained and acted upon: the stack is evaluated directly, for the cache's recursion would be wrong."""
+    action_space = {
+        "Discrete": None,
+        "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+        "Box": spaces.Box(-1, 1, (2,), np.float32),
+    }[kind]
+    model = make_model(RandomObsEnv(action_space=action_space), logit_rule=[3.0, 2.0, -1.0, 0.5]).learn(100)
+    assert len(model.policy.frozen_critics) == 4
+    assert model._logit_cache is None
+    obs = th.as_tensor(np.random.default_rng(0).uniform(-1, 1, (20, 4)), dtype=th.float32)
+    newest_first = [slow_q_values(entry, obs) for entry in reversed(model.policy.frozen_critics)]
+    expected = sum(weight * q for weight, q in zip([3.0, 2.0, -1.0, 0.5], newest_first, strict=True))
+    assert relative_error(model.policy.logits(obs), expected) < 1e-5
+    with pytest.raises(ValueError, match=r"logit_cache=True.*logit_rule=\(3.0, .*accepted: 'auto' or False"):
+        make_model(RandomObsEnv(action_space=action_space), logit_rule=[3.0, 2.0, -1.0, 0.5], logit_cache=True)
 
 
 def test_targets_use_the_coefficient_of_the_current_policy():

@@ -106,6 +106,17 @@ def test_corrected_weights_have_no_floor(mdp, memory_size):
     assert max(floor(TabularStaQ(mdp, "weight_corrected", memory_size, KL_COEF, ENT_COEF), 200)) < 1e-13
 
 
+def test_custom_weights(mdp):
+    """Geometric ones are the truncated rule; the newest Q-function alone over ent_coef is soft policy iteration."""
+    iterations = 60
+    geometric = [2.0 * BETA**age for age in range(5)]  # alpha = 1 / (0.4 + 0.1)
+    for custom, rule, kl_coef in [(geometric, "truncated", KL_COEF), (lambda age: 10.0 * (age == 0), "exact", 0.0)]:
+        actual, expected = (
+            convergence(TabularStaQ(mdp, each, 5, kl_coef, ENT_COEF), iterations) for each in (custom, rule)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_noise_shrinks_as_the_weights_say(mdp):
     """The spread of the logits when every Q-function is noise."""
     generator = th.Generator().manual_seed(0)
