@@ -6,15 +6,23 @@ import numpy as np
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_staq.action_spaces import ACTION_GRIDS, make_action_groups
-from sb3_staq.critics import CRITIC_REDUCTIONS
 from sb3_staq.mirror_descent import LOGIT_RULES
+from sb3_staq.policies import CRITIC_REDUCTIONS
 from sb3_staq.schedules import is_number
 
 if TYPE_CHECKING:
     from sb3_staq.staq import StaQ
 
 # Arguments of the policy that the algorithm sets itself
-POLICY_ARGUMENTS = ("n_critics", "critic_reduction", "memory_size", "logit_rule", "action_grid", "action_bins")
+POLICY_ARGUMENTS = (
+    "n_critics",
+    "critic_reduction",
+    "memory_size",
+    "logit_rule",
+    "action_grid",
+    "action_bins",
+    "critic",
+)
 
 
 def _is_whole(value: Any, minimum: int) -> bool:
