@@ -19,6 +19,7 @@ from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQ
 from sb3_staq.mirror_descent import PolicyUpdate, expected_value
 from sb3_staq.save_util import atomic_write
 
+CRITICS = ("additive", "joint")
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": lambda values: values.mean(dim=0),
     "min": lambda values: values.amin(dim=0),

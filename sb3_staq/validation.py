@@ -7,7 +7,7 @@ from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_staq.action_spaces import ACTION_GRIDS, make_action_groups
 from sb3_staq.mirror_descent import LOGIT_RULES
-from sb3_staq.policies import CRITIC_REDUCTIONS
+from sb3_staq.policies import CRITIC_REDUCTIONS, CRITICS
 from sb3_staq.schedules import is_number
 
 if TYPE_CHECKING:
@@ -66,9 +66,13 @@ def check_arguments(model: "StaQ") -> None:
         "logit_rule": LOGIT_RULES,
         "critic_reduction": tuple(CRITIC_REDUCTIONS),
         "action_grid": ACTION_GRIDS,
+        "critic": CRITICS,
     }.items():
         check(name, getattr(model, name) in names, ", ".join(names))
     check("logit_cache", isinstance(model.logit_cache, bool) or model.logit_cache == "auto", "'auto', True, False")
+    target = model.target_entropy
+    valid = target == "auto" if isinstance(target, str) else is_number(target) and 0 < target < 1
+    check("target_entropy", valid, "'auto' or a number in (0, 1), a share of the largest entropy")
     learning_rate = model.learning_rate
     valid = callable(learning_rate) or (is_number(learning_rate) and learning_rate >= 0)
     check("learning_rate", valid, "a finite number >= 0, or a callable of the remaining progress")
