@@ -29,10 +29,14 @@ class ActionGroups:
     :param sizes: the number of choices of each group
     """
 
+    # Number of components of a Box action; 0 for the spaces whose actions are names, not quantities
+    box_dim = 0
+
     def __init__(self, sizes: list[int]):
         self.sizes = tuple(sizes)
         # The column of each group's first choice
         self._offsets = th.as_tensor(np.cumsum([0, *sizes[:-1]]))
+        self._last = th.as_tensor(sizes) - 1
 
     @property
     def n_choices(self) -> int:
@@ -59,6 +63,56 @@ class ActionGroups:
         :return: their columns in logits and Q-values, same shape
         """
         return choices + self._offsets.to(choices.device)
+
+    def sample(self, log_pi: th.Tensor) -> th.Tensor:
+        """
+        :param log_pi: log-probabilities (or logits), shape (batch, n_choices)
+        :return: choices drawn from them, shape (batch, number of groups)
+        """
+        # The largest of the log-probabilities plus Gumbel noise is a sample of a softmax
+        scores = log_pi - th.empty_like(log_pi).exponential_().log()
+        return th.stack([group.argmax(dim=1) for group in scores.split(self.sizes, dim=1)], dim=1)
+
+    def one_hot(self, choices: th.Tensor) -> th.Tensor:
+        """
+        :param choices: shape (batch, number of groups)
+        :return: 1 in the columns of the choices and 0 elsewhere, shape (batch, n_choices)
+        """
+        zeros = th.zeros(len(choices), self.n_choices, device=choices.device)
+        return zeros.scatter_(1, self.columns(choices), 1.0)
+
+    @property
+    def n_inputs(self) -> int:
+        """Number of components of :meth:`inputs`."""
+        return self.box_dim or self.n_choices
+
+    def inputs(self, actions: th.Tensor) -> th.Tensor:
+        """
+        What a network that takes whole actions is given: actions of a Box as they are, others one-hot encoded.
+
+        :param actions: stored actions, shape (batch, action_dim)
+        :return: shape (batch, n_inputs)
+        """
+        return actions if self.box_dim else self.one_hot(self.encode(actions))
+
+    def sweep(self, choices: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Vary one group of each action over all its choices; the actions of the batch take turns in which group.
+
+        :param choices: shape (batch, number of groups)
+        :return: the varied choices, shape (batch, max(sizes), number of groups); the columns of the varied group's
+            choices and whether there are that many (a smaller group repeats its last), both of shape
+            (batch, max(sizes))
+        """
+        device = choices.device
+        group = th.arange(len(choices), device=device) % len(self.sizes)
+        last = self._last.to(device)[group].unsqueeze(1)
+        options = th.arange(max(self.sizes), device=device).expand(len(choices), -1)
+        valid = options <= last
+        options = options.minimum(last)
+        varied = choices.unsqueeze(1).repeat(1, max(self.sizes), 1)
+        varied.scatter_(2, group.view(-1, 1, 1).expand(-1, max(self.sizes), 1), options.unsqueeze(2))
+        return varied, self._offsets.to(device)[group].unsqueeze(1) + options, valid
 
     def uniform(self, batch_size: int) -> th.Tensor:
         """
@@ -91,8 +145,8 @@ class EvenlySpacedGroups(ActionGroups):
         super().__init__(sizes)
         self._lowest = th.as_tensor(lowest, dtype=th.float64)
         self._spacing = th.as_tensor(spacing, dtype=th.float64)
-        self._last = th.as_tensor(sizes) - 1
         self._dtype = dtype
+        self.box_dim = len(sizes) if dtype.is_floating_point else 0
 
     def decode(self, choices: th.Tensor) -> th.Tensor:
         values = self._lowest.to(choices.device) + self._spacing.to(choices.device) * choices
@@ -113,6 +167,7 @@ class ListedGroup(ActionGroups):
     def __init__(self, actions: np.ndarray):
         super().__init__([len(actions)])
         self._actions = th.as_tensor(actions, dtype=th.float32)
+        self.box_dim = self._actions.shape[1]
 
     def decode(self, choices: th.Tensor) -> th.Tensor:
         return self._actions.to(choices.device)[choices.squeeze(1)]

@@ -7,7 +7,7 @@ the parameters of all its entries, and the parameters of the entries in the ``nn
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
@@ -17,10 +17,8 @@ from torch.func import functional_call, vmap
 
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights
 
-CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
-    "mean": lambda q_values: q_values.mean(dim=0),
-    "min": lambda q_values: q_values.amin(dim=0),
-}
+Net = TypeVar("Net", bound=nn.Module)
+SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
 
 # Activations per chunk of a pass through the stack: a few MB, so that they stay in the processor's cache
 _CHUNK_ELEMENTS = 2**20
@@ -50,15 +48,27 @@ class Dueling(nn.Module):
         return th.cat([value + group - group.mean(dim=-1, keepdim=True) for group in advantages], dim=-1)
 
 
+def _named_layers(features_extractor: nn.Module, q_net: nn.Sequential) -> list[tuple[nn.Module, dict[str, str]]]:
+    """Layer by layer, with the names of its parameters: what a batched pass needs to know."""
+    if list(features_extractor.buffers()):
+        raise ValueError(
+            f"features_extractor_class={type(features_extractor).__name__} has buffers (as BatchNorm has), which a "
+            "stack of critics cannot hold; accepted: extractors without, e.g. with LayerNorm or GroupNorm instead"
+        )
+    layers = {"features_extractor": features_extractor, **{f"q_net.{i}": layer for i, layer in enumerate(q_net)}}
+    return [(layer, {leaf: f"{name}.{leaf}" for leaf, _ in layer.named_parameters()}) for name, layer in layers.items()]
+
+
 class QNetwork(nn.Module):
     """
-    One critic: features extractor, then an MLP with one output per choice; dueling if there are several groups. The
-    last layer starts at zero, so the first policies are uniform.
+    One critic: features extractor, then an MLP with one output per choice. The last layer starts at zero, so the first
+    policies are uniform.
 
     :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
     :param group_sizes: the number of choices of each group
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation function
+    :param dueling: whether the outputs are those of :class:`Dueling`
     """
 
     def __init__(
@@ -67,27 +77,18 @@ class QNetwork(nn.Module):
         group_sizes: Sequence[int],
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
+        dueling: bool = False,
     ):
         super().__init__()
-        if list(features_extractor.buffers()):
-            raise ValueError(
-                f"features_extractor_class={type(features_extractor).__name__} has buffers (as BatchNorm has), which a "
-                "stack of critics cannot hold; accepted: extractors without, e.g. with LayerNorm or GroupNorm instead"
-            )
         self.features_extractor = features_extractor
         self.n_choices = sum(group_sizes)
-        n_outputs = self.n_choices + (len(group_sizes) > 1)
+        n_outputs = self.n_choices + dueling
         self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_outputs, net_arch, activation_fn))
         for param in self.q_net[-1].parameters():
             nn.init.zeros_(param)
-        if len(group_sizes) > 1:
+        if dueling:
             self.q_net.append(Dueling(group_sizes))
-        # Layer by layer, with the names of its parameters: what a batched pass needs to know
-        layers: dict[str, nn.Module] = {"features_extractor": self.features_extractor}
-        layers.update({f"q_net.{i}": layer for i, layer in enumerate(self.q_net)})
-        self.layers = [
-            (layer, {leaf: f"{name}.{leaf}" for leaf, _ in layer.named_parameters()}) for name, layer in layers.items()
-        ]
+        self.layers = _named_layers(features_extractor, self.q_net)
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -95,6 +96,29 @@ class QNetwork(nn.Module):
         :return: Q-values, shape (batch, n_choices)
         """
         return self.q_net(self.features_extractor(obs))
+
+
+class JointQNetwork(nn.Module):
+    """
+    One critic of whole actions: features extractor, then an MLP from features and action to one value.
+
+    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
+    :param n_inputs: number of components of an action
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    """
+
+    def __init__(
+        self,
+        features_extractor: BaseFeaturesExtractor,
+        n_inputs: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+    ):
+        super().__init__()
+        self.features_extractor = features_extractor
+        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim + n_inputs, 1, net_arch, activation_fn))
+        self.layers = _named_layers(features_extractor, self.q_net)
 
 
 def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool) -> th.Tensor:
@@ -133,21 +157,27 @@ def batched_forward(net: QNetwork, params: Mapping[str, th.Tensor], obs: PyTorch
     return x
 
 
-class CriticEnsemble(nn.Module):
+class Ensemble(nn.Module, Generic[Net]):
     """
-    Several critics of one architecture, evaluated in one batched pass.
+    Several networks of one architecture, evaluated in one batched pass.
 
     :param nets: the members; their parameters are copied
-    :param reduction: how the members' values become one, "mean" or "min"
     """
 
-    def __init__(self, nets: list[QNetwork], reduction: str = "mean"):
+    def __init__(self, nets: list[Net]):
         super().__init__()
-        self.reduction = reduction
         self.net = nets[0]
         self._params = dict(self.net.named_parameters())
         for name, param in self._params.items():
             param.data = th.stack([net.get_parameter(name).data for net in nets])
+
+    def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
+        """A copy that is never trained."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+class CriticEnsemble(Ensemble[QNetwork]):
+    """Several critics with one output per choice."""
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -159,13 +189,40 @@ class CriticEnsemble(nn.Module):
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: preprocessed observations
-        :return: the members' values reduced to one, shape (batch, n_choices)
+        :return: mean of the members, shape (batch, n_choices)
         """
-        return CRITIC_REDUCTIONS[self.reduction](self(obs))
+        return self(obs).mean(dim=0)
 
-    def frozen_copy(self) -> "CriticEnsemble":
-        """A copy that is never trained."""
-        return copy.deepcopy(self).requires_grad_(False).eval()
+
+class JointCritics(Ensemble[JointQNetwork]):
+    """Several critics of whole actions."""
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param obs: preprocessed observations
+        :param actions: some actions for each observation, shape (batch, n_actions, n_inputs)
+        :return: Q-values of each member, shape (n_critics, batch, n_actions)
+        """
+        features: Any = obs
+        extractor, names = self.net.layers[0]
+        if names:
+            params = {leaf: self._params[name] for leaf, name in names.items()}
+            features = _batched_layer(extractor, params, obs, x_is_batched=False)
+        else:
+            features = extractor(obs)
+        (_, names), *layers = self.net.layers[1:]
+        weight, bias = self._params[names["weight"]], self._params[names["bias"]]
+        # The first layer is linear: the part of the features serves all actions of a state
+        of_features, of_actions = weight.split([features.shape[-1], actions.shape[-1]], dim=-1)
+        if features.dim() == 2:
+            features = features.expand(len(weight), -1, -1)
+        x = th.baddbmm(bias.unsqueeze(1), features, of_features.mT).unsqueeze(2)
+        x = x + th.matmul(actions.flatten(0, 1), of_actions.mT).unflatten(1, actions.shape[:2])
+        x = x.flatten(1, 2)
+        for layer, names in layers:
+            params = {leaf: self._params[name] for leaf, name in names.items()}
+            x = _batched_layer(layer, params, x, x_is_batched=True) if names else layer(x)
+        return x.squeeze(-1).unflatten(1, actions.shape[:2])
 
 
 class FrozenCritics(nn.ModuleList):
@@ -210,8 +267,7 @@ class FrozenCritics(nn.ModuleList):
                 continue
             params = {name: block[start : start + len(part)].flatten(0, 1) for name, block in self._blocks.items()}
             q_values = batched_forward(ensemble.net, params, obs).unflatten(0, (len(part), -1))
-            q_values = CRITIC_REDUCTIONS[ensemble.reduction](q_values.transpose(0, 1))
-            total += th.tensordot(th.tensor(part, device=total.device), q_values, dims=1)
+            total += th.tensordot(th.tensor(part, device=total.device), q_values.mean(dim=1), dims=1)
         return total
 
     def push(

@@ -213,4 +213,32 @@ def soft_value(log_pi: th.Tensor, q_values: th.Tensor, ent_coef: float) -> th.Te
     :param ent_coef: weight of the entropy
     :return: shape (...)
     """
-    return (log_pi.exp() * q_values).sum(dim=-1) + ent_coef * entropy(log_pi)
+    return expected_value(log_pi, q_values) + ent_coef * entropy(log_pi)
+
+
+def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+    """``E_{a~pi}[Q(s,a)]`` for (additive) Q-values of the choices: shape (..., sum(group_sizes)) -> (...)."""
+    return (log_pi.exp() * q_values).sum(dim=-1)
+
+
+def solve_ent_coef(
+    q_values: th.Tensor, group_sizes: Sequence[int], target_entropy: float, lowest: float, highest: float
+) -> float:
+    """
+    The ``ent_coef`` with which ``softmax(q_values / ent_coef)`` has the wanted mean entropy. The entropy grows with
+    ``ent_coef``, so its root is bracketed and halved down to 0.1%.
+
+    :param q_values: values of the choices at some states, shape (batch, sum(group_sizes))
+    :param group_sizes: the number of choices of each group
+    :param target_entropy: wanted mean over the states, as a share of the largest entropy, in (0, 1)
+    :param lowest: least value to return, above 0
+    :param highest: largest value to return
+    """
+    target = target_entropy * max_entropy(group_sizes)
+    while highest > 1.001 * lowest:
+        middle = math.sqrt(lowest * highest)
+        if entropy(log_policy(q_values / middle, group_sizes)).mean().item() < target:
+            lowest = middle
+        else:
+            highest = middle
+    return math.sqrt(lowest * highest)

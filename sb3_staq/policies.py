@@ -2,7 +2,8 @@
 
 import io
 import pathlib
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -14,9 +15,23 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_staq.action_spaces import make_action_groups
-from sb3_staq.critics import CriticEnsemble, FrozenCritics, QNetwork
-from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, make_logit_rule
+from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQNetwork, QNetwork
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, make_logit_rule
 from sb3_staq.save_util import atomic_write
+
+CRITICS = ("additive", "joint")
+CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+    "mean": lambda values: values.mean(dim=0),
+    "min": lambda values: values.amin(dim=0),
+}
+
+
+class Sweep(NamedTuple):
+    """Q-values of actions of which one group is varied over all its choices."""
+
+    columns: th.Tensor  # of the varied choices, shape (batch, n_varied)
+    valid: th.Tensor  # whether the group has so many choices, same shape
+    q_values: th.Tensor  # same shape
 
 
 class StaQPolicy(BasePolicy):
@@ -64,6 +79,7 @@ class StaQPolicy(BasePolicy):
         logit_rule: LogitRule = "weight_corrected",
         action_grid: str = "factored",
         action_bins: int = 3,
+        critic: str = "additive",
     ):
         if optimizer_kwargs is None:
             # The same numbers in one kernel instead of several per parameter
@@ -90,20 +106,89 @@ class StaQPolicy(BasePolicy):
         self.action_bins = action_bins
         self.action_groups = make_action_groups(action_space, action_grid, action_bins)
 
-        critics = CriticEnsemble([self._make_critic() for _ in range(n_critics)], critic_reduction)
+        self.critic = critic
+
+        critics: CriticEnsemble | JointCritics
+        self.main_effects: CriticEnsemble | None = None
+        if critic == "joint":
+            self.main_effects = CriticEnsemble([self._make_critic(dueling=False)])
+            critics = JointCritics([self._make_joint_critic() for _ in range(n_critics)])
+            template = self.main_effects
+        else:
+            dueling = len(self.action_groups.sizes) > 1
+            critics = template = CriticEnsemble([self._make_critic(dueling) for _ in range(n_critics)])
         # First, so that a saved stack that is too large is refused before anything is overwritten
-        self.frozen_critics = FrozenCritics(critics, self.logit_rule, memory_size)
+        self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size)
         self.critics = critics
         self.critics_target = critics.frozen_copy()
         self.set_training_mode(False)
+        trained: list[nn.Module] = [critics] if self.main_effects is None else [critics, self.main_effects]
         self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
-            self.critics.parameters(),
+            [{"params": list(module.parameters())} for module in trained],
             lr=lr_schedule(1),
             **self.optimizer_kwargs,
         )
 
-    def _make_critic(self) -> QNetwork:
-        return QNetwork(self.make_features_extractor(), self.action_groups.sizes, self.net_arch, self.activation_fn)
+    def _make_critic(self, dueling: bool) -> QNetwork:
+        extractor, sizes = self.make_features_extractor(), self.action_groups.sizes
+        return QNetwork(extractor, sizes, self.net_arch, self.activation_fn, dueling)
+
+    def _make_joint_critic(self) -> JointQNetwork:
+        extractor, n_inputs = self.make_features_extractor(), self.action_groups.n_inputs
+        return JointQNetwork(extractor, n_inputs, self.net_arch, self.activation_fn)
+
+    @property
+    def additive_critics(self) -> CriticEnsemble:
+        """What a policy update pushes on the stack: the critics, or the main effects of joint ones."""
+        return self.critics if isinstance(self.critics, CriticEnsemble) else self.main_effects  # type: ignore[return-value]
+
+    def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param obs: observations
+        :param actions: stored actions, shape (batch, action_dim)
+        :return: their Q-values by each of the critics that are trained, shape (n_critics, batch)
+        """
+        obs, groups = self.preprocess(obs), self.action_groups
+        if isinstance(self.critics, JointCritics):
+            return self.critics(obs, groups.inputs(actions).unsqueeze(1)).squeeze(2)
+        q_values = self.critics(obs)
+        chosen = groups.columns(groups.encode(actions)).expand(len(q_values), -1, -1)
+        return q_values.gather(2, chosen).sum(dim=2)
+
+    @th.no_grad()
+    def expected_values(self, obs: PyTorchObs, log_pi: th.Tensor) -> tuple[th.Tensor, Sweep | None]:
+        """
+        ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. For joint ones, an action is sampled
+        and one of its groups swept: the expectation is exact in that group.
+
+        :param obs: observations
+        :param log_pi: the policy at these observations, shape (batch, n_choices)
+        :return: the expectation, shape (batch,), the critics reduced to one; and the sweep (None if there was none)
+        """
+        obs, groups = self.preprocess(obs), self.action_groups
+        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
+        if not isinstance(self.critics_target, JointCritics):
+            return reduce(expected_value(log_pi, self.critics_target(obs))), None
+        choices, columns, valid = groups.sweep(groups.sample(log_pi))
+        actions = groups.inputs(groups.decode(choices.flatten(0, 1))).unflatten(0, choices.shape[:2])
+        q_values = self.critics_target(obs, actions)
+        probabilities = log_pi.gather(1, columns).exp() * valid
+        return reduce((probabilities * q_values).sum(dim=2)), Sweep(columns, valid, q_values.mean(dim=0))
+
+    def main_effects_loss(self, obs: PyTorchObs, sweep: Sweep) -> th.Tensor:
+        """
+        Regression of the main effects, ``E[Q(s,a) | a_g]`` over the other groups' choices under the policy. Only
+        differences within a group matter to a softmax, so only these are fitted: states of high value do not
+        drown them.
+
+        :param obs: observations
+        :param sweep: values of varied actions there
+        :return: mean squared error
+        """
+        assert self.main_effects is not None
+        error = self.main_effects.q_values(self.preprocess(obs)).gather(1, sweep.columns) - sweep.q_values
+        mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
+        return (sweep.valid * (error - mean_error).square()).sum() / sweep.valid.sum()
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
@@ -144,7 +229,7 @@ class StaQPolicy(BasePolicy):
 
     def push_critics(self, kl_coef: float, ent_coef: float) -> tuple[PolicyUpdate, CriticEnsemble | None]:
         """The policy update: see :meth:`FrozenCritics.push`."""
-        return self.frozen_critics.push(self.critics, kl_coef, ent_coef)
+        return self.frozen_critics.push(self.additive_critics, kl_coef, ent_coef)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """
@@ -185,6 +270,7 @@ class StaQPolicy(BasePolicy):
             logit_rule=self.logit_rule,
             action_grid=self.action_grid,
             action_bins=self.action_bins,
+            critic=self.critic,
         )
 
     def set_training_mode(self, mode: bool) -> None:

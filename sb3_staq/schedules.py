@@ -8,6 +8,9 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 
 ACCEPTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
 
+# Of ent_coef="auto": it is found within few updates from anywhere
+DEFAULT_FIRST_ENT_COEF = 0.1
+
 
 def is_number(value: Any) -> bool:
     """Whether this is a finite real number (of Python or NumPy; booleans are none)."""
@@ -55,3 +58,37 @@ def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
         if not (is_number(number) and number >= 0):
             raise ValueError(f"{name}={value!r} gives {number!r} at progress {progress}; accepted: {ACCEPTED}")
     return FloatSchedule(schedule)
+
+
+def parse_auto(value: Any) -> float | None:
+    """
+    :param value: an ``ent_coef``
+    :return: the first value of an automatic coefficient, "auto" or "auto_FIRST"; None if it is none
+    """
+    if not (isinstance(value, str) and value.startswith("auto")):
+        return None
+    try:
+        first = float(value.removeprefix("auto").removeprefix("_") or DEFAULT_FIRST_ENT_COEF)
+    except ValueError:
+        first = 0.0
+    if not (value in ("auto", f"auto_{value[5:]}") and is_number(first) and first > 0):
+        raise ValueError(
+            f"ent_coef={value!r} is not accepted; accepted: 'auto' or 'auto_FIRST' with a number FIRST > 0"
+        )
+    return first
+
+
+def parse_relative(value: Any) -> float | None:
+    """
+    :param value: a ``kl_coef``
+    :return: the factor of a coefficient that is a multiple of ``ent_coef``, "rel_FACTOR"; None if it is none
+    """
+    if not (isinstance(value, str) and value.startswith("rel")):
+        return None
+    try:
+        factor = float(value.removeprefix("rel_"))
+    except ValueError:
+        factor = -1.0
+    if not (is_number(factor) and factor >= 0):
+        raise ValueError(f"kl_coef={value!r} is not accepted; accepted: 'rel_FACTOR' with a number FACTOR >= 0")
+    return factor

@@ -30,12 +30,19 @@ from sb3_staq.mirror_descent import (
     log_policy,
     make_logit_rule,
     max_entropy,
-    soft_value,
+    solve_ent_coef,
 )
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.save_util import atomic_write
-from sb3_staq.schedules import make_schedule
+from sb3_staq.schedules import make_schedule, parse_auto, parse_relative
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
+
+# An automatic ent_coef changes by this factor per policy update at most
+MAX_ENT_COEF_CHANGE = 1.3
+# ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
+MIN_ENT_COEF = 1e-6
+# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over
+MIN_UPDATE_STATES = 1024
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 PolicyUpdateHook = Callable[[float, float, StackWeights, CriticEnsemble | None], None]
@@ -132,6 +139,7 @@ class StaQ(OffPolicyAlgorithm):
         logit_rule: LogitRule = "weight_corrected",
         kl_coef: float | str | Schedule = 0.5,
         ent_coef: float | str | Schedule = 0.05,
+        target_entropy: float | str = "auto",
         policy_update_interval: int = 500,
         n_critics: int = 2,
         critic_reduction: str = "mean",
@@ -141,6 +149,7 @@ class StaQ(OffPolicyAlgorithm):
         exploration_final_eps: float = 0.05,
         action_grid: str = "factored",
         action_bins: int = 3,
+        critic: str = "additive",
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -184,6 +193,7 @@ class StaQ(OffPolicyAlgorithm):
         self.logit_rule = logit_rule
         self.kl_coef = kl_coef
         self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
         self.policy_update_interval = policy_update_interval
         self.n_critics = n_critics
         self.critic_reduction = critic_reduction
@@ -193,6 +203,7 @@ class StaQ(OffPolicyAlgorithm):
         self.exploration_final_eps = exploration_final_eps
         self.action_grid = action_grid
         self.action_bins = action_bins
+        self.critic = critic
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 
@@ -212,8 +223,13 @@ class StaQ(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_arguments(self)
         self.logit_rule = make_logit_rule(self.logit_rule, self.memory_size)
-        self.kl_coef_schedule = make_schedule("kl_coef", self.kl_coef)
-        self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef)
+        relative_kl_coef = parse_relative(self.kl_coef)
+        self._kl_coef_is_relative = relative_kl_coef is not None
+        self.kl_coef_schedule = make_schedule("kl_coef", self.kl_coef if relative_kl_coef is None else relative_kl_coef)
+        first_ent_coef = parse_auto(self.ent_coef)
+        self._ent_coef_is_auto = first_ent_coef is not None
+        self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef if first_ent_coef is None else first_ent_coef)
+        self._target_entropy = 0.4 if self.target_entropy == "auto" else float(self.target_entropy)
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )
@@ -224,7 +240,7 @@ class StaQ(OffPolicyAlgorithm):
         super()._setup_model()
         self.policy_kwargs = policy_kwargs
         if self._n_policy_updates == 0:
-            self._current_ent_coef = self._coefficients()[1]
+            self._current_ent_coef = self._coefficients_at(1.0)[1]
         self._setup_logit_cache()
         if self.verbose >= 1:
             how = "kept in a cache" if self._logit_cache is not None else "evaluated directly through the whole stack"
@@ -252,15 +268,35 @@ class StaQ(OffPolicyAlgorithm):
             self._logit_cache = LogitCache(self.replay_buffer, self.policy.action_groups.n_choices, self.device)
 
     def _coefficients_at(self, progress_remaining: float) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` at a progress from 1 (start) to 0 (end)."""
+        """The coefficients ``(kl_coef, ent_coef)`` of the schedules at a progress from 1 (start) to 0 (end)."""
         ent_coef = self.ent_coef_schedule(progress_remaining)
         if self.logit_rule == "weight_corrected":  # it divides by ent_coef
             ent_coef = max(ent_coef, 0.01 * self.ent_coef_schedule(1.0))
-        return self.kl_coef_schedule(progress_remaining), ent_coef
+        return self._kl_coef_at(progress_remaining, ent_coef), ent_coef
 
-    def _coefficients(self) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` now; several environments may overshoot the end a little."""
-        return self._coefficients_at(max(self._current_progress_remaining, 0.0))
+    def _kl_coef_at(self, progress_remaining: float, ent_coef: float) -> float:
+        kl_coef = self.kl_coef_schedule(progress_remaining)
+        return kl_coef * ent_coef if self._kl_coef_is_relative else kl_coef
+
+    def _next_coefficients(self, batch: ReplayBufferSamples, cache_index: Any) -> tuple[float, float]:
+        """The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given replayed transitions."""
+        progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
+        if not self._ent_coef_is_auto:
+            return self._coefficients_at(progress)
+        # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
+        policy, ent_coef = self.policy, self._current_ent_coef
+        beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
+        q_values = policy.q_values(policy.additive_critics, batch.next_observations)
+        total = beta * self._next_logit_sums(batch, cache_index) + q_values
+        average = total / (beta * sum(policy.frozen_critics.weights.values) + 1.0)
+        ent_coef = solve_ent_coef(
+            average,
+            policy.action_groups.sizes,
+            self._target_entropy,
+            lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, MIN_ENT_COEF * self.ent_coef_schedule(1.0)),
+            highest=ent_coef * MAX_ENT_COEF_CHANGE,
+        )
+        return self._kl_coef_at(progress, ent_coef), ent_coef
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -292,24 +328,25 @@ class StaQ(OffPolicyAlgorithm):
 
     def _evaluate_policy(self, gradient_steps: int, batch_size: int) -> None:
         """Train the critics towards the soft Q-function of the current policy."""
-        policy, groups = self.policy, self.policy.action_groups
-        losses, td_errors = [], []
+        policy = self.policy
+        losses, td_errors, main_effects_losses = [], [], []
         for _ in range(gradient_steps):
             batch, cache_index = self._sample(batch_size)
             discounts = batch.discounts if batch.discounts is not None else self.gamma
             with th.no_grad():
                 # V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s')), exactly
-                next_q_values = policy.q_values(policy.critics_target, batch.next_observations)
-                next_values = soft_value(
-                    self._next_log_policy(batch, cache_index), next_q_values, self._current_ent_coef
-                ).unsqueeze(1)
+                log_pi = self._next_log_policy(batch, cache_index)
+                next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi)
+                next_values = (next_q_values + self._current_ent_coef * entropy(log_pi)).unsqueeze(1)
                 targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
 
-            q_values = policy.critics(policy.preprocess(batch.observations))
-            chosen = groups.columns(groups.encode(batch.actions)).expand(len(q_values), -1, -1)
-            td_error = q_values.gather(2, chosen).sum(dim=2) - targets.squeeze(1)
+            td_error = policy.action_values(batch.observations, batch.actions) - targets.squeeze(1)
             # Each critic has its own regression: mean over the batch, sum over the critics
             loss = td_error.square().mean(dim=1).sum()
+            if sweep is not None:
+                main_effects_loss = policy.main_effects_loss(batch.next_observations, sweep)
+                main_effects_losses.append(main_effects_loss.detach())
+                loss = loss + main_effects_loss
 
             policy.optimizer.zero_grad()
             loss.backward()
@@ -325,13 +362,15 @@ class StaQ(OffPolicyAlgorithm):
         if losses:
             self.logger.record("train/critic_loss", th.stack(losses).mean().item())
             self.logger.record("train/td_error", th.stack(td_errors).mean().item())
+        if main_effects_losses:
+            self.logger.record("train/main_effects_loss", th.stack(main_effects_losses).mean().item())
 
     def _update_policy(self, batch_size: int) -> None:
         """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
         policy = self.policy
-        kl_coef, ent_coef = self._coefficients()
-        batch, cache_index = self._sample(batch_size)
+        batch, cache_index = self._sample(max(batch_size, MIN_UPDATE_STATES))
         old_log_pi = self._next_log_policy(batch, cache_index)
+        kl_coef, ent_coef = self._next_coefficients(batch, cache_index)
         old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
@@ -367,11 +406,12 @@ class StaQ(OffPolicyAlgorithm):
 
     def _next_log_policy(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
         """``log pi(.|s')`` at the next states of a batch from :meth:`_sample`, shape (batch, n_choices)."""
+        return log_policy(self.policy.scale(self._next_logit_sums(batch, cache_index)), self.policy.action_groups.sizes)
+
+    def _next_logit_sums(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
         if self._logit_cache is None:
-            logit_sums = self.policy.logit_sums(batch.next_observations)
-        else:
-            logit_sums = self._logit_cache.sums[cache_index]
-        return log_policy(self.policy.scale(logit_sums), self.policy.action_groups.sizes)
+            return self.policy.logit_sums(batch.next_observations)
+        return self._logit_cache.sums[cache_index]
 
     def _on_step(self) -> None:
         self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)

@@ -6,14 +6,22 @@ import numpy as np
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_staq.action_spaces import ACTION_GRIDS, make_action_groups
-from sb3_staq.critics import CRITIC_REDUCTIONS
+from sb3_staq.policies import CRITIC_REDUCTIONS, CRITICS
 from sb3_staq.schedules import is_number
 
 if TYPE_CHECKING:
     from sb3_staq.staq import StaQ
 
 # Arguments of the policy that the algorithm sets itself
-POLICY_ARGUMENTS = ("n_critics", "critic_reduction", "memory_size", "logit_rule", "action_grid", "action_bins")
+POLICY_ARGUMENTS = (
+    "n_critics",
+    "critic_reduction",
+    "memory_size",
+    "logit_rule",
+    "action_grid",
+    "action_bins",
+    "critic",
+)
 
 
 def _is_whole(value: Any, minimum: int) -> bool:
@@ -56,9 +64,13 @@ def check_arguments(model: "StaQ") -> None:
     for name, names in {
         "critic_reduction": tuple(CRITIC_REDUCTIONS),
         "action_grid": ACTION_GRIDS,
+        "critic": CRITICS,
     }.items():
         check(name, getattr(model, name) in names, ", ".join(names))
     check("logit_cache", isinstance(model.logit_cache, bool) or model.logit_cache == "auto", "'auto', True, False")
+    target = model.target_entropy
+    valid = target == "auto" if isinstance(target, str) else is_number(target) and 0 < target < 1
+    check("target_entropy", valid, "'auto' or a number in (0, 1), a share of the largest entropy")
     learning_rate = model.learning_rate
     valid = callable(learning_rate) or (is_number(learning_rate) and learning_rate >= 0)
     check("learning_rate", valid, "a finite number >= 0, or a callable of the remaining progress")
@@ -93,6 +105,11 @@ def check_coefficients(model: "StaQ") -> None:
         raise ValueError(
             f"ent_coef={model.ent_coef!r} starts at 0, and logit_rule='weight_corrected' divides by it; accepted: a "
             "number or schedule that starts above 0, or another logit_rule"
+        )
+    if isinstance(model.logit_rule, tuple) and isinstance(model.ent_coef, str) and model.ent_coef.startswith("auto"):
+        raise ValueError(
+            f"ent_coef={model.ent_coef!r} has no influence on custom weights, logit_rule={model.logit_rule!r}; accepted: "
+            "a number or schedule, or another logit_rule"
         )
     for progress, when in ((1.0, "start"), (0.0, "end")):
         if model._coefficients_at(progress) == (0.0, 0.0):

@@ -122,7 +122,7 @@ def slow_q_values(ensemble: CriticEnsemble, obs, dtype=th.float64) -> th.Tensor:
 
     with th.no_grad():
         values = th.stack([net.to(dtype)(cast(obs)) for net in members(ensemble)])
-    return values.mean(0) if ensemble.reduction == "mean" else values.min(0).values
+    return values.mean(0)
 
 
 def slow_logit_sums(policy, obs, dtype=th.float64) -> th.Tensor:

@@ -10,11 +10,10 @@ import torch as th
 from gymnasium import spaces
 from helpers import grow, make_model, members, randomise, relative_error, sample_obs, slow_logit_sums, slow_q_values
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_staq.critics import CriticEnsemble, QNetwork
 
 
 class NormExtractor(BaseFeaturesExtractor):
@@ -71,10 +70,9 @@ def push(policy, seed, kl_coef=1.0, ent_coef=0.1):
 
 
 def loop_sum(policy, stack, obs):
-    """``sum_i w_i reduce_j Q_ij`` over ordinary networks."""
-    reduce = {"mean": lambda q: q.mean(0), "min": lambda q: q.min(0).values}[policy.critic_reduction]
+    """``sum_i w_i mean_j Q_ij`` over ordinary networks."""
     with th.no_grad():
-        values = [reduce(th.stack([net(obs) for net in nets])) for nets in stack]
+        values = [th.stack([net(obs) for net in nets]).mean(0) for nets in stack]
     return sum(weight * value for weight, value in zip(policy.frozen_critics.weights.values, values, strict=True))
 
 
@@ -105,11 +103,10 @@ def test_ensemble_equals_networks_one_by_one(architecture):
         assert relative_error(param.grad, expected) < 1e-4, name
 
 
-@pytest.mark.parametrize("reduction", ["mean", "min"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stack_equals_networks_one_by_one(architecture, reduction):
+def test_stack_equals_networks_one_by_one(architecture):
     """The weighted sum, with a stack that has been full for a while, at several batch sizes."""
-    policy = make_policy(architecture, critic_reduction=reduction)
+    policy = make_policy(architecture)
     stack = []
     for i in range(7):
         stack = [*stack, push(policy, seed=i, kl_coef=1.0 + i, ent_coef=0.1 + 0.2 * (i % 3))][-4:]
@@ -162,19 +159,6 @@ def test_new_critics_start_at_zero():
     assert (policy.logits(obs) == 0).all()
     first, second = policy.critics.net.q_net[0].weight
     assert not th.equal(first, second)  # but the members are different networks
-
-
-def test_reductions():
-    nets = [QNetwork(FlattenExtractor(BOX), [3], [8]) for _ in range(3)]
-    for i, net in enumerate(nets):
-        randomise(net, i)
-    obs = sample_obs(BOX, 6)
-    expected = th.stack([net(obs) for net in nets])
-    ensembles = {name: CriticEnsemble([copy.deepcopy(net) for net in nets], name) for name in ("mean", "min")}
-    th.testing.assert_close(ensembles["mean"].q_values(obs), (expected[0] + expected[1] + expected[2]) / 3)
-    th.testing.assert_close(
-        ensembles["min"].q_values(obs), th.minimum(expected[0], th.minimum(expected[1], expected[2]))
-    )
 
 
 def test_preprocessing_is_sb3s():

@@ -99,7 +99,7 @@ class WrittenOut(BaseCallback):
     def _note(self, kl_coef, ent_coef, old_weights, deleted):
         model, rule, memory_size = self.model, self.model.logit_rule, self.model.memory_size
         self.coefs.append((kl_coef, ent_coef))
-        self.critics.append(model.policy.critics.frozen_copy())
+        self.critics.append(model.policy.additive_critics.frozen_copy())
         obs = self._stored_states()
         q_values = [slow_q_values(critics, obs).numpy() for critics in self.critics]
         xi = logits_written_out(rule, memory_size, self.coefs, q_values)

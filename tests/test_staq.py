@@ -482,9 +482,6 @@ class ByHand:
         self.optimizer = policy.optimizer_class(params, lr=model.learning_rate)
         self.n_updates = 0
 
-    def reduce(self, values):
-        return values.mean(0) if self.model.critic_reduction == "mean" else values.min(0).values
-
     def chosen_columns(self, action):
         """The columns of a stored action."""
         space = self.model.action_space
@@ -499,7 +496,7 @@ class ByHand:
     def log_policy(self, obs):
         obs = self.model.policy.preprocess(obs)
         with th.no_grad():
-            q_values = [self.reduce(th.stack([net(obs) for net in nets])) for nets in self.stack]
+            q_values = [th.stack([net(obs) for net in nets]).mean(0) for nets in self.stack]
         total = sum(weight * q for weight, q in zip(self.weights, q_values, strict=True))
         return th.cat([(self.scale * total[:, columns]).log_softmax(-1) for columns in self.columns], dim=-1)
 
@@ -507,13 +504,16 @@ class ByHand:
         model = self.model
         with th.no_grad():
             next_obs = model.policy.preprocess(batch.next_observations)
-            next_q = self.reduce(th.stack([net(next_obs) for net in self.targets])).tolist()
+            next_q = [net(next_obs).tolist() for net in self.targets]
+        reduce = {"mean": np.mean, "min": np.min}[model.critic_reduction]
         targets = []
         for i, log_pi in enumerate(self.log_policy(batch.next_observations).tolist()):
-            value = 0.0
+            entropy, expected_q = 0.0, np.zeros(len(next_q))
             for columns in itertools.product(*self.columns):  # all joint actions
                 log_p = sum(log_pi[column] for column in columns)
-                value += np.exp(log_p) * (sum(next_q[i][column] for column in columns) - self.ent_coef * log_p)
+                entropy -= np.exp(log_p) * log_p
+                expected_q += [np.exp(log_p) * sum(q[i][column] for column in columns) for q in next_q]
+            value = reduce(expected_q) + self.ent_coef * entropy
             discount = model.gamma if batch.discounts is None else batch.discounts[i].item()
             bootstrap = discount * value if batch.dones[i].item() == 0 else 0.0
             targets.append(model.reward_scale * batch.rewards[i].item() + bootstrap)
@@ -567,6 +567,7 @@ TD_CASES = {
     "multi_discrete": dict(action_space=spaces.MultiDiscrete([2, 3])),
     "multi_binary": dict(action_space=spaces.MultiBinary(3)),
     "box": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_bins=4),
+    "min_of_several_groups": dict(action_space=spaces.MultiDiscrete([2, 3]), critic_reduction="min"),
 }
 
 

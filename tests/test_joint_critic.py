@@ -1,0 +1,260 @@
+"""The joint critic and its main effects, held against ordinary networks and enumeration of all actions."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import RandomObsEnv, make_model, members, randomise, relative_error, sample_obs
+from stable_baselines3.common.envs import IdentityEnvBox, IdentityEnvMultiDiscrete
+
+from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
+from sb3_staq.action_spaces import make_action_groups
+from sb3_staq.mirror_descent import log_policy
+
+BOX = spaces.Box(-1, 1, (4,), np.float32)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+DICT = spaces.Dict(img=IMAGE, vec=spaces.Box(-2, 2, (3,), np.float64), kind=spaces.Discrete(4))
+ACTION_SPACES = {
+    "multi_discrete": (spaces.MultiDiscrete([2, 4, 3]), {}),
+    "multi_binary": (spaces.MultiBinary(3), {}),
+    "discrete": (spaces.Discrete(5, start=-2), {}),
+    "box_factored": (spaces.Box(-2, 1, (3,), np.float32), dict(action_bins=4)),
+    "box_axis": (spaces.Box(-2, 1, (3,), np.float32), dict(action_grid="axis")),
+}
+ARCHITECTURES = {
+    "mlp": (MlpPolicy, BOX, dict(net_arch=[16, 8])),
+    "linear": (MlpPolicy, BOX, dict(net_arch=[])),
+    "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
+    "image": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
+    "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
+}
+
+
+def make_policy(architecture="mlp", action_space="box_factored", **kwargs):
+    policy_class, obs_space, policy_kwargs = ARCHITECTURES[architecture]
+    space, action_kwargs = ACTION_SPACES[action_space]
+    policy_kwargs = {"memory_size": 4, **action_kwargs, **policy_kwargs, **kwargs}
+    th.manual_seed(0)
+    policy = policy_class(obs_space, space, lr_schedule=lambda _: 1e-3, critic="joint", **policy_kwargs)
+    randomise(policy.critics, seed=0)
+    randomise(policy.critics_target, seed=1)
+    randomise(policy.main_effects, seed=2)
+    return policy
+
+
+def all_actions(policy):
+    """Every combination of choices, shape (n_actions, number of groups), and the networks' input for each."""
+    groups = policy.action_groups
+    choices = th.tensor(list(itertools.product(*map(range, groups.sizes))))
+    stored = groups.decode(choices)
+    if groups.box_dim:
+        return choices, stored
+    one_hot = [th.eye(size)[choices[:, i]] for i, size in enumerate(groups.sizes)]
+    return choices, th.cat(one_hot, dim=1)
+
+
+def slow_values(net, obs, actions):
+    """Q-values by an ordinary network, shape (batch, n_actions)."""
+    features = net.features_extractor(obs)
+    rows = [
+        [net.q_net(th.cat([f, action]).unsqueeze(0)).squeeze() for action in of_state]
+        for f, of_state in zip(features, actions, strict=True)
+    ]
+    return th.stack([th.stack(row) for row in rows])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("action_space", ["box_factored", "multi_discrete"])
+def test_joint_critics_equal_networks_one_by_one(architecture, action_space):
+    """Values and gradients."""
+    policy = make_policy(architecture, action_space)
+    obs = policy.preprocess(sample_obs(policy.observation_space, 3))
+    actions = th.rand(3, 5, policy.action_groups.n_inputs)
+    nets = members(policy.critics)
+    assert len(nets) == policy.n_critics
+    batched = policy.critics(obs, actions)
+    one_by_one = th.stack([slow_values(net, obs, actions) for net in nets])
+    assert batched.shape == (policy.n_critics, 3, 5)
+    assert batched.std() > 0.01
+    assert relative_error(batched.detach(), one_by_one.detach()) < 1e-5
+    batched.square().sum().backward()
+    one_by_one.square().sum().backward()
+    for name, param in policy.critics.net.named_parameters():
+        expected = th.stack([net.get_parameter(name).grad for net in nets])
+        assert relative_error(param.grad, expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES)
+def test_values_of_stored_actions(action_space):
+    policy = make_policy(action_space=action_space)
+    obs = sample_obs(policy.observation_space, 1)
+    choices, inputs = all_actions(policy)
+    stored = policy.action_groups.decode(choices)
+    many = obs.expand(len(stored), -1)
+    expected = th.stack([slow_values(net, obs, inputs.unsqueeze(0)).squeeze(0) for net in members(policy.critics)])
+    assert expected.std() > 0.01
+    assert relative_error(policy.action_values(many, stored).detach(), expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES)
+def test_sweep_varies_one_group(action_space):
+    space, kwargs = ACTION_SPACES[action_space]
+    groups = make_action_groups(space, **kwargs)
+    n_groups = len(groups.sizes)
+    choices = groups.uniform(4 * n_groups)
+    varied, columns, valid = groups.sweep(choices)
+    offsets = np.cumsum([0, *groups.sizes])
+    for i in range(len(choices)):
+        group = i % n_groups  # taken in turn
+        size = groups.sizes[group]
+        assert valid[i].tolist() == [True] * size + [False] * (max(groups.sizes) - size)
+        assert columns[i, :size].tolist() == list(range(offsets[group], offsets[group + 1]))
+        for option in range(size):
+            expected = choices[i].clone()
+            expected[group] = option
+            assert varied[i, option].tolist() == expected.tolist()
+        # What is not valid can still be looked up
+        assert (varied[i] < th.tensor(groups.sizes)).all()
+        assert (columns[i] < groups.n_choices).all()
+
+
+def test_samples_follow_the_policy():
+    groups = make_action_groups(spaces.MultiDiscrete([2, 4]))
+    th.manual_seed(0)
+    log_pi = log_policy(2 * th.randn(1, 6), groups.sizes)
+    n = 40_000
+    choices = groups.sample(log_pi.expand(n, -1))
+    frequencies = groups.one_hot(choices).mean(dim=0)
+    # Five standard errors
+    assert (frequencies - log_pi.exp()[0]).abs().max() < 5 * 0.5 / n**0.5
+    # Independent groups
+    both = th.stack([(choices == th.tensor(pair)).all(dim=1).float().mean() for pair in [(0, 1), (1, 2)]])
+    product = th.stack([log_pi.exp()[0, a] * log_pi.exp()[0, 2 + b] for a, b in [(0, 1), (1, 2)]])
+    assert (both - product).abs().max() < 5 * 0.5 / n**0.5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "min"])
+@pytest.mark.parametrize("action_space", ["multi_discrete", "box_factored", "discrete"])
+def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
+    """Against the sum over all joint actions, for a random policy at one state."""
+    policy = make_policy(action_space=action_space, critic_reduction=reduction, n_critics=1)
+    groups = policy.action_groups
+    obs = sample_obs(policy.observation_space, 1)
+    th.manual_seed(1)
+    log_pi = log_policy(th.randn(1, groups.n_choices), groups.sizes)
+    choices, inputs = all_actions(policy)
+    (net,) = members(policy.critics_target)
+    with th.no_grad():
+        q_values = slow_values(net, obs, inputs.unsqueeze(0))[0]
+    log_p = log_pi[0, groups.columns(choices)].sum(dim=1)
+    expected = (log_p.exp() * q_values).sum()
+
+    n = 30_000 * len(groups.sizes)
+    values, sweep = policy.expected_values(obs.expand(n, -1), log_pi.expand(n, -1))
+    assert (values.mean() - expected).abs() < 5 * values.std() / n**0.5 + 1e-5
+    columns = groups.columns(choices)
+    for column in range(groups.n_choices):
+        here = (columns == column).any(dim=1)
+        # E[Q | a_g] over the other groups
+        effect = (log_p[here].softmax(dim=0) * q_values[here]).sum()
+        samples = sweep.q_values[(sweep.columns == column) & sweep.valid]
+        assert len(samples) == 30_000
+        assert (samples.mean() - effect).abs() < 5 * samples.std() / len(samples) ** 0.5 + 1e-5
+    if len(groups.sizes) == 1:  # then nothing is left to chance
+        assert values.std() < 1e-5
+
+
+def test_minimum_is_of_expected_values():
+    policy = make_policy(action_space="discrete", critic_reduction="min", n_critics=3)
+    groups = policy.action_groups
+    obs = sample_obs(policy.observation_space, 6)
+    log_pi = log_policy(th.randn(6, groups.n_choices), groups.sizes)
+    _, inputs = all_actions(policy)
+    with th.no_grad():
+        q_values = th.stack([slow_values(net, obs, inputs.expand(6, -1, -1)) for net in members(policy.critics_target)])
+    expected = (log_pi.exp() * q_values).sum(dim=2).amin(dim=0)
+    values, _ = policy.expected_values(obs, log_pi)
+    assert relative_error(values, expected) < 1e-5
+
+
+@pytest.mark.parametrize("action_space", ["multi_discrete", "box_factored"])
+def test_main_effects_loss(action_space):
+    """It is the squared error of differences within a group, and takes no notice of a group's constant."""
+    policy = make_policy(action_space=action_space)
+    obs = sample_obs(policy.observation_space, 12)
+    log_pi = log_policy(th.randn(12, policy.action_groups.n_choices), policy.action_groups.sizes)
+    _, sweep = policy.expected_values(obs, log_pi)
+    (net,) = members(policy.main_effects)
+    with th.no_grad():
+        effects = net(obs)
+    errors = []
+    for i in range(12):
+        n = int(sweep.valid[i].sum())
+        difference = effects[i, sweep.columns[i, :n]] - sweep.q_values[i, :n]
+        errors += (difference - difference.mean()).square().tolist()
+    assert policy.main_effects_loss(obs, sweep).item() == pytest.approx(np.mean(errors), rel=1e-4)
+    shifted = sweep._replace(q_values=sweep.q_values + th.randn(12, 1))
+    assert policy.main_effects_loss(obs, shifted).item() == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_update_pushes_the_main_effects():
+    policy = make_policy(action_space="multi_discrete")
+    obs = sample_obs(policy.observation_space, 5)
+    (net,) = members(policy.main_effects)
+    policy.push_critics(kl_coef=1.0, ent_coef=0.5)
+    with th.no_grad():
+        expected = net(obs) / 1.5 / (1 - (1 / 1.5) ** 4)
+    assert relative_error(policy.logits(obs), expected) < 1e-5
+    assert len(members(policy.frozen_critics[0])) == 1
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES)
+@pytest.mark.parametrize("logit_cache", [True, False])
+def test_training_fits_the_main_effects(action_space, logit_cache):
+    """With rewards that are a sum over groups plus an interaction, at a single state."""
+    space, kwargs = ACTION_SPACES[action_space]
+    env = RandomObsEnv(action_space=space)
+    model = make_model(env, critic="joint", logit_cache=logit_cache, gamma=0.5, **kwargs)
+    model.learn(300)
+    assert model._n_updates == 280
+    assert len(model.policy.frozen_critics) == 4
+    batch = model.replay_buffer.sample(200)
+    log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.action_groups.sizes)
+    _, sweep = model.policy.expected_values(batch.next_observations, log_pi)
+    loss = model.policy.main_effects_loss(batch.next_observations, sweep).item()
+    centred = sweep.valid * sweep.q_values
+    centred = centred - sweep.valid * centred.sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
+    assert loss < 0.5 * centred.square().sum().item() / sweep.valid.sum().item()
+
+
+@pytest.mark.parametrize("env", [lambda: IdentityEnvBox(eps=0.5), lambda: IdentityEnvMultiDiscrete(4)])
+def test_identity_environments_are_solved(env):
+    model = make_model(env(), critic="joint", gamma=0.0, action_bins=5, buffer_size=3000, gradient_steps=1)
+    model.learn(3000)
+    env = model.get_env()
+    obs = env.reset()
+    rewards = []
+    for _ in range(100):
+        actions, _ = model.predict(obs, deterministic=True)
+        obs, reward, _, _ = env.step(actions)
+        rewards += reward.tolist()
+    assert np.mean(rewards) > 0.9
+
+
+def test_save_and_load(tmp_path):
+    model = make_model(RandomObsEnv(action_space=spaces.Box(-1, 1, (2,), np.float32)), critic="joint").learn(100)
+    model.save(tmp_path / "x.zip")
+    loaded = StaQ.load(tmp_path / "x.zip")
+    obs = sample_obs(model.observation_space, 7)
+    assert th.equal(model.policy.logits(obs), loaded.policy.logits(obs))
+    for key, value in model.policy.state_dict().items():
+        if isinstance(value, th.Tensor):
+            assert th.equal(value, loaded.policy.state_dict()[key]), key
+    for old, new in zip(model.policy.optimizer.param_groups, loaded.policy.optimizer.param_groups, strict=True):
+        for a, b in zip(old["params"], new["params"], strict=True):
+            states = model.policy.optimizer.state[a], loaded.policy.optimizer.state[b]
+            assert th.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+    model.policy.save(tmp_path / "policy.pkl")
+    assert th.equal(MlpPolicy.load(tmp_path / "policy.pkl").logits(obs), model.policy.logits(obs))
