@@ -108,8 +108,8 @@ def check_coefficients(model: "StaQ") -> None:
         )
     if isinstance(model.logit_rule, tuple) and isinstance(model.ent_coef, str) and model.ent_coef.startswith("auto"):
         raise ValueError(
-            f"ent_coef={model.ent_coef!r} has no influence on custom weights, logit_rule={model.logit_rule!r}; accepted: "
-            "a number or schedule, or another logit_rule"
+            f"ent_coef={model.ent_coef!r} has no influence on custom weights, logit_rule={model.logit_rule!r}; "
+            "accepted: a number or schedule, or another logit_rule"
         )
     for progress, when in ((1.0, "start"), (0.0, "end")):
         if model._coefficients_at(progress) == (0.0, 0.0):
