@@ -15,7 +15,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
 from stable_baselines3.common.utils import LinearSchedule, polyak_update
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
@@ -96,8 +103,9 @@ class StaQ(OffPolicyAlgorithm):
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
-        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right: not with HER,
-        VecNormalize or custom weights), True or False
+        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right, so not with HER,
+        VecNormalize or custom weights, and costs less, so not with a short stack and frequent policy updates), True or
+        False
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -262,10 +270,20 @@ class StaQ(OffPolicyAlgorithm):
                 f"{'' if self._vec_normalize_env is None else ' and VecNormalize'}, whose next states are not known "
                 "beforehand; accepted: 'auto' or False"
             )
-        if not possible or self.logit_cache is False:
+        if not possible or self.logit_cache is False or (self.logit_cache == "auto" and not self._logit_cache_pays()):
             self._logit_cache = None
         elif self._logit_cache is None or self._logit_cache.replay_buffer is not self.replay_buffer:
             self._logit_cache = LogitCache(self.replay_buffer, self.policy.action_groups.n_choices, self.device)
+
+    def _logit_cache_pays(self) -> bool:
+        """Whether two critics at all stored states cost less per policy update than the stack at all sampled ones."""
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.logit_rule == "exact" or (self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP):
+            return True  # a stack without limit; a number of gradient steps that is not known beforehand
+        env_steps = self.train_freq.frequency * self.n_envs
+        steps_per_env_step = 1.0 if self.gradient_steps < 0 else self.gradient_steps / env_steps
+        n_sampled = steps_per_env_step * self.policy_update_interval * self.batch_size
+        return 2 * self.buffer_size <= self.memory_size * n_sampled
 
     def _coefficients_at(self, progress_remaining: float) -> tuple[float, float]:
         """The coefficients ``(kl_coef, ent_coef)`` of the schedules at a progress from 1 (start) to 0 (end)."""

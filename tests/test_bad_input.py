@@ -52,7 +52,7 @@ CASES = [
     *(
         (name, value)
         for name in ("kl_coef", "ent_coef")
-        for value in [*NOT_A_NUMBER, -1e-9, -1, np.float32(-1), "auto", "lin", "lin_", "lin_x", "lin_1_2_3_4"]
+        for value in [*NOT_A_NUMBER, -1e-9, -1, np.float32(-1), "auto_", "lin", "lin_", "lin_x", "lin_1_2_3_4"]
     ),
     *(
         (name, value)
