@@ -48,6 +48,8 @@ from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coeffic
 MAX_ENT_COEF_CHANGE = 1.3
 # ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
 MIN_ENT_COEF = 1e-6
+# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest
+DEFAULT_TARGET_ENTROPY = "lin_0.4_0.1_0.5"
 # Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over
 MIN_UPDATE_STATES = 1024
 
@@ -147,7 +149,7 @@ class StaQ(OffPolicyAlgorithm):
         logit_rule: LogitRule = "weight_corrected",
         kl_coef: float | str | Schedule = 0.5,
         ent_coef: float | str | Schedule = 0.05,
-        target_entropy: float | str = "auto",
+        target_entropy: float | str | Schedule = "auto",
         policy_update_interval: int = 500,
         n_critics: int = 2,
         critic_reduction: str = "mean",
@@ -237,7 +239,8 @@ class StaQ(OffPolicyAlgorithm):
         first_ent_coef = parse_auto(self.ent_coef)
         self._ent_coef_is_auto = first_ent_coef is not None
         self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef if first_ent_coef is None else first_ent_coef)
-        self._target_entropy = 0.4 if self.target_entropy == "auto" else float(self.target_entropy)
+        target_entropy = DEFAULT_TARGET_ENTROPY if self.target_entropy == "auto" else self.target_entropy
+        self.target_entropy_schedule = make_schedule("target_entropy", target_entropy)
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )
@@ -310,7 +313,7 @@ class StaQ(OffPolicyAlgorithm):
         ent_coef = solve_ent_coef(
             average,
             policy.action_groups.sizes,
-            self._target_entropy,
+            self.target_entropy_schedule(progress),
             lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, MIN_ENT_COEF * self.ent_coef_schedule(1.0)),
             highest=ent_coef * MAX_ENT_COEF_CHANGE,
         )

@@ -68,9 +68,6 @@ def check_arguments(model: "StaQ") -> None:
     }.items():
         check(name, getattr(model, name) in names, ", ".join(names))
     check("logit_cache", isinstance(model.logit_cache, bool) or model.logit_cache == "auto", "'auto', True, False")
-    target = model.target_entropy
-    valid = target == "auto" if isinstance(target, str) else is_number(target) and 0 < target < 1
-    check("target_entropy", valid, "'auto' or a number in (0, 1), a share of the largest entropy")
     learning_rate = model.learning_rate
     valid = callable(learning_rate) or (is_number(learning_rate) and learning_rate >= 0)
     check("learning_rate", valid, "a finite number >= 0, or a callable of the remaining progress")
@@ -111,6 +108,13 @@ def check_coefficients(model: "StaQ") -> None:
             f"ent_coef={model.ent_coef!r} has no influence on custom weights, logit_rule={model.logit_rule!r}; "
             "accepted: a number or schedule, or another logit_rule"
         )
+    for progress in (1.0, 0.0):
+        target = model.target_entropy_schedule(progress)
+        if not 0 < target < 1:
+            raise ValueError(
+                f"target_entropy={model.target_entropy!r} gives {target!r} at progress {progress}; accepted: 'auto', a "
+                "number in (0, 1), or a schedule within it"
+            )
     for progress, when in ((1.0, "start"), (0.0, "end")):
         if model._coefficients_at(progress) == (0.0, 0.0):
             raise ValueError(

@@ -94,18 +94,19 @@ def test_first_value():
     assert (history["kl_coef"] == 1.0).all()  # not relative
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        RandomObsEnv(n_actions=2),
-        RandomObsEnv(action_space=spaces.MultiBinary(3)),
-        RandomObsEnv(action_space=spaces.Box(-1, 1, (3,), np.float32)),
-    ],
-)
-def test_automatic_target_is_a_share_of_the_largest_entropy(env):
-    model = make_model(env, ent_coef="auto")
-    assert 0 < model._target_entropy < 1
-    assert model._target_entropy == make_model(env, ent_coef="auto", target_entropy="auto")._target_entropy
+def test_target_that_falls():
+    """The entropy follows it."""
+    model = make_model(
+        RandomObsEnv(n_actions=4),
+        ent_coef="auto",
+        target_entropy="lin_0.8_0.2",
+        kl_coef="rel_0.5",
+        learning_rate=1e-3,
+        buffer_size=2000,
+    )
+    history = train(model, 2000)
+    targets = 0.8 - 0.6 * (20 + 10 * np.arange(1, 199)) / 2000
+    assert np.abs(history["entropy"][30:] - targets[30:]).mean() < 0.1
 
 
 def test_relative_kl_coef_of_a_schedule():
@@ -150,8 +151,9 @@ def test_save_and_load(tmp_path):
         (dict(kl_coef="rel_nan"), "kl_coef='rel_nan'", "rel_FACTOR"),
         (dict(target_entropy=0.0), "target_entropy=0.0", r"\(0, 1\)"),
         (dict(target_entropy=1.0), "target_entropy=1.0", r"\(0, 1\)"),
-        (dict(target_entropy=-3), "target_entropy=-3", r"\(0, 1\)"),
-        (dict(target_entropy="best"), "target_entropy='best'", "auto"),
+        (dict(target_entropy=-3), "target_entropy=-3", "a finite number >= 0"),
+        (dict(target_entropy="best"), "target_entropy='best'", "lin_START"),
+        (dict(target_entropy="lin_0.5"), "target_entropy='lin_0.5' gives 0.0", r"\(0, 1\)"),
         (dict(ent_coef="auto", logit_rule=[1.0, 0.5], memory_size=2), "ent_coef='auto'", "another logit_rule"),
         (dict(critic="joined"), "critic='joined'", "additive, joint"),
     ],

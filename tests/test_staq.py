@@ -157,34 +157,35 @@ def test_hindsight_experience_replay(obs_kind, n_envs):
 
 
 def test_hindsight_experience_replay_solves_bit_flipping():
-    """The reward is sparse: nearly all goals are reached with relabelled transitions, few without."""
-    reached = {}
-    her = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=4))
-    for name, kwargs in [("her", her), ("plain", {})]:
-        model = make_model(
-            BitFlippingEnv(n_bits=6),
-            "MultiInputPolicy",
-            net_arch=(64,),
-            buffer_size=10_000,
-            learning_starts=200,
-            batch_size=64,
-            learning_rate=1e-3,
-            gamma=0.9,
-            memory_size=20,
-            ent_coef=0.02,
-            kl_coef=0.2,
-            policy_update_interval=100,
-            target_update_interval=50,
-            train_freq=2,
-            gradient_steps=1,
-            **kwargs,
-        )
-        model.learn(2500)
+    """The reward is sparse: random actions reach few goals, relabelled transitions teach to reach nearly all."""
+    model = make_model(
+        BitFlippingEnv(n_bits=6),
+        "MultiInputPolicy",
+        net_arch=(64,),
+        buffer_size=10_000,
+        learning_starts=200,
+        batch_size=64,
+        learning_rate=1e-3,
+        gamma=0.9,
+        memory_size=20,
+        ent_coef=0.02,
+        kl_coef=0.2,
+        policy_update_interval=100,
+        target_update_interval=50,
+        train_freq=2,
+        gradient_steps=1,
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=dict(n_sampled_goal=4),
+    )
+
+    def share_of_goals_reached():
         env = Monitor(BitFlippingEnv(n_bits=6))
-        rewards, _ = evaluate_policy(model, env, n_eval_episodes=50, return_episode_rewards=True)
-        reached[name] = np.mean(np.array(rewards) > -6)  # -1 for each of six steps: not reached
-    assert reached["her"] >= 0.9
-    assert reached["plain"] <= 0.6
+        rewards, _ = evaluate_policy(model, env, n_eval_episodes=50, deterministic=False, return_episode_rewards=True)
+        return np.mean(np.array(rewards) > -6)  # -1 for each of six steps: not reached
+
+    assert share_of_goals_reached() <= 0.4  # an empty stack: uniformly random
+    model.learn(2500)
+    assert share_of_goals_reached() >= 0.8
 
 
 class DiscreteObsEnv(RandomObsEnv):
