@@ -10,7 +10,13 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    get_actor_critic_arch,
+)
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
@@ -41,7 +47,8 @@ class StaQPolicy(BasePolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
-    :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``)
+    :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
+        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects, which the stack is made of
     :param activation_fn: Activation function
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
@@ -66,7 +73,7 @@ class StaQPolicy(BasePolicy):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         lr_schedule: Schedule,
-        net_arch: list[int] | None = None,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -130,12 +137,14 @@ class StaQPolicy(BasePolicy):
         )
 
     def _make_critic(self, dueling: bool) -> QNetwork:
+        net_arch, _ = get_actor_critic_arch(self.net_arch)
         extractor, sizes = self.make_features_extractor(), self.action_groups.sizes
-        return QNetwork(extractor, sizes, self.net_arch, self.activation_fn, dueling)
+        return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling)
 
     def _make_joint_critic(self) -> JointQNetwork:
+        _, net_arch = get_actor_critic_arch(self.net_arch)
         extractor, n_inputs = self.make_features_extractor(), self.action_groups.n_inputs
-        return JointQNetwork(extractor, n_inputs, self.net_arch, self.activation_fn)
+        return JointQNetwork(extractor, n_inputs, net_arch, self.activation_fn)
 
     @property
     def additive_critics(self) -> CriticEnsemble:

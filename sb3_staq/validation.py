@@ -75,21 +75,25 @@ def check_arguments(model: "StaQ") -> None:
         train_freq = model.train_freq if isinstance(model.train_freq, tuple) else (model.train_freq, "step")
         valid = len(train_freq) == 2 and _is_whole(train_freq[0], 1) and train_freq[1] in ("step", "episode")
         check("train_freq", valid, 'a whole number >= 1, or a tuple of one and "step" or "episode"')
-    _check_policy_kwargs(model.policy_kwargs)
+    _check_policy_kwargs(model.policy_kwargs, model.critic)
     make_action_groups(model.action_space, model.action_grid, model.action_bins)
 
 
-def _check_policy_kwargs(policy_kwargs: Any) -> None:
+def _check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
     if not isinstance(policy_kwargs, dict):
         raise ValueError(f"policy_kwargs={policy_kwargs!r} is not accepted; accepted: a dictionary")
     for name in POLICY_ARGUMENTS:
         if name in policy_kwargs:
             raise ValueError(f"policy_kwargs={policy_kwargs!r} has {name!r}; accepted: {name} as an argument of StaQ")
     net_arch = policy_kwargs.get("net_arch")
-    if net_arch is not None and not (isinstance(net_arch, list) and all(_is_whole(size, 1) for size in net_arch)):
+    if isinstance(net_arch, dict) and critic == "joint" and net_arch.keys() == {"pi", "qf"}:
+        parts = list(net_arch.values())
+    else:
+        parts = [] if net_arch is None else [net_arch]
+    if not all(isinstance(part, list) and all(_is_whole(size, 1) for size in part) for part in parts):
         raise ValueError(
             f"policy_kwargs['net_arch']={net_arch!r} is not accepted; accepted: a list of whole numbers >= 1, the "
-            "hidden layers of each critic"
+            "hidden layers of each critic; for critic='joint' also dict(pi=[...], qf=[...])"
         )
 
 
