@@ -298,8 +298,10 @@ class StaQ(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if losses:
-            self.logger.record("train/critic_loss", th.stack(losses).mean().item())
-            self.logger.record("train/td_error", th.stack(td_errors).mean().item())
+            # The only transfer to the host: a GPU would have to wait for one in each gradient step
+            critic_loss, mean_td_error = th.stack([th.stack(losses), th.stack(td_errors)]).mean(dim=1).tolist()
+            self.logger.record("train/critic_loss", critic_loss)
+            self.logger.record("train/td_error", mean_td_error)
 
     def _update_policy(self, batch_size: int) -> None:
         """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
@@ -342,7 +344,7 @@ class StaQ(OffPolicyAlgorithm):
         if self._logit_cache is None:
             logit_sums = self.policy.logit_sums(batch.next_observations)
         else:
-            logit_sums = self._logit_cache.sums[cache_index]
+            logit_sums = self._logit_cache.sums_at(cache_index)
         return log_policy(self.policy.scale(logit_sums), self.policy.action_groups.sizes)
 
     def _on_step(self) -> None:
