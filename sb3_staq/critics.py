@@ -113,8 +113,9 @@ def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_
     """
     if isinstance(layer, nn.Linear):  # the frequent case, without the cost of vmap's dispatch
         weight, bias = params["weight"], params["bias"]
-        if not x_is_batched:  # one product with the rows of all copies
+        if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
+        x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
             return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
         return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
