@@ -340,18 +340,18 @@ def run(folder: Path, sizes: Sizes, repetitions: int, note: str) -> Path:
     n_threads = th.get_num_threads()
     th.set_num_threads(1)
     try:
-        tables = {
-            "iteration": measure_iteration(sizes, repetitions),
-            "machine": measure_machine(repetitions),
-            "acting": measure_acting(sizes, repetitions),
-            "steps": measure_steps(sizes, repetitions),
-            "gradient_steps": measure_gradient_steps(sizes, repetitions),
-            "memory": measure_memory(sizes),
+        measurements = {
+            "iteration": partial(measure_iteration, sizes, repetitions),
+            "machine": partial(measure_machine, repetitions),
+            "acting": partial(measure_acting, sizes, repetitions),
+            "steps": partial(measure_steps, sizes, repetitions),
+            "gradient_steps": partial(measure_gradient_steps, sizes, repetitions),
+            "memory": partial(measure_memory, sizes),
         }
+        for name, measure in measurements.items():
+            measure().to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
     finally:
         th.set_num_threads(n_threads)
-    for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
     return write_report(folder, asdict(sizes), repetitions, note)
 
 
