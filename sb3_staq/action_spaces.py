@@ -16,15 +16,17 @@ from stable_baselines3.common.distributions import (
     Distribution,
     MultiCategoricalDistribution,
 )
+from torch import nn
 
 SUPPORTED_ACTION_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 ACTION_GRIDS = ("factored", "axis", "joint")
 MAX_JOINT_CHOICES = 4096
 
 
-class ActionGroups:
+class ActionGroups(nn.Module):
     """
-    Groups of choices. Logits and Q-values have one column per choice, group after group.
+    Groups of choices. Logits and Q-values have one column per choice, group after group. A module, so that its
+    constants move with the policy; nothing of it is saved.
 
     :param sizes: the number of choices of each group
     """
@@ -32,11 +34,18 @@ class ActionGroups:
     # Number of components of a Box action; 0 for the spaces whose actions are names, not quantities
     box_dim = 0
 
+    _offsets: th.Tensor
+    _last: th.Tensor
+
     def __init__(self, sizes: list[int]):
+        super().__init__()
         self.sizes = tuple(sizes)
         # The column of each group's first choice
-        self._offsets = th.as_tensor(np.cumsum([0, *sizes[:-1]]))
-        self._last = th.as_tensor(sizes) - 1
+        self._constant("_offsets", th.as_tensor(np.cumsum([0, *sizes[:-1]])))
+        self._constant("_last", th.as_tensor(sizes) - 1)
+
+    def _constant(self, name: str, value: th.Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
 
     @property
     def n_choices(self) -> int:
@@ -62,7 +71,7 @@ class ActionGroups:
         :param choices: shape (batch, number of groups)
         :return: their columns in logits and Q-values, same shape
         """
-        return choices + self._offsets.to(choices.device)
+        return choices + self._offsets
 
     def sample(self, log_pi: th.Tensor) -> th.Tensor:
         """
@@ -106,20 +115,20 @@ class ActionGroups:
         """
         device = choices.device
         group = th.arange(len(choices), device=device) % len(self.sizes)
-        last = self._last.to(device)[group].unsqueeze(1)
+        last = self._last[group].unsqueeze(1)
         options = th.arange(max(self.sizes), device=device).expand(len(choices), -1)
         valid = options <= last
         options = options.minimum(last)
         varied = choices.unsqueeze(1).repeat(1, max(self.sizes), 1)
         varied.scatter_(2, group.view(-1, 1, 1).expand(-1, max(self.sizes), 1), options.unsqueeze(2))
-        return varied, self._offsets.to(device)[group].unsqueeze(1) + options, valid
+        return varied, self._offsets[group].unsqueeze(1) + options, valid
 
     def uniform(self, batch_size: int) -> th.Tensor:
         """
         :param batch_size: number of actions
         :return: choices drawn uniformly, shape (batch_size, number of groups)
         """
-        return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1)
+        return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1).to(self._offsets.device)
 
     def distribution(self, logits: th.Tensor) -> Distribution:
         """
@@ -141,20 +150,22 @@ class EvenlySpacedGroups(ActionGroups):
     :param dtype: of the stored actions
     """
 
+    _lowest: th.Tensor
+    _spacing: th.Tensor
+
     def __init__(self, sizes: list[int], lowest: np.ndarray, spacing: np.ndarray, dtype: th.dtype):
         super().__init__(sizes)
-        self._lowest = th.as_tensor(lowest, dtype=th.float64)
-        self._spacing = th.as_tensor(spacing, dtype=th.float64)
+        self._constant("_lowest", th.as_tensor(lowest, dtype=th.float64))
+        self._constant("_spacing", th.as_tensor(spacing, dtype=th.float64))
         self._dtype = dtype
         self.box_dim = len(sizes) if dtype.is_floating_point else 0
 
     def decode(self, choices: th.Tensor) -> th.Tensor:
-        values = self._lowest.to(choices.device) + self._spacing.to(choices.device) * choices
-        return values.to(self._dtype)
+        return (self._lowest + self._spacing * choices).to(self._dtype)
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
-        steps = (actions - self._lowest.to(actions.device)) / self._spacing.to(actions.device)
-        return steps.round().long().clamp(min=0).minimum(self._last.to(actions.device))
+        steps = (actions - self._lowest) / self._spacing
+        return steps.round().long().clamp(min=0).minimum(self._last)
 
 
 class ListedGroup(ActionGroups):
@@ -164,16 +175,18 @@ class ListedGroup(ActionGroups):
     :param actions: the stored action of each choice, shape (number of choices, action_dim)
     """
 
+    _actions: th.Tensor
+
     def __init__(self, actions: np.ndarray):
         super().__init__([len(actions)])
-        self._actions = th.as_tensor(actions, dtype=th.float32)
-        self.box_dim = self._actions.shape[1]
+        self._constant("_actions", th.as_tensor(actions, dtype=th.float32))
+        self.box_dim = actions.shape[1]
 
     def decode(self, choices: th.Tensor) -> th.Tensor:
-        return self._actions.to(choices.device)[choices.squeeze(1)]
+        return self._actions[choices.squeeze(1)]
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
-        return th.cdist(actions.float(), self._actions.to(actions.device)).argmin(dim=1, keepdim=True)
+        return th.cdist(actions.float(), self._actions).argmin(dim=1, keepdim=True)
 
 
 def make_action_groups(space: spaces.Space, action_grid: str = "factored", action_bins: int = 3) -> ActionGroups:

@@ -93,10 +93,10 @@ class LogitCache:
         self._synced = self._fingerprint()
         return sums
 
-    def sample(self, batch_size: int) -> tuple[ReplayBufferSamples, tuple[th.Tensor, th.Tensor]]:
+    def sample(self, batch_size: int) -> tuple[ReplayBufferSamples, th.Tensor]:
         """
         :param batch_size: number of transitions
-        :return: what the buffer's ``sample`` returns, and the index into ``sums`` of its next states
+        :return: what the buffer's ``sample`` returns, and the index of its next states, see :meth:`sums_at`
         """
         arrays = getattr(self.replay_buffer, self._array_name)
         if isinstance(arrays, dict):
@@ -112,7 +112,15 @@ class LogitCache:
             setattr(self.replay_buffer, self._array_name, arrays)
         assert recorded.index is not None
         rows, envs = recorded.index
-        return samples, (th.as_tensor(rows), th.as_tensor(envs))
+        index = th.as_tensor(rows * self.replay_buffer.n_envs + envs)
+        return samples, index.to(self.sums.device, non_blocking=True)
+
+    def sums_at(self, index: th.Tensor) -> th.Tensor:
+        """
+        :param index: of next states, from :meth:`sample`, shape (batch_size,)
+        :return: the weighted sums there, shape (batch_size, n_choices)
+        """
+        return self.sums.flatten(0, 1)[index]
 
     def update(
         self,

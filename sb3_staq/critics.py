@@ -20,9 +20,13 @@ from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights
 Net = TypeVar("Net", bound=nn.Module)
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
 
-# Activations per chunk of a pass through the stack: a few MB, so that they stay in the processor's cache
-_CHUNK_ELEMENTS = 2**20
-# Weights below this share of the sum are skipped: the logits change by less than this share of max|Q| / ent_coef each
+# Activations per layer and chunk of a pass through the stack: 2 MB, so that they stay in the processor's cache
+_CHUNK_ELEMENTS = 2**19
+# Batches of up to so many rows take the weights as the left operand of a product: that reads them up to twice as fast
+_FEW_ROWS = 8
+# Critics whose weight is at most this share of the sum of the weights are left out. With n of them left out, the sum S
+# changes by at most n * 2^-32 * sum(weights) * max|Q|, and so a logit by that times the scale: n * 2^-32 * max|Q| /
+# ent_coef in a full stack. For n = 256 this is the resolution of a float, 2^-24.
 _NEGLIGIBLE_WEIGHT = 2.0**-32
 
 
@@ -88,6 +92,7 @@ class QNetwork(nn.Module):
             nn.init.zeros_(param)
         if dueling:
             self.q_net.append(Dueling(group_sizes))
+        self.output_index = len(self.q_net) - dueling  # of the last linear layer, in `layers`
         self.layers = _named_layers(features_extractor, self.q_net)
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
@@ -132,25 +137,39 @@ def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_
     """
     if isinstance(layer, nn.Linear):  # the frequent case, without the cost of vmap's dispatch
         weight, bias = params["weight"], params["bias"]
-        return th.baddbmm(bias.unsqueeze(1), x if x_is_batched else x.expand(len(weight), -1, -1), weight.mT)
+        if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
+            return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
+        x = x if x_is_batched else x.expand(len(weight), -1, -1)
+        if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
+            return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
+        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
     in_dims = (0, 0 if x_is_batched else None)
     return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
 
 
-def batched_forward(net: QNetwork, params: Mapping[str, th.Tensor], obs: PyTorchObs) -> th.Tensor:
+def batched_forward(
+    net: QNetwork, params: Mapping[str, th.Tensor], obs: PyTorchObs, weights: th.Tensor | None = None
+) -> th.Tensor:
     """
-    Q-values of N critics in one pass.
+    Q-values of N critics in one pass, or their weighted sum.
 
     :param net: gives the structure only
     :param params: parameters by name, each with a leading dimension N
     :param obs: preprocessed observations, shared by all critics
-    :return: shape (N, batch, n_choices)
+    :param weights: weights of the sum, shape (N,). From the output layer on a critic is linear, so the sum is taken
+        there and what follows is done once.
+    :return: shape (N, batch, n_choices), or (batch, n_choices) with weights
     """
     x: Any = obs
     x_is_batched = False
-    for layer, names in net.layers:
+    for i, (layer, names) in enumerate(net.layers):
         if names:
-            x = _batched_layer(layer, {leaf: params[name] for leaf, name in names.items()}, x, x_is_batched)
+            own = {leaf: params[name] for leaf, name in names.items()}
+            if weights is not None and i == net.output_index:
+                x = x if x_is_batched else x.expand(len(weights), -1, -1)
+                x = th.tensordot(weights, th.baddbmm(own["bias"].unsqueeze(2), own["weight"], x.mT), dims=1).mT
+            else:
+                x = _batched_layer(layer, own, x, x_is_batched)
             x_is_batched = True
         else:
             x = layer(x)  # nothing to learn in it: the same for all critics, along the last dimension
@@ -247,6 +266,7 @@ class FrozenCritics(nn.ModuleList):
         head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self.n_choices = template.net.n_choices
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
+        self._weigh()
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -257,17 +277,16 @@ class FrozenCritics(nn.ModuleList):
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
         total = first.new_zeros(len(first), self.n_choices, dtype=th.float32)
-        weights = [weight for _, weight in sorted(zip(self._slots, self.weights.values, strict=True))]
-        threshold = _NEGLIGIBLE_WEIGHT * sum(map(abs, weights))
-        ensemble = self._template[0]
         chunk = max(1, _CHUNK_ELEMENTS // (self._widest_layer * len(first)))
-        for start in range(0, len(weights), chunk):
-            part = weights[start : start + chunk]
-            if max(map(abs, part)) <= threshold:
+        for start in range(0, len(self), chunk):
+            part = slice(start, min(start + chunk, len(self)))
+            if not any(self._slot_weights[part]):
                 continue
-            params = {name: block[start : start + len(part)].flatten(0, 1) for name, block in self._blocks.items()}
-            q_values = batched_forward(ensemble.net, params, obs).unflatten(0, (len(part), -1))
-            total += th.tensordot(th.tensor(part, device=total.device), q_values.mean(dim=1), dims=1)
+            params = {name: block[part].flatten(0, 1) for name, block in self._blocks.items()}
+            # The mean of an ensemble is a sum as well
+            n_critics = len(next(iter(params.values()))) // (part.stop - part.start)
+            weights = self._weight_tensor[part].repeat_interleave(n_critics) / n_critics
+            total += batched_forward(self._template[0].net, params, obs, weights)
         return total
 
     def push(
@@ -296,10 +315,19 @@ class FrozenCritics(nn.ModuleList):
         self.append(entry)
         self._slots.append(slot)
         self._link(entry, slot)
+        self._weigh()
         return update, deleted
 
     def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights
         return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
+
+    def _weigh(self) -> None:
+        """Sort the weights as the blocks are, without the negligible ones, on the device of the blocks."""
+        values = self.weights.values
+        threshold = _NEGLIGIBLE_WEIGHT * sum(map(abs, values))
+        by_slot = [value for _, value in sorted(zip(self._slots, values, strict=True))]
+        self._slot_weights = [value if abs(value) > threshold else 0.0 for value in by_slot]
+        self._weight_tensor = th.tensor(self._slot_weights, device=next(iter(self._blocks.values())).device)
 
     def _reserve(self, n_entries: int) -> None:
         """Grow the blocks by doubling, so that pushes cost amortised constant time, but not beyond the memory size."""
@@ -344,6 +372,7 @@ class FrozenCritics(nn.ModuleList):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state_dict(state)
+        self._weigh()
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """As of any module, but with copies: saving a view would save the whole block, unused slots included."""
@@ -363,6 +392,7 @@ class FrozenCritics(nn.ModuleList):
         super()._apply(fn, recurse)
         self._template[0]._apply(fn)
         self._blocks = {name: fn(block) for name, block in self._blocks.items()}
+        self._weight_tensor = fn(self._weight_tensor)
         self._link_all()
         return self
 

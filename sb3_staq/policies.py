@@ -48,7 +48,7 @@ class StaQPolicy(BasePolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
-        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects, which the stack is made of
+        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
     :param activation_fn: Activation function
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)

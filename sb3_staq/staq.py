@@ -3,6 +3,7 @@
 import copy
 import io
 import pathlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -350,7 +351,7 @@ class StaQ(OffPolicyAlgorithm):
     def _evaluate_policy(self, gradient_steps: int, batch_size: int) -> None:
         """Train the critics towards the soft Q-function of the current policy."""
         policy = self.policy
-        losses, td_errors, main_effects_losses = [], [], []
+        statistics: dict[str, list[th.Tensor]] = defaultdict(list)
         for _ in range(gradient_steps):
             batch, cache_index = self._sample(batch_size)
             discounts = batch.discounts if batch.discounts is not None else self.gamma
@@ -364,9 +365,11 @@ class StaQ(OffPolicyAlgorithm):
             td_error = policy.action_values(batch.observations, batch.actions) - targets.squeeze(1)
             # Each critic has its own regression: mean over the batch, sum over the critics
             loss = td_error.square().mean(dim=1).sum()
+            statistics["critic_loss"].append(loss.detach())
+            statistics["td_error"].append(td_error.detach().abs().mean())
             if sweep is not None:
                 main_effects_loss = policy.main_effects_loss(batch.next_observations, sweep)
-                main_effects_losses.append(main_effects_loss.detach())
+                statistics["main_effects_loss"].append(main_effects_loss.detach())
                 loss = loss + main_effects_loss
 
             policy.optimizer.zero_grad()
@@ -376,15 +379,11 @@ class StaQ(OffPolicyAlgorithm):
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
                 polyak_update(policy.critics.parameters(), policy.critics_target.parameters(), self.tau)
-            losses.append(loss.detach())
-            td_errors.append(td_error.detach().abs().mean())
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if losses:
-            self.logger.record("train/critic_loss", th.stack(losses).mean().item())
-            self.logger.record("train/td_error", th.stack(td_errors).mean().item())
-        if main_effects_losses:
-            self.logger.record("train/main_effects_loss", th.stack(main_effects_losses).mean().item())
+        # Only now to the host: a GPU would have to wait for a transfer in each gradient step
+        for name, values in statistics.items():
+            self.logger.record(f"train/{name}", th.stack(values).mean().item())
 
     def _update_policy(self, batch_size: int) -> None:
         """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
@@ -432,7 +431,7 @@ class StaQ(OffPolicyAlgorithm):
     def _next_logit_sums(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
         if self._logit_cache is None:
             return self.policy.logit_sums(batch.next_observations)
-        return self._logit_cache.sums[cache_index]
+        return self._logit_cache.sums_at(cache_index)
 
     def _on_step(self) -> None:
         self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)

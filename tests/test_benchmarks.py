@@ -10,15 +10,18 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
+import torch as th
 from rl_zoo3.utils import ALGOS
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import report, statistics
+from benchmarks import report, speed, speed_report, statistics
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
 from benchmarks.suites import Cell, Environment, Suite, load_suites, make_cells
+from sb3_staq import StaQ
 
 ROOT = Path(__file__).parents[1]
 SUITES = load_suites()
@@ -334,3 +337,33 @@ def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -
 
     assert finished.returncode == 1 and "1 done, 1 failed" in finished.stdout
     assert "Missing-v0 staq seed 0 failed" in finished.stderr and "KeyError: 'Missing-v0'" in finished.stderr
+
+
+# Speed
+
+
+def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    path = speed.run(tmp_path, speed.QUICK, repetitions=1, note="A note.")
+    text = path.read_text()
+    assert "A note." in text and "nan" not in text
+    assert "reference, 1 environment, M = 4" in text and "HalfCheetah-v4: SAC" in text
+    for figure in ("iteration.png", "acting.png"):
+        assert figure in text and (tmp_path / figure).stat().st_size > 10_000
+
+
+def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
+    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=3, action_grid="axis")
+    obs = th.randn(9, 17)
+    expected = model.policy.frozen_critics(obs)
+    assert expected.std() > 0
+    th.testing.assert_close(speed.ReferenceStack(model.policy.frozen_critics)(obs), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
+    acting = pd.DataFrame({"batch_size": [1, 8], "bytes": [10**9] * 2, "flops": [5 * 10**8, 4 * 10**9]})
+    rates = {"reading": 20.0, "large matmul": 50.0, "matmul with 1 rows": 5.0, "matmul with 8 rows": 40.0}
+    machine = pd.DataFrame({"what": list(rates), "unit": "", "value": list(rates.values()), "repetition": 0})
+    floors = speed_report.acting_floors(acting, machine)
+    assert floors[1] == pytest.approx({"read": 50.0, "compute": 10.0, "floor": 50.0, "narrow": 100.0})
+    assert floors[8] == pytest.approx({"read": 50.0, "compute": 80.0, "floor": 80.0, "narrow": 100.0})

@@ -139,12 +139,19 @@ def test_cache_with_large_steps_between_policies(n_envs):
     assert cache_error(model) < 1e-4
 
 
-def test_cache_after_thousands_of_updates():
-    """Rounding errors do not add up."""
-    model = make_cached(policy_update_interval=1, memory_size=20, buffer_size=40, kl_coef=20.0, ent_coef=0.4)
-    model.learn(2500)
-    assert model._n_policy_updates == 2480
+@pytest.mark.parametrize("memory_size", [1, 10, 300])
+def test_cache_after_a_thousand_updates(memory_size):
+    """Rounding errors do not add up, whatever the coefficients do; the buffer is overwritten 13 times."""
+    model = make_cached(
+        policy_update_interval=1, memory_size=memory_size, buffer_size=80, kl_coef="lin_20_2", ent_coef="lin_0.4_0.1"
+    )
+    model.learn(1040)
+    assert model._n_policy_updates == 1020
+    assert len(model.policy.frozen_critics) == memory_size
+    buffer = model.replay_buffer
+    assert buffer.timeouts.any() and (buffer.dones > buffer.timeouts).any()
     assert cache_error(model) < 1e-4
+    assert sampled_error(model) < 1e-4
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -241,6 +248,7 @@ def test_normalization_that_comes_later_ends_the_use_of_the_cache():
         ("dict", 3, 3000),
         ("low_memory", 3, 3000),
         ("box_actions", 3, 3000),
+        pytest.param("plain", 4, 20_000, marks=pytest.mark.slow),
     ],
 )
 def test_same_actions_with_and_without_cache(buffer, n_envs, n_steps):

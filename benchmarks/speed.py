@@ -1,0 +1,373 @@
+"""
+What StaQ costs: ``python -m benchmarks.speed``.
+
+One thread, and times are CPU times of that thread: what else runs on the machine takes no part of them (it may still
+take some of the caches and of the memory's bandwidth). The entries are measured in turn, once per repetition; the
+report gives medians. No training is needed: stacks are filled with random critics and replay buffers with random data.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import DQN, SAC
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from benchmarks.speed_report import write_report
+from sb3_staq import StaQ
+from sb3_staq.critics import FrozenCritics
+
+FOLDER = Path(__file__).parent / "results" / "speed"
+MUJOCO = "HalfCheetah-v4"
+NETWORKS = {"net_arch": [256, 256]}
+ITERATION = 5000  # environment steps, and gradient steps, between two policy updates in the paper
+BATCH_SIZE = 256
+KL_COEF, ENT_COEF = 20.0, 0.4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; what costs much is measured in part and scaled up."""
+
+    memory_sizes: tuple[int, ...] = (1, 10, 30, 100, 300)
+    n_envs: tuple[int, ...] = (1, 8)
+    buffer_size: int = 50_000
+    n_collect: int = 160  # environment steps, of ITERATION
+    n_gradient_steps: int = 50  # of ITERATION
+    n_reevaluated: int = 2 * BATCH_SIZE  # states, of the buffer
+    n_steps: int = 500  # of a training beside SAC or DQN
+    compile: bool = True  # whether to try torch.compile
+
+
+QUICK = Sizes((1, 4), (1, 2), 1000, 8, 2, BATCH_SIZE, 20, False)
+
+
+class CheapEnv(gym.Env):
+    """An environment of HalfCheetah's sizes that takes no time, so that it does not hide what acting costs."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (17,), np.float64)
+        self.action_space = spaces.Box(-1, 1, (6,), np.float32)
+        self._observations = np.random.default_rng(0).normal(size=(1000, 17))
+        self._step = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        return self._observations[0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._step = (self._step + 1) % 1000
+        return self._observations[self._step], 1.0, False, self._step == 0, {}
+
+
+class ReferenceStack:
+    """
+    The reference way to evaluate a stack: every layer of all critics by one batched matrix product, everywhere.
+
+    :param stack: the stack, whose parameters are copied
+    """
+
+    def __init__(self, stack: FrozenCritics):
+        entries = [dict(entry.net.named_parameters()) for entry in stack]
+        params = {name: th.cat([entry[name].data for entry in entries]) for name in entries[0]}
+        names = sorted({name.rpartition(".")[0] for name in params})
+        self.layers = [(params[f"{name}.weight"].mT, params[f"{name}.bias"].unsqueeze(1)) for name in names]
+        self.weights = th.tensor(stack.weights.values)
+
+    @th.no_grad()
+    def __call__(self, obs: th.Tensor) -> th.Tensor:
+        """
+        :param obs: observations, shape (batch, observation_dim)
+        :return: the weighted sum of the mean of the critics, shape (batch, n_choices)
+        """
+        x = obs.expand(len(self.layers[0][0]), -1, -1)
+        for i, (weight, bias) in enumerate(self.layers):
+            x = th.baddbmm(bias, x if i == 0 else x.relu(), weight)
+        return th.tensordot(self.weights, x.unflatten(0, (len(self.weights), -1)).mean(dim=1), dims=1)
+
+
+def cpu_seconds(action: Callable[[], Any]) -> float:
+    """
+    :param action: what to do
+    :return: the CPU time it took, in seconds
+    """
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes, n_envs: int = 1, **kwargs: Any) -> Any:
+    """
+    :param algo: the algorithm
+    :param env: id or class of the environment
+    :param sizes: how much is measured
+    :param n_envs: number of environments
+    :param kwargs: more arguments of the algorithm
+    :return: a model with a full replay buffer, and for StaQ a full stack, that is ready to train
+    """
+    vec_env = DummyVecEnv([lambda: gym.make(env) if isinstance(env, str) else env()] * n_envs)
+    common = dict(buffer_size=sizes.buffer_size, batch_size=BATCH_SIZE, policy_kwargs=dict(NETWORKS), learning_starts=0)
+    model = algo("MlpPolicy", vec_env, train_freq=1, gradient_steps=-1, device="cpu", seed=0, **common, **kwargs)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    buffer, rng = model.replay_buffer, np.random.default_rng(0)
+    buffer.full = True
+    for array in (buffer.observations, buffer.next_observations, buffer.rewards):
+        array[:] = rng.normal(size=array.shape)
+    for row in buffer.actions:
+        row[:] = vec_env.action_space.sample()
+    if isinstance(model, StaQ):
+        for param in model.policy.critics.parameters():
+            param.data = 0.05 * th.randn_like(param)
+        for _ in range(model.memory_size):
+            model.policy.push_critics(KL_COEF, ENT_COEF)
+        if model._logit_cache is not None:  # which values it holds does not matter here
+            model._logit_cache._synced = model._logit_cache._fingerprint()
+    _, model.benchmark_callback = model._setup_learn(10**6)
+    return model
+
+
+def collect(model: Any, n_steps: int) -> None:
+    """
+    :param model: it acts and stores its transitions
+    :param n_steps: environment steps, of all environments together
+    """
+    train_freq = TrainFreq(max(n_steps // model.n_envs, 1), TrainFrequencyUnit.STEP)
+    model.collect_rollouts(model.env, model.benchmark_callback, train_freq, model.replay_buffer)
+
+
+def update_cache(model: StaQ) -> None:
+    """
+    :param model: its whole cache follows an update that deletes an entry
+    """
+    update, deleted = model.policy.push_critics(KL_COEF, ENT_COEF)
+    newest = partial(model.policy.q_values, model.policy.frozen_critics[-1])
+    model._logit_cache.update(update, newest, partial(model.policy.q_values, deleted))
+
+
+def iteration_parts(model: StaQ, way: str, sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
+    """
+    :param model: the model
+    :param way: "StaQ" or "reference"
+    :param sizes: how much is measured
+    :return: what to do for each part of an iteration, and the factor from that to the whole part
+    """
+    evaluate, to_buffer = partial(update_cache, model), 1.0
+    if way == "reference":  # acts with its own stack, and evaluates it at all stored states
+        reference, obs = ReferenceStack(model.policy.frozen_critics), th.randn(sizes.n_reevaluated, 17)
+        model.policy.logit_sums = lambda obs: reference(obs.float())  # type: ignore[method-assign]
+        evaluate = partial(lambda batches: [reference(batch) for batch in batches], obs.split(BATCH_SIZE))
+        to_buffer = sizes.buffer_size / sizes.n_reevaluated
+    train = partial(model._evaluate_policy, sizes.n_gradient_steps, BATCH_SIZE)
+    return {
+        "collect": (partial(collect, model, sizes.n_collect), ITERATION / sizes.n_collect),
+        "logits of the replay": (evaluate, to_buffer),
+        "critic steps": (train, ITERATION / sizes.n_gradient_steps),
+        "policy update": (partial(model.policy.push_critics, KL_COEF, ENT_COEF), 1.0),
+    }
+
+
+def measure_iteration(sizes: Sizes, repetitions: int) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :return: seconds of one iteration's parts by way, environment, M and number of environments
+    """
+    largest = max(sizes.memory_sizes)
+    cases = [
+        ("StaQ", "synthetic", memory_size, n_envs) for n_envs in sizes.n_envs for memory_size in sizes.memory_sizes
+    ]
+    cases += [("StaQ", MUJOCO, largest, n_envs) for n_envs in sizes.n_envs]
+    cases += [("reference", "synthetic", size, 1) for size in sizes.memory_sizes]
+    cases += [("reference", MUJOCO, largest, 1)]
+    parts = {}
+    for way, env, memory_size, n_envs in cases:
+        env_class = CheapEnv if env == "synthetic" else env
+        model = make(StaQ, env_class, sizes, n_envs, memory_size=memory_size, action_grid="axis")
+        parts[way, env, memory_size, n_envs] = iteration_parts(model, way, sizes)
+        collect(model, n_envs)
+        model._evaluate_policy(2, BATCH_SIZE)
+    rows = []
+    for repetition in range(repetitions):
+        for case, actions in parts.items():
+            for part, (action, factor) in actions.items():
+                rows.append((*case, part, factor * cpu_seconds(action), repetition))
+    return pd.DataFrame(rows, columns=["way", "env", "M", "n_envs", "part", "seconds", "repetition"])
+
+
+def measure_machine(repetitions: int) -> pd.DataFrame:
+    """
+    :param repetitions: how often
+    :return: what the machine can do with one thread: GB/s of reading, GFLOP/s of large and of narrow matrix products
+    """
+    block, large = th.randn(600, 256, 256), th.randn(1024, 1024)
+    weight = th.randn(4, 256, 256)  # stays in the cache
+    rows = []
+    for repetition in range(repetitions):
+        for batch_size in (1, 8, 64):
+            x = th.randn(4, batch_size, 256)
+            # The faster of the two orders of the operands
+            products = (lambda x=x: th.bmm(weight, x.mT), lambda x=x: th.bmm(x, weight.mT))
+            seconds = min(cpu_seconds(lambda f=f: [f() for _ in range(50)]) for f in products) / 50
+            flops = 2 * weight.numel() * batch_size
+            rows.append((f"matmul with {batch_size} rows", "GFLOP/s", flops / seconds / 1e9, repetition))
+        seconds = cpu_seconds(lambda: block.sum())
+        rows.append(("reading", "GB/s", block.nbytes / seconds / 1e9, repetition))
+        rows.append(("large matmul", "GFLOP/s", 2 * 1024**3 / cpu_seconds(lambda: large @ large) / 1e9, repetition))
+    return pd.DataFrame(rows, columns=["what", "unit", "value", "repetition"])
+
+
+def measure_acting(sizes: Sizes, repetitions: int) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :return: milliseconds of one pass through the full stack by way and batch size, with what it must read and compute
+    """
+    model = make(StaQ, CheapEnv, sizes, memory_size=max(sizes.memory_sizes), action_grid="axis")
+    stack = model.policy.frozen_critics
+    n_bytes = sum(param.nbytes for param in stack.parameters())
+    rows = []
+    for repetition in range(repetitions):
+        for batch_size in (1, 8, 64):
+            obs = th.randn(batch_size, 17)
+            for way, evaluate in {"StaQ": stack, "reference": ReferenceStack(stack)}.items():
+                evaluate(obs)
+                n_calls = max(1, 40 // batch_size)
+                seconds = cpu_seconds(lambda f=evaluate, x=obs, n=n_calls: [f(x) for _ in range(n)]) / n_calls
+                rows.append((way, batch_size, 1000 * seconds, n_bytes, n_bytes // 2 * batch_size, repetition))
+    return pd.DataFrame(rows, columns=["way", "batch_size", "ms", "bytes", "flops", "repetition"])
+
+
+def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :return: environment steps per second of trainings with one gradient step per environment step
+    """
+    memory_size = max(sizes.memory_sizes)
+    staq = {"memory_size": memory_size}
+    cases: list[tuple[str, str, type[OffPolicyAlgorithm], int, dict[str, Any]]] = [("SAC", MUJOCO, SAC, 1, {})]
+    cases += [(f"StaQ, M = {memory_size}", MUJOCO, StaQ, n_envs, staq) for n_envs in sizes.n_envs]
+    cases += [("DQN", "CartPole-v1", DQN, 1, {})]
+    cases += [(f"StaQ, M = {memory_size}", "CartPole-v1", StaQ, n_envs, staq) for n_envs in sizes.n_envs]
+    rows = []
+    models = [(name, env, make(algo, env, sizes, n_envs, **kwargs)) for name, env, algo, n_envs, kwargs in cases]
+    for repetition in range(repetitions):
+        for name, env, model in models:
+            before = model.num_timesteps
+            seconds = cpu_seconds(lambda m=model: m.learn(sizes.n_steps, reset_num_timesteps=False))
+            rows.append((name, env, model.n_envs, (model.num_timesteps - before) / seconds, repetition))
+    return pd.DataFrame(rows, columns=["algo", "env", "n_envs", "steps_per_second", "repetition"])
+
+
+def measure_gradient_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :return: milliseconds per gradient step and network, and of the pass over 4,096 states that the cache makes
+    """
+    n = sizes.n_gradient_steps
+    staq = make(StaQ, "CartPole-v1", sizes, memory_size=1)
+    dqn = make(DQN, "CartPole-v1", sizes)
+    obs = th.randn(4096, 4)
+    train = partial(staq._evaluate_policy, n, BATCH_SIZE)
+    predict = partial(staq.policy.q_values, staq.policy.critics, obs)
+
+    def in_bf16(action: Callable[[], Any]) -> None:
+        with th.autocast("cpu", dtype=th.bfloat16):
+            action()
+
+    cases: dict[tuple[str, str], tuple[Callable[[], Any], int]] = {
+        ("gradient step, per network", "DQN"): (partial(dqn.train, n, BATCH_SIZE), n),
+        ("gradient step, per network", "StaQ"): (train, 2 * n),
+        ("gradient step, per network", "StaQ, bf16 autocast"): (partial(in_bf16, train), 2 * n),
+        ("pass of the cache, per network", "StaQ"): (predict, 2),
+        ("pass of the cache, per network", "StaQ, bf16 autocast"): (partial(in_bf16, predict), 2),
+    }
+    if sizes.compile:
+        compiled = make(StaQ, "CartPole-v1", sizes, memory_size=1)
+        for ensemble in (compiled.policy.critics, compiled.policy.critics_target):
+            ensemble.forward = th.compile(ensemble.forward)
+        compiled_train = partial(compiled._evaluate_policy, n, BATCH_SIZE)
+        cases["gradient step, per network", "StaQ, torch.compile"] = (compiled_train, 2 * n)
+    rows = []
+    for repetition in range(-1, repetitions):  # the first one is a warm-up
+        for (what, how), (action, n_parts) in cases.items():
+            rows.append((what, how, 1000 * cpu_seconds(action) / n_parts, repetition))
+    table = pd.DataFrame(rows, columns=["what", "how", "ms", "repetition"])
+    return table[table["repetition"] >= 0]
+
+
+def measure_memory(sizes: Sizes) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :return: bytes of the critics' parameters, of the blocks that hold them, and of the saved model, by M
+    """
+    rows = []
+    for memory_size in sizes.memory_sizes:
+        model = make(StaQ, CheapEnv, sizes, memory_size=memory_size, action_grid="axis")
+        stack = model.policy.frozen_critics
+        blocks = {param.untyped_storage().data_ptr(): param.untyped_storage().nbytes() for param in stack.parameters()}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(Path(folder) / "model.zip")
+            zip_size = (Path(folder) / "model.zip").stat().st_size
+        rows.append((memory_size, sum(param.nbytes for param in stack.parameters()), sum(blocks.values()), zip_size))
+    return pd.DataFrame(rows, columns=["M", "parameters", "held", "zip"])
+
+
+def run(folder: Path, sizes: Sizes, repetitions: int, note: str) -> Path:
+    """
+    Measure everything.
+
+    :param folder: where to write
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :param note: what else is to be said in the report, for instance what ran at the same time
+    :return: the Markdown file
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    n_threads = th.get_num_threads()
+    th.set_num_threads(1)
+    try:
+        measurements = {
+            "iteration": partial(measure_iteration, sizes, repetitions),
+            "machine": partial(measure_machine, repetitions),
+            "acting": partial(measure_acting, sizes, repetitions),
+            "steps": partial(measure_steps, sizes, repetitions),
+            "gradient_steps": partial(measure_gradient_steps, sizes, repetitions),
+            "memory": partial(measure_memory, sizes),
+        }
+        for name, measure in measurements.items():
+            measure().to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
+    finally:
+        th.set_num_threads(n_threads)
+    return write_report(folder, asdict(sizes), repetitions, note)
+
+
+def main() -> int:
+    """
+    :return: exit status
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What StaQ costs.")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the report goes")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that everything runs")
+    parser.add_argument("--note", default="", help="a sentence for the report: what else ran on the machine")
+    args = parser.parse_args()
+    print(run(args.folder, QUICK if args.quick else Sizes(), args.repetitions, args.note))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
