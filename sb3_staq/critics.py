@@ -235,13 +235,15 @@ class JointCritics(Ensemble[JointQNetwork]):
         of_features, of_actions = weight.split([features.shape[-1], actions.shape[-1]], dim=-1)
         if features.dim() == 2:
             features = features.expand(len(weight), -1, -1)
-        x = th.baddbmm(bias.unsqueeze(1), features, of_features.mT).unsqueeze(2)
-        x = x + th.matmul(actions.flatten(0, 1), of_actions.mT).unflatten(1, actions.shape[:2])
-        x = x.flatten(1, 2)
-        for layer, names in layers:
-            params = {leaf: self._params[name] for leaf, name in names.items()}
-            x = _batched_layer(layer, params, x, x_is_batched=True) if names else layer(x)
-        return x.squeeze(-1).unflatten(1, actions.shape[:2])
+        first = th.baddbmm(bias.unsqueeze(1), features, of_features.mT)
+        values = []
+        for action in actions.unbind(dim=1):  # one at a time: the activations stay in the processor's cache
+            x = th.baddbmm(first, action.expand(len(weight), -1, -1), of_actions.mT)
+            for layer, names in layers:
+                params = {leaf: self._params[name] for leaf, name in names.items()}
+                x = _batched_layer(layer, params, x, x_is_batched=True) if names else layer(x)
+            values.append(x)
+        return th.cat(values, dim=2)
 
 
 class FrozenCritics(nn.ModuleList):
