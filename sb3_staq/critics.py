@@ -300,7 +300,8 @@ class FrozenCritics(nn.ModuleList):
         :param critics: the current critics
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
-        :return: what this does to the weighted sum, and the deleted entry (None if none was deleted)
+        :return: what this does to the weighted sum (nothing by way of deletion if the weight of the deleted entry was
+            negligible), and the deleted entry (None if none was deleted)
         """
         update = self.weights.push(kl_coef, ent_coef)
         deleted = None
@@ -318,6 +319,8 @@ class FrozenCritics(nn.ModuleList):
         self._slots.append(slot)
         self._link(entry, slot)
         self._weigh()
+        if abs(update.deleted_weight) <= _NEGLIGIBLE_WEIGHT * sum(map(abs, self.weights.values)):
+            update = update._replace(deletes=False)  # a sum that follows the updates need not subtract it
         return update, deleted
 
     def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights

@@ -399,7 +399,7 @@ class StaQ(OffPolicyAlgorithm):
         self._last_logit_sums = None
         if self._logit_cache is not None:
             q_newest = partial(policy.q_values, policy.frozen_critics[-1])
-            q_deleted = None if deleted is None else partial(policy.q_values, deleted)
+            q_deleted = partial(policy.q_values, deleted) if deleted is not None and update.deletes else None
             self._logit_cache.update(update, q_newest, q_deleted)
 
         log_pi = self._next_log_policy(batch, cache_index)

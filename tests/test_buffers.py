@@ -44,7 +44,7 @@ def vec_env(kind="box", n_envs=1, **kwargs):
 def make_cached(buffer="plain", n_envs=1, **kwargs):
     kind = buffer if buffer in ("dict", "discrete") else "box"
     env = vec_env(kind, n_envs, action_space=ACTION_SPACES.get(buffer))
-    return make_model(env, **{**BUFFERS[buffer], **kwargs})
+    return make_model(env, **{"logit_cache": True, **BUFFERS[buffer], **kwargs})
 
 
 def stored_next_observations(buffer):
@@ -84,6 +84,47 @@ def sampled_error(model, n_batches=5):
             direct, actual = direct[alive], actual[alive]
         errors.append(relative_error(actual, direct))
     return max(errors)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "cached"),
+    [
+        # Per policy update: 2 * buffer_size evaluations, or memory_size * batch_size * gradient steps
+        (dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=10), True),
+        (dict(buffer_size=1001, memory_size=10, batch_size=20, policy_update_interval=10), False),
+        (dict(buffer_size=1001, memory_size=11, batch_size=20, policy_update_interval=10), True),
+        (dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=10, gradient_steps=1), True),
+        (dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=10, train_freq=2), True),
+        (
+            dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=10, train_freq=2)
+            | dict(gradient_steps=1),
+            False,
+        ),
+        (dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=9), False),
+        (dict(buffer_size=10**5, memory_size=1, train_freq=(1, "episode"), gradient_steps=5), True),
+        (dict(buffer_size=10**5, memory_size=1, logit_rule="exact"), True),
+    ],
+)
+def test_automatic_choice_takes_what_costs_less(kwargs, cached):
+    assert (make_model(vec_env(), logit_cache="auto", **kwargs)._logit_cache is not None) == cached
+
+
+def test_negligible_deletions_are_not_evaluated():
+    """With weights of 2^-40 and less for the deleted critics, one pass per update is enough, and as exact."""
+    model = make_cached(policy_update_interval=10, memory_size=20, kl_coef=0.1, ent_coef=0.3)
+    deletions = []
+    update = LogitCache.update
+
+    def recorded(self, policy_update, newest, deleted):
+        deletions.append(deleted)
+        update(self, policy_update, newest, deleted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LogitCache, "update", recorded)
+        model.learn(500)
+    assert len(deletions) > 40
+    assert deletions == [None] * len(deletions)
+    assert cache_error(model) < 1e-5
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -363,7 +404,7 @@ def test_second_learn_with_and_without_reset():
 
 def test_cache_is_neither_in_the_zip_nor_in_the_pickled_buffer(tmp_path):
     """The buffer stays SB3's own: same attributes, loadable where this package is not, and usable by another agent."""
-    model = make_model(vec_env(), buffer_size=5000, policy_update_interval=20)
+    model = make_model(vec_env(), buffer_size=5000, policy_update_interval=20, logit_cache=True)
     model.learn(60)
     assert model._logit_cache.sums.abs().max() > 0
     model.save(tmp_path / "model.zip")
