@@ -57,13 +57,14 @@ class StaQPolicy(BasePolicy):
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
         (``fused=True`` by default for Adam)
-    :param n_critics: Number of critics in an ensemble
-    :param critic_reduction: How the critics' values become one, "mean" or "min"
+    :param n_critics: Number of critics that are trained
+    :param critic_reduction: How the critics' expected values become one in targets, "mean" or "min"
     :param memory_size: The largest number of frozen ensembles
     :param logit_rule: "weight_corrected", "truncated", "exact" or custom weights by age, see
         :func:`sb3_staq.mirror_descent.make_logit_rule`
     :param action_grid: which actions of a Box are choices, see :func:`sb3_staq.action_spaces.make_action_groups`
     :param action_bins: number of values per dimension of a Box
+    :param critic: "additive" or "joint", see :class:`sb3_staq.staq.StaQ`
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -116,20 +117,20 @@ class StaQPolicy(BasePolicy):
         self.critic = critic
 
         critics: CriticEnsemble | JointCritics
-        self.main_effects: CriticEnsemble | None = None
+        main_effects: CriticEnsemble | None = None
         if critic == "joint":
-            self.main_effects = CriticEnsemble([self._make_critic(dueling=False)])
             critics = JointCritics([self._make_joint_critic() for _ in range(n_critics)])
-            template = self.main_effects
+            template = main_effects = CriticEnsemble([self._make_critic(dueling=False)])
         else:
             dueling = len(self.action_groups.sizes) > 1
             critics = template = CriticEnsemble([self._make_critic(dueling) for _ in range(n_critics)])
         # First, so that a saved stack that is too large is refused before anything is overwritten
         self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size)
+        self.main_effects = main_effects
         self.critics = critics
         self.critics_target = critics.frozen_copy()
         self.set_training_mode(False)
-        trained: list[nn.Module] = [critics] if self.main_effects is None else [critics, self.main_effects]
+        trained: list[nn.Module] = [critics] if main_effects is None else [critics, main_effects]
         self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
             [{"params": list(module.parameters())} for module in trained],
             lr=lr_schedule(1),

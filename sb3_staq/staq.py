@@ -88,13 +88,19 @@ class StaQ(OffPolicyAlgorithm):
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
         newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
-        see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update
+        see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update. "rel_FACTOR" is
+        that multiple of ``ent_coef``.
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
-        falls to 0 is followed down to 1% of its first value there.
+        falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
+        policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most
+    :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
+        largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.4 to 0.1 in the first
+        half of the training.
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
         most one policy update per gradient step.
     :param n_critics: number of critics in the ensemble
-    :param critic_reduction: how the critics' values become one, in targets and policy: "mean" or "min"
+    :param critic_reduction: how the critics' expected values become one in the targets: "mean" or "min". The policy
+        follows their mean.
     :param target_update_interval: update the target critics every ``target_update_interval`` gradient steps
     :param exploration_fraction: fraction of entire training period over which the exploration rate is reduced
     :param exploration_initial_eps: initial probability of a uniformly random action
@@ -103,6 +109,9 @@ class StaQ(OffPolicyAlgorithm):
         dimension, chosen independently), "axis" (zero, and each dimension at either bound) or "joint" (all combinations
         of ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
+    :param critic: "additive": critics with one output per choice, summed over the groups of choices; "joint": critics
+        of whole actions, as in SAC, and a network that learns their main effects under the policy, of which the stack
+        is made (see :meth:`StaQPolicy.expected_values` and :meth:`StaQPolicy.main_effects_loss`)
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per

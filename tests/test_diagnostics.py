@@ -38,6 +38,7 @@ CASES = {
     "groups": lambda: make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3, 1])), logit_rule="truncated"),
     "bits": lambda: make_model(RandomObsEnv(action_space=spaces.MultiBinary(3)), critic_reduction="min"),
     "box": lambda: make_model(DummyVecEnv([box_env] * 2), memory_size=1),
+    "joint": lambda: make_model(box_env(), critic="joint", ent_coef="auto", kl_coef="rel_1.0"),
     "exact": lambda: make_model(RandomObsEnv(), logit_rule="exact"),
     "custom": lambda: make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), logit_rule=CUSTOM),
     "no entropy": lambda: make_model(RandomObsEnv(), logit_rule="truncated", ent_coef=0.0),
