@@ -390,9 +390,11 @@ class StaQ(OffPolicyAlgorithm):
                 polyak_update(policy.critics.parameters(), policy.critics_target.parameters(), self.tau)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        # Only now to the host: a GPU would have to wait for a transfer in each gradient step
-        for name, values in statistics.items():
-            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+        if statistics:
+            # The only transfer to the host: a GPU would have to wait for one in each gradient step
+            means = th.stack([th.stack(values).mean() for values in statistics.values()]).tolist()
+            for name, mean in zip(statistics, means, strict=True):
+                self.logger.record(f"train/{name}", mean)
 
     def _update_policy(self, batch_size: int) -> None:
         """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""

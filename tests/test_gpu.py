@@ -17,6 +17,8 @@ ACTION_SPACES = {
     "multi_discrete": (spaces.MultiDiscrete([3, 2]), {}),
     "box_factored": (spaces.Box(-2, 3, (2,), np.float32), {}),
     "box_axis": (spaces.Box(-2, 3, (2,), np.float32), dict(action_grid="axis")),
+    "box_joint_critic": (spaces.Box(-2, 3, (2,), np.float32), dict(critic="joint")),
+    "multi_discrete_joint_critic": (spaces.MultiDiscrete([3, 2]), dict(critic="joint")),
 }
 
 
