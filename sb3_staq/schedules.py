@@ -68,13 +68,11 @@ def parse_auto(value: Any) -> float | None:
     if not (isinstance(value, str) and value.startswith("auto")):
         return None
     try:
-        first = float(value.removeprefix("auto").removeprefix("_") or DEFAULT_FIRST_ENT_COEF)
+        first = DEFAULT_FIRST_ENT_COEF if value == "auto" else float(value.removeprefix("auto_"))
     except ValueError:
         first = 0.0
-    if not (value in ("auto", f"auto_{value[5:]}") and is_number(first) and first > 0):
-        raise ValueError(
-            f"ent_coef={value!r} is not accepted; accepted: 'auto' or 'auto_FIRST' with a number FIRST > 0"
-        )
+    if not (is_number(first) and first > 0):
+        raise ValueError(f"ent_coef={value!r} is not accepted; accepted: 'auto' or 'auto_FIRST' with a number FIRST > 0")
     return first
 
 
