@@ -72,7 +72,8 @@ def parse_auto(value: Any) -> float | None:
     except ValueError:
         first = 0.0
     if not (is_number(first) and first > 0):
-        raise ValueError(f"ent_coef={value!r} is not accepted; accepted: 'auto' or 'auto_FIRST' with a number FIRST > 0")
+        accepted = "'auto' or 'auto_FIRST' with a number FIRST > 0"
+        raise ValueError(f"ent_coef={value!r} is not accepted; accepted: {accepted}")
     return first
 
 
