@@ -229,19 +229,19 @@ class JointCritics(Ensemble[JointQNetwork]):
             features = _batched_layer(extractor, params, obs, x_is_batched=False)
         else:
             features = extractor(obs)
-        (_, names), *layers = self.net.layers[1:]
+        (_, names), *rest = self.net.layers[1:]
         weight, bias = self._params[names["weight"]], self._params[names["bias"]]
         # The first layer is linear: the part of the features serves all actions of a state
         of_features, of_actions = weight.split([features.shape[-1], actions.shape[-1]], dim=-1)
         if features.dim() == 2:
             features = features.expand(len(weight), -1, -1)
         first = th.baddbmm(bias.unsqueeze(1), features, of_features.mT)
+        layers = [(layer, {leaf: self._params[name] for leaf, name in names.items()}) for layer, names in rest]
         values = []
         for action in actions.unbind(dim=1):  # one at a time: the activations stay in the processor's cache
             x = th.baddbmm(first, action.expand(len(weight), -1, -1), of_actions.mT)
-            for layer, names in layers:
-                params = {leaf: self._params[name] for leaf, name in names.items()}
-                x = _batched_layer(layer, params, x, x_is_batched=True) if names else layer(x)
+            for layer, params in layers:
+                x = _batched_layer(layer, params, x, x_is_batched=True) if params else layer(x)
             values.append(x)
         return th.cat(values, dim=2)
 

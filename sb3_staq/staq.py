@@ -31,6 +31,7 @@ from sb3_staq.buffers import LogitCache
 from sb3_staq.critics import CriticEnsemble
 from sb3_staq.mirror_descent import (
     LogitRule,
+    PolicyUpdate,
     StackWeights,
     decay_rate,
     entropy,
@@ -318,7 +319,8 @@ class StaQ(OffPolicyAlgorithm):
         policy, ent_coef = self.policy, self._current_ent_coef
         beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
         q_values = policy.q_values(policy.additive_critics, batch.next_observations)
-        total = beta * self._next_logit_sums(batch, cache_index) + q_values
+        update = PolicyUpdate(beta, deletes=False, deleted_weight=0.0)
+        total = update.apply(self._next_logit_sums(batch, cache_index), q_values)
         average = total / (beta * sum(policy.frozen_critics.weights.values) + 1.0)
         ent_coef = solve_ent_coef(
             average,

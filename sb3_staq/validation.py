@@ -107,7 +107,7 @@ def check_coefficients(model: "StaQ") -> None:
             f"ent_coef={model.ent_coef!r} starts at 0, and logit_rule='weight_corrected' divides by it; accepted: a "
             "number or schedule that starts above 0, or another logit_rule"
         )
-    if isinstance(model.logit_rule, tuple) and isinstance(model.ent_coef, str) and model.ent_coef.startswith("auto"):
+    if isinstance(model.logit_rule, tuple) and model._ent_coef_is_auto:
         raise ValueError(
             f"ent_coef={model.ent_coef!r} has no influence on custom weights, logit_rule={model.logit_rule!r}; "
             "accepted: a number or schedule, or another logit_rule"
