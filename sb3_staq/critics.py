@@ -63,6 +63,14 @@ def _named_layers(features_extractor: nn.Module, q_net: nn.Sequential) -> list[t
     return [(layer, {leaf: f"{name}.{leaf}" for leaf, _ in layer.named_parameters()}) for name, layer in layers.items()]
 
 
+def _make_mlp(
+    n_inputs: int, n_outputs: int, net_arch: list[int], activation_fn: type[nn.Module], layer_norm: bool
+) -> list[nn.Module]:
+    """SB3's MLP; with ``layer_norm``, what goes into each activation is normalised."""
+    post_linear_modules: list[type[nn.Module]] | None = [nn.LayerNorm] if layer_norm else None
+    return create_mlp(n_inputs, n_outputs, net_arch, activation_fn, post_linear_modules=post_linear_modules)
+
+
 class QNetwork(nn.Module):
     """
     One critic: features extractor, then an MLP with one output per choice. The last layer starts at zero, so the first
@@ -73,6 +81,7 @@ class QNetwork(nn.Module):
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation function
     :param dueling: whether the outputs are those of :class:`Dueling`
+    :param layer_norm: whether hidden layers are normalised before their activations
     """
 
     def __init__(
@@ -82,12 +91,14 @@ class QNetwork(nn.Module):
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
         dueling: bool = False,
+        layer_norm: bool = False,
     ):
         super().__init__()
         self.features_extractor = features_extractor
         self.n_choices = sum(group_sizes)
         n_outputs = self.n_choices + dueling
-        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim, n_outputs, net_arch, activation_fn))
+        mlp = _make_mlp(features_extractor.features_dim, n_outputs, net_arch, activation_fn, layer_norm)
+        self.q_net = nn.Sequential(*mlp)
         for param in self.q_net[-1].parameters():
             nn.init.zeros_(param)
         if dueling:
@@ -111,6 +122,7 @@ class JointQNetwork(nn.Module):
     :param n_inputs: number of components of an action
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation function
+    :param layer_norm: whether hidden layers are normalised before their activations
     """
 
     def __init__(
@@ -119,10 +131,12 @@ class JointQNetwork(nn.Module):
         n_inputs: int,
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
     ):
         super().__init__()
         self.features_extractor = features_extractor
-        self.q_net = nn.Sequential(*create_mlp(features_extractor.features_dim + n_inputs, 1, net_arch, activation_fn))
+        mlp = _make_mlp(features_extractor.features_dim + n_inputs, 1, net_arch, activation_fn, layer_norm)
+        self.q_net = nn.Sequential(*mlp)
         self.layers = _named_layers(features_extractor, self.q_net)
 
 
@@ -135,7 +149,8 @@ def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_
     :param x: input, shared by all copies or with a leading dimension N
     :return: output with a leading dimension N
     """
-    if isinstance(layer, nn.Linear):  # the frequent case, without the cost of vmap's dispatch
+    # The frequent cases, without the cost of vmap's dispatch
+    if isinstance(layer, nn.Linear):
         weight, bias = params["weight"], params["bias"]
         if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
@@ -143,6 +158,9 @@ def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_
         if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
             return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
         return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
+        x = th.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+        return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
     in_dims = (0, 0 if x_is_batched else None)
     return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
 

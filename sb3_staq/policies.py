@@ -50,6 +50,8 @@ class StaQPolicy(BasePolicy):
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
         joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
     :param activation_fn: Activation function
+    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations. Bounds what the
+        critics make of actions that were never tried; the largest gain of all settings on MuJoCo
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -76,6 +78,7 @@ class StaQPolicy(BasePolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -106,6 +109,7 @@ class StaQPolicy(BasePolicy):
             net_arch = [] if self.features_extractor_class == NatureCNN else [256, 256]
         self.net_arch = net_arch
         self.activation_fn = activation_fn
+        self.layer_norm = layer_norm
         self.n_critics = n_critics
         self.critic_reduction = critic_reduction
         self.memory_size = memory_size
@@ -140,12 +144,12 @@ class StaQPolicy(BasePolicy):
     def _make_critic(self, dueling: bool) -> QNetwork:
         net_arch, _ = get_actor_critic_arch(self.net_arch)
         extractor, sizes = self.make_features_extractor(), self.action_groups.sizes
-        return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling)
+        return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling, self.layer_norm)
 
     def _make_joint_critic(self) -> JointQNetwork:
         _, net_arch = get_actor_critic_arch(self.net_arch)
         extractor, n_inputs = self.make_features_extractor(), self.action_groups.n_inputs
-        return JointQNetwork(extractor, n_inputs, net_arch, self.activation_fn)
+        return JointQNetwork(extractor, n_inputs, net_arch, self.activation_fn, self.layer_norm)
 
     @property
     def additive_critics(self) -> CriticEnsemble:
@@ -269,6 +273,7 @@ class StaQPolicy(BasePolicy):
             super()._get_constructor_parameters(),
             net_arch=self.net_arch,
             activation_fn=self.activation_fn,
+            layer_norm=self.layer_norm,
             lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
     "three_critics": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=3)),
     "extractor": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=NormExtractor)),
+    "layer_norm": (MlpPolicy, BOX, dict(net_arch=[16, 8], layer_norm=True)),
     "discrete": (MlpPolicy, spaces.Discrete(5), dict(net_arch=[8])),
     "multi_discrete": (MlpPolicy, spaces.MultiDiscrete([3, 4]), dict(net_arch=[8])),
     "multi_binary": (MlpPolicy, spaces.MultiBinary(5), dict(net_arch=[8])),
@@ -47,6 +48,11 @@ ARCHITECTURES = {
     "image_hidden": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
     "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
     "groups": (MlpPolicy, BOX, dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]))),
+    "groups_layer_norm": (
+        MlpPolicy,
+        BOX,
+        dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]), layer_norm=True),
+    ),
     "groups_linear": (MlpPolicy, BOX, dict(net_arch=[], action_space=spaces.MultiBinary(3))),
     "box_axis": (MlpPolicy, BOX, dict(net_arch=[8], action_space=spaces.Box(-1, 1, (3,)), action_grid="axis")),
 }
@@ -159,6 +165,18 @@ def test_new_critics_start_at_zero():
     assert (policy.logits(obs) == 0).all()
     first, second = policy.critics.net.q_net[0].weight
     assert not th.equal(first, second)  # but the members are different networks
+
+
+def test_layer_norm_makes_hidden_layers_blind_to_scale():
+    """Without offsets, a larger first layer gives the same values if it is normalised, and others if not."""
+    obs = sample_obs(BOX, 5)
+    for layer_norm in (False, True):
+        policy = make_policy("mlp", layer_norm=layer_norm)
+        params = dict(policy.critics.net.named_parameters())
+        params["q_net.0.bias"].data.zero_()
+        before = policy.critics(obs)
+        params["q_net.0.weight"].data *= 10
+        assert (relative_error(policy.critics(obs).detach(), before.detach()) < 1e-3) == layer_norm
 
 
 def test_preprocessing_is_sb3s():
