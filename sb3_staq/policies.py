@@ -50,8 +50,8 @@ class StaQPolicy(BasePolicy):
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
         joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
     :param activation_fn: Activation function
-    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations. Bounds what the
-        critics make of actions that were never tried; the largest gain of all settings on MuJoCo
+    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations (not those of the
+        main effects)
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -124,10 +124,10 @@ class StaQPolicy(BasePolicy):
         main_effects: CriticEnsemble | None = None
         if critic == "joint":
             critics = JointCritics([self._make_joint_critic() for _ in range(n_critics)])
-            template = main_effects = CriticEnsemble([self._make_critic(dueling=False)])
+            template = main_effects = CriticEnsemble([self._make_critic(dueling=False, layer_norm=False)])
         else:
             dueling = len(self.action_groups.sizes) > 1
-            critics = template = CriticEnsemble([self._make_critic(dueling) for _ in range(n_critics)])
+            critics = template = CriticEnsemble([self._make_critic(dueling, layer_norm) for _ in range(n_critics)])
         # First, so that a saved stack that is too large is refused before anything is overwritten
         self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size)
         self.main_effects = main_effects
@@ -141,10 +141,10 @@ class StaQPolicy(BasePolicy):
             **self.optimizer_kwargs,
         )
 
-    def _make_critic(self, dueling: bool) -> QNetwork:
+    def _make_critic(self, dueling: bool, layer_norm: bool) -> QNetwork:
         net_arch, _ = get_actor_critic_arch(self.net_arch)
         extractor, sizes = self.make_features_extractor(), self.action_groups.sizes
-        return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling, self.layer_norm)
+        return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling, layer_norm)
 
     def _make_joint_critic(self) -> JointQNetwork:
         _, net_arch = get_actor_critic_arch(self.net_arch)
