@@ -50,8 +50,8 @@ class StaQPolicy(BasePolicy):
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
         joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
     :param activation_fn: Activation function
-    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations (not those of the
-        main effects)
+    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations, by default those
+        of joint critics (the network of main effects never is)
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -78,7 +78,7 @@ class StaQPolicy(BasePolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
-        layer_norm: bool = False,
+        layer_norm: bool | None = None,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -109,7 +109,7 @@ class StaQPolicy(BasePolicy):
             net_arch = [] if self.features_extractor_class == NatureCNN else [256, 256]
         self.net_arch = net_arch
         self.activation_fn = activation_fn
-        self.layer_norm = layer_norm
+        self.layer_norm = critic == "joint" if layer_norm is None else layer_norm
         self.n_critics = n_critics
         self.critic_reduction = critic_reduction
         self.memory_size = memory_size
@@ -127,7 +127,7 @@ class StaQPolicy(BasePolicy):
             template = main_effects = CriticEnsemble([self._make_critic(dueling=False, layer_norm=False)])
         else:
             dueling = len(self.action_groups.sizes) > 1
-            critics = template = CriticEnsemble([self._make_critic(dueling, layer_norm) for _ in range(n_critics)])
+            critics = template = CriticEnsemble([self._make_critic(dueling, self.layer_norm) for _ in range(n_critics)])
         # First, so that a saved stack that is too large is refused before anything is overwritten
         self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size)
         self.main_effects = main_effects

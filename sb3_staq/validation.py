@@ -95,6 +95,9 @@ def _check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
             f"policy_kwargs['net_arch']={net_arch!r} is not accepted; accepted: a list of whole numbers >= 1, the "
             "hidden layers of each critic; for critic='joint' also dict(pi=[...], qf=[...])"
         )
+    layer_norm = policy_kwargs.get("layer_norm")
+    if not (layer_norm is None or isinstance(layer_norm, bool)):
+        raise ValueError(f"policy_kwargs['layer_norm']={layer_norm!r} is not accepted; accepted: True, False, None")
 
 
 def check_coefficients(model: "StaQ") -> None:

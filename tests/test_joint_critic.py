@@ -29,7 +29,7 @@ ACTION_SPACES = {
 }
 ARCHITECTURES = {
     "mlp": (MlpPolicy, BOX, dict(net_arch=[16, 8])),
-    "layer_norm": (MlpPolicy, BOX, dict(net_arch=[16, 8], layer_norm=True)),
+    "no_layer_norm": (MlpPolicy, BOX, dict(net_arch=[16, 8], layer_norm=False)),
     "linear": (MlpPolicy, BOX, dict(net_arch=[])),
     "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
     "image": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
