@@ -140,15 +140,22 @@ class JointQNetwork(nn.Module):
         self.layers = _named_layers(features_extractor, self.q_net)
 
 
-def _batched_layer(layer: nn.Module, params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool) -> th.Tensor:
+def _batched_layer(
+    layer: nn.Module, names: Mapping[str, str], all_params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool
+) -> th.Tensor:
     """
     Apply N copies of a layer, which differ in their parameters, in one pass.
 
     :param layer: gives the structure only
-    :param params: the layer's parameters, each with a leading dimension N
+    :param names: names of the layer's parameters in ``all_params``
+    :param all_params: parameters by name, each with a leading dimension N
     :param x: input, shared by all copies or with a leading dimension N
-    :return: output with a leading dimension N
+    :return: output with a leading dimension N; of a layer without parameters, which is the same for all copies and acts
+        along the last dimension, with that of the input
     """
+    if not names:
+        return layer(x)
+    params = {leaf: all_params[name] for leaf, name in names.items()}
     # The frequent cases, without the cost of vmap's dispatch
     if isinstance(layer, nn.Linear):
         weight, bias = params["weight"], params["bias"]
@@ -181,16 +188,13 @@ def batched_forward(
     x: Any = obs
     x_is_batched = False
     for i, (layer, names) in enumerate(net.layers):
-        if names:
-            own = {leaf: params[name] for leaf, name in names.items()}
-            if weights is not None and i == net.output_index:
-                x = x if x_is_batched else x.expand(len(weights), -1, -1)
-                x = th.tensordot(weights, th.baddbmm(own["bias"].unsqueeze(2), own["weight"], x.mT), dims=1).mT
-            else:
-                x = _batched_layer(layer, own, x, x_is_batched)
-            x_is_batched = True
+        if weights is not None and i == net.output_index:
+            weight, bias = params[names["weight"]], params[names["bias"]]
+            x = x if x_is_batched else x.expand(len(weights), -1, -1)
+            x = th.tensordot(weights, th.baddbmm(bias.unsqueeze(2), weight, x.mT), dims=1).mT
         else:
-            x = layer(x)  # nothing to learn in it: the same for all critics, along the last dimension
+            x = _batched_layer(layer, names, params, x, x_is_batched)
+        x_is_batched = x_is_batched or bool(names)
     return x
 
 
@@ -234,34 +238,21 @@ class CriticEnsemble(Ensemble[QNetwork]):
 class JointCritics(Ensemble[JointQNetwork]):
     """Several critics of whole actions."""
 
-    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def forward(self, obs: PyTorchObs, actions: th.Tensor, rows: th.Tensor | None = None) -> th.Tensor:
         """
         :param obs: preprocessed observations
-        :param actions: some actions for each observation, shape (batch, n_actions, n_inputs)
-        :return: Q-values of each member, shape (n_critics, batch, n_actions)
+        :param actions: shape (n_actions, n_inputs)
+        :param rows: the index of each action's observation, shape (n_actions,); by default one action for each
+        :return: Q-values of each member, shape (n_critics, n_actions)
         """
-        features: Any = obs
-        extractor, names = self.net.layers[0]
-        if names:
-            params = {leaf: self._params[name] for leaf, name in names.items()}
-            features = _batched_layer(extractor, params, obs, x_is_batched=False)
-        else:
-            features = extractor(obs)
-        (_, names), *rest = self.net.layers[1:]
-        weight, bias = self._params[names["weight"]], self._params[names["bias"]]
-        # The first layer is linear: the part of the features serves all actions of a state
-        of_features, of_actions = weight.split([features.shape[-1], actions.shape[-1]], dim=-1)
-        if features.dim() == 2:
-            features = features.expand(len(weight), -1, -1)
-        first = th.baddbmm(bias.unsqueeze(1), features, of_features.mT)
-        layers = [(layer, {leaf: self._params[name] for leaf, name in names.items()}) for layer, names in rest]
-        values = []
-        for action in actions.unbind(dim=1):  # one at a time: the activations stay in the processor's cache
-            x = th.baddbmm(first, action.expand(len(weight), -1, -1), of_actions.mT)
-            for layer, params in layers:
-                x = _batched_layer(layer, params, x, x_is_batched=True) if params else layer(x)
-            values.append(x)
-        return th.cat(values, dim=2)
+        (extractor, names), *layers = self.net.layers
+        features: Any = _batched_layer(extractor, names, self._params, obs, x_is_batched=False)
+        if rows is not None:
+            features = features.index_select(-2, rows)  # extracted once for all actions of an observation
+        x = th.cat([features, actions.expand(*features.shape[:-1], -1)], dim=-1)
+        for layer, names in layers:
+            x = _batched_layer(layer, names, self._params, x, x_is_batched=x.dim() == 3)
+        return x.squeeze(-1)
 
 
 class FrozenCritics(nn.ModuleList):

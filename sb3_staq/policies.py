@@ -35,7 +35,8 @@ CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
 class Sweep(NamedTuple):
     """Q-values of actions of which one group is varied over all its choices."""
 
-    columns: th.Tensor  # of the varied choices, shape (batch, n_varied)
+    obs: PyTorchObs  # preprocessed, of n_swept states
+    columns: th.Tensor  # of the varied choices, shape (n_swept, n_varied)
     valid: th.Tensor  # whether the group has so many choices, same shape
     q_values: th.Tensor  # same shape
 
@@ -50,8 +51,8 @@ class StaQPolicy(BasePolicy):
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
         joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
     :param activation_fn: Activation function
-    :param layer_norm: Whether the hidden layers of the critics are normalised before their activations, by default those
-        of joint critics (the network of main effects never is)
+    :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default those of
+        joint critics are (the network of main effects never is)
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -164,7 +165,7 @@ class StaQPolicy(BasePolicy):
         """
         obs, groups = self.preprocess(obs), self.action_groups
         if isinstance(self.critics, JointCritics):
-            return self.critics(obs, groups.inputs(actions).unsqueeze(1)).squeeze(2)
+            return self.critics(obs, groups.inputs(actions))
         q_values = self.critics(obs)
         chosen = groups.columns(groups.encode(actions)).expand(len(q_values), -1, -1)
         return q_values.gather(2, chosen).sum(dim=2)
@@ -173,7 +174,8 @@ class StaQPolicy(BasePolicy):
     def expected_values(self, obs: PyTorchObs, log_pi: th.Tensor) -> tuple[th.Tensor, Sweep | None]:
         """
         ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. For joint ones, an action is sampled
-        and one of its groups swept: the expectation is exact in that group.
+        at each state, and at half of the states (all, if there is one group only) one of its groups is swept: there the
+        expectation is exact in that group.
 
         :param obs: observations
         :param log_pi: the policy at these observations, shape (batch, n_choices)
@@ -183,24 +185,32 @@ class StaQPolicy(BasePolicy):
         reduce = CRITIC_REDUCTIONS[self.critic_reduction]
         if not isinstance(self.critics_target, JointCritics):
             return reduce(expected_value(log_pi, self.critics_target(obs))), None
-        choices, columns, valid = groups.sweep(groups.sample(log_pi))
-        actions = groups.inputs(groups.decode(choices.flatten(0, 1))).unflatten(0, choices.shape[:2])
-        q_values = self.critics_target(obs, actions)
-        probabilities = log_pi.gather(1, columns).exp() * valid
-        return reduce((probabilities * q_values).sum(dim=2)), Sweep(columns, valid, q_values.mean(dim=0))
+        choices = groups.sample(log_pi)
+        n = len(choices)
+        n_swept = n if len(groups.sizes) == 1 else (n + 1) // 2
+        varied, columns, valid = groups.sweep(choices[:n_swept])
+        rows = th.arange(n, device=choices.device)
+        rows = th.cat([rows[:n_swept].repeat_interleave(columns.shape[1]), rows[n_swept:]])
+        actions = groups.decode(th.cat([varied.flatten(0, 1), choices[n_swept:]]))
+        q_values = self.critics_target(obs, groups.inputs(actions), rows)
+        swept, sampled = q_values.split([columns.numel(), n - n_swept], dim=1)
+        swept = swept.unflatten(1, columns.shape)
+        probabilities = log_pi[:n_swept].gather(1, columns).exp() * valid
+        expected = reduce(th.cat([(probabilities * swept).sum(dim=2), sampled], dim=1))
+        of_swept = {key: x[:n_swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[:n_swept]
+        return expected, Sweep(of_swept, columns, valid, swept.mean(dim=0))
 
-    def main_effects_loss(self, obs: PyTorchObs, sweep: Sweep) -> th.Tensor:
+    def main_effects_loss(self, sweep: Sweep) -> th.Tensor:
         """
         Regression of the main effects, ``E[Q(s,a) | a_g]`` over the other groups' choices under the policy. Only
         differences within a group matter to a softmax, so only these are fitted: states of high value do not
         drown them.
 
-        :param obs: observations
-        :param sweep: values of varied actions there
+        :param sweep: values of varied actions
         :return: mean squared error
         """
         assert self.main_effects is not None
-        error = self.main_effects.q_values(self.preprocess(obs)).gather(1, sweep.columns) - sweep.q_values
+        error = self.main_effects.q_values(sweep.obs).gather(1, sweep.columns) - sweep.q_values
         mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
         return (sweep.valid * (error - mean_error).square()).sum() / sweep.valid.sum()
 

@@ -379,7 +379,7 @@ class StaQ(OffPolicyAlgorithm):
             statistics["critic_loss"].append(loss.detach())
             statistics["td_error"].append(td_error.detach().abs().mean())
             if sweep is not None:
-                main_effects_loss = policy.main_effects_loss(batch.next_observations, sweep)
+                main_effects_loss = policy.main_effects_loss(sweep)
                 statistics["main_effects_loss"].append(main_effects_loss.detach())
                 loss = loss + main_effects_loss
 
