@@ -50,9 +50,11 @@ class Sizes:
     n_reevaluated: int = 2 * BATCH_SIZE  # states, of the buffer
     n_steps: int = 500  # of a training beside SAC or DQN
     compile: bool = True  # whether to try torch.compile
+    iteration: int = ITERATION
+    batch_size: int = BATCH_SIZE
 
 
-QUICK = Sizes((1, 4), (1, 2), 1000, 8, 2, BATCH_SIZE, 20, False)
+QUICK = Sizes((1, 4), (1, 8), 1000, 8, 2, BATCH_SIZE, 20, False)
 
 
 class CheapEnv(gym.Env):
@@ -215,7 +217,7 @@ def measure_machine(repetitions: int) -> pd.DataFrame:
     weight = th.randn(4, 256, 256)  # stays in the cache
     rows = []
     for repetition in range(repetitions):
-        for batch_size in (1, 8, 64):
+        for batch_size in (1, 8, 64, BATCH_SIZE):
             x = th.randn(4, batch_size, 256)
             # The faster of the two orders of the operands
             products = (lambda x=x: th.bmm(weight, x.mT), lambda x=x: th.bmm(x, weight.mT))
@@ -288,12 +290,22 @@ def measure_gradient_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
         with th.autocast("cpu", dtype=th.bfloat16):
             action()
 
+    def in_bf16_products(action: Callable[[], Any]) -> None:
+        precision = th.get_float32_matmul_precision()
+        th.set_float32_matmul_precision("medium")
+        try:
+            action()
+        finally:
+            th.set_float32_matmul_precision(precision)
+
     cases: dict[tuple[str, str], tuple[Callable[[], Any], int]] = {
         ("gradient step, per network", "DQN"): (partial(dqn.train, n, BATCH_SIZE), n),
         ("gradient step, per network", "StaQ"): (train, 2 * n),
         ("gradient step, per network", "StaQ, bf16 autocast"): (partial(in_bf16, train), 2 * n),
+        ("gradient step, per network", "StaQ, products in bf16"): (partial(in_bf16_products, train), 2 * n),
         ("pass of the cache, per network", "StaQ"): (predict, 2),
         ("pass of the cache, per network", "StaQ, bf16 autocast"): (partial(in_bf16, predict), 2),
+        ("pass of the cache, per network", "StaQ, products in bf16"): (partial(in_bf16_products, predict), 2),
     }
     if sizes.compile:
         compiled = make(StaQ, "CartPole-v1", sizes, memory_size=1)

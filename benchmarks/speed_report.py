@@ -106,9 +106,37 @@ def acting_floors(acting: pd.DataFrame, machine: pd.DataFrame) -> dict[int, dict
     return floors
 
 
-def iteration_section(iteration: pd.DataFrame, sizes: dict[str, Any]) -> list[str]:
+def iteration_floors(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """
+    The least that an iteration with a full stack can take: only its matrix products, at the rates that the library
+    reaches for products of their shapes, and reading the weights.
+
+    :param acting: measurements
+    :param machine: measurements
+    :param sizes: how much was measured
+    :return: by number of environments: seconds of each part
+    """
+    rates = medians(machine, "value").droplevel("unit")
+    flops_per_state = 2 * acting["bytes"].iloc[0] / 4 / max(sizes["memory_sizes"])  # of an ensemble
+    # Forward passes of the critics and of the targets, and a backward pass that costs two
+    gradient_step = 4 * sizes["batch_size"] * flops_per_state / rates[f"matmul with {sizes['batch_size']} rows"] / 1e9
+    cache = 2 * sizes["buffer_size"] * flops_per_state / rates["large matmul"] / 1e9
+    return {
+        n_envs: {
+            "collect": sizes["iteration"] / n_envs * floor["narrow"] / 1000,
+            "logits of the replay": cache,
+            "critic steps": sizes["iteration"] * gradient_step,
+            "policy update": 0.0,
+        }
+        for n_envs, floor in acting_floors(acting, machine).items()
+        if n_envs in sizes["n_envs"]
+    }
+
+
+def iteration_section(iteration: pd.DataFrame, floors: dict[int, dict[str, float]], sizes: dict[str, Any]) -> list[str]:
     """
     :param iteration: measurements
+    :param floors: of :func:`iteration_floors`
     :param sizes: how much was measured
     :return: the section
     """
@@ -122,6 +150,12 @@ def iteration_section(iteration: pd.DataFrame, sizes: dict[str, Any]) -> list[st
             speedup = seconds.loc["reference", env, memory_size, 1]["whole"] / parts["whole"]
             cells = [f"{value:.2f}" for value in parts]
             rows[f"{case_name(way, n_envs)}, M = {memory_size}"] = [*cells, f"{speedup:.1f}"]
+        if env == "synthetic":
+            for n_envs, floor in floors.items():
+                values = [*floor.values(), sum(floor.values())]
+                speedup = seconds.loc["reference", env, largest, 1]["whole"] / values[-1]
+                cells = [f"{value:.2f}" for value in values]
+                rows[f"floor, {case_name('', n_envs)[2:]}, M = {largest}"] = [*cells, f"{speedup:.1f}"]
         tables += [
             f"Environment: {env}",
             markdown_table(["", *(f"{part} (s)" for part in PARTS), "whole (s)", "reference / this"], rows),
@@ -140,7 +174,9 @@ def iteration_section(iteration: pd.DataFrame, sizes: dict[str, Any]) -> list[st
         f"evaluation of the replay over {sizes['n_reevaluated']} states, all scaled up linearly; the rest is measured "
         "whole.",
         "The reference way is our own compact one: one environment, each layer of all critics in one batched matrix "
-        "product, and the whole replay through the whole stack at each iteration. Its gradient steps are ours.",
+        "product, and the whole replay through the whole stack at each iteration. Its gradient steps are ours. The "
+        "floors are the matrix products alone, at the rates below for products of their shapes, and the reading of the "
+        "weights: what the machine forbids to undercut.",
         "![Time of one iteration over M](iteration.png)",
         *tables,
         f"Training (logits of the replay and critic steps) at M = {largest} over that at M = {smallest}: "
@@ -182,10 +218,13 @@ def acting_section(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[str,
     ]  # fmt: skip
 
 
-def training_sections(steps: pd.DataFrame, gradient_steps: pd.DataFrame, sizes: dict[str, Any]) -> list[str]:
+def training_sections(
+    steps: pd.DataFrame, gradient_steps: pd.DataFrame, floors: dict[int, dict[str, float]], sizes: dict[str, Any]
+) -> list[str]:
     """
     :param steps: measurements
     :param gradient_steps: measurements
+    :param floors: of :func:`iteration_floors`
     :param sizes: how much was measured
     :return: the sections about other algorithms, gradient steps, ``torch.compile`` and bf16
     """
@@ -194,6 +233,10 @@ def training_sections(steps: pd.DataFrame, gradient_steps: pd.DataFrame, sizes: 
     for (algo, env, n_envs), rate in rates.items():
         rival = "SAC" if ("SAC", env, 1) in rates else "DQN"
         rows[f"{env}: {case_name(algo, n_envs)}"] = [f"{rate:.0f}", f"{rate / rates[rival, env, 1]:.2f}"]
+    limits = [
+        f"{sizes['iteration'] / (floor['collect'] + floor['critic steps']):.0f} with {case_name('', n_envs)[2:]}"
+        for n_envs, floor in floors.items()
+    ]
     milliseconds = medians(gradient_steps, "ms")
     gradient_rows = {
         f"{what}: {how}": [f"{value:.2f}", f"{value / milliseconds[what].iloc[0]:.2f}"]
@@ -203,11 +246,13 @@ def training_sections(steps: pd.DataFrame, gradient_steps: pd.DataFrame, sizes: 
         "## Beside SAC and DQN",
         f"Environment steps per second of `learn` over {sizes['n_steps']} steps, one gradient step per environment "
         f"step (batch 256, networks 256-256, full replay of {sizes['buffer_size']:,}); StaQ with a full stack, a "
-        "policy update every 500 steps and the default action grid.",
+        "policy update every 500 steps and the default action grid. The floors above allow no more than "
+        f"{', '.join(limits)}, whatever the environment takes.",
         markdown_table(["", "steps per second", "ratio"], rows),
         "## Gradient steps",
-        "CartPole-v1, batch 256, networks 256-256. The cache's pass is over 4,096 states. Ratios are to the first "
-        "line of a kind.",
+        'CartPole-v1, batch 256, networks 256-256. The cache\'s pass is over 4,096 states. "Products in bf16" is '
+        '`torch.set_float32_matmul_precision("medium")`: inputs of matrix products are rounded, all else is float32. '
+        "Ratios are to the first line of a kind.",
         markdown_table(["", "ms", "ratio"], gradient_rows),
     ]
 
@@ -238,6 +283,7 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
     """
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
     iteration, acting, machine = tables["iteration"], tables["acting"], tables["machine"]
+    floors = iteration_floors(acting, machine, sizes)
     sns.set_theme(style="whitegrid", context="notebook")
     save(plot_iteration(iteration), folder / "iteration.png")
     save(plot_acting(acting, acting_floors(acting, machine)), folder / "acting.png")
@@ -246,9 +292,9 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
         "`python -m benchmarks.speed` writes this page, its figures and its CSV files. One thread, float32; CPU times "
         "of that thread, so that other programs take no part of them (but may take caches and bandwidth); medians of "
         f"{repetitions} repetitions, interleaved. {note}".rstrip(),
-        *iteration_section(iteration, sizes),
+        *iteration_section(iteration, floors, sizes),
         *acting_section(acting, machine, sizes),
-        *training_sections(tables["steps"], tables["gradient_steps"], sizes),
+        *training_sections(tables["steps"], tables["gradient_steps"], floors, sizes),
         *memory_section(tables["memory"]),
     ]
     report = folder / "report.md"

@@ -347,7 +347,8 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     path = speed.run(tmp_path, speed.QUICK, repetitions=1, note="A note.")
     text = path.read_text()
     assert "A note." in text and "nan" not in text
-    assert "reference, 1 environment, M = 4" in text and "HalfCheetah-v4: SAC" in text
+    assert "reference, 1 environment, M = 4" in text and "floor, 8 environments, M = 4" in text
+    assert "HalfCheetah-v4: SAC" in text
     for figure in ("iteration.png", "acting.png"):
         assert figure in text and (tmp_path / figure).stat().st_size > 10_000
 
@@ -367,3 +368,11 @@ def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
     floors = speed_report.acting_floors(acting, machine)
     assert floors[1] == pytest.approx({"read": 50.0, "compute": 10.0, "floor": 50.0, "narrow": 100.0})
     assert floors[8] == pytest.approx({"read": 50.0, "compute": 80.0, "floor": 80.0, "narrow": 100.0})
+
+    # 10**9 bytes are 250 million parameters, 2.5 million in each of 100 entries: 5 million operations per state
+    machine.loc[len(machine)] = ["matmul with 200 rows", "", 10.0, 0]
+    sizes = {"memory_sizes": (1, 100), "n_envs": (1, 8), "buffer_size": 1000, "iteration": 500, "batch_size": 200}
+    parts = speed_report.iteration_floors(acting, machine, sizes)
+    others = {"logits of the replay": 0.2, "critic steps": 200.0, "policy update": 0.0}
+    assert parts[1] == pytest.approx({"collect": 50.0, **others})
+    assert parts[8] == pytest.approx({"collect": 6.25, **others})
