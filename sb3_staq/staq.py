@@ -46,6 +46,28 @@ from sb3_staq.save_util import atomic_write
 from sb3_staq.schedules import make_schedule, parse_auto, parse_relative
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
 
+# What arguments that are None stand for
+DEFAULTS = {
+    "critic": "additive",
+    "critic_reduction": "mean",
+    "memory_size": 50,
+    "kl_coef": 0.5,
+    "ent_coef": 0.05,
+    "policy_update_interval": 500,
+    "exploration_initial_eps": 0.05,
+    "exploration_final_eps": 0.05,
+}
+# ... where a Box is factored: the settings of the MuJoCo tasks, which follow the scale of the rewards
+FACTORED_BOX_DEFAULTS = {
+    "critic": "joint",
+    "critic_reduction": "min",
+    "memory_size": 6,
+    "kl_coef": "rel_1.0",
+    "ent_coef": "auto_0.2",
+    "policy_update_interval": 100,
+    "exploration_initial_eps": 0.0,
+    "exploration_final_eps": 0.0,
+}
 # An automatic ent_coef changes by this factor per policy update at most
 MAX_ENT_COEF_CHANGE = 1.3
 # ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
@@ -65,6 +87,9 @@ class StaQ(OffPolicyAlgorithm):
 
     In turn, the critics are trained towards the soft Q-function of the current policy (policy evaluation), and the
     policy is updated in closed form by freezing a copy of the critics on top of the stack (policy update).
+
+    Arguments that are None get the value of ``DEFAULTS``, or of ``FACTORED_BOX_DEFAULTS`` if the action space is a Box
+    with ``action_grid="factored"``.
 
     Paper: https://arxiv.org/abs/2506.13862 (eta there is ``kl_coef`` here, tau there is ``ent_coef`` here; ``tau`` is,
     as everywhere in SB3, the Polyak coefficient)
@@ -143,6 +168,14 @@ class StaQ(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: StaQPolicy
+    memory_size: int
+    kl_coef: float | str | Schedule
+    ent_coef: float | str | Schedule
+    policy_update_interval: int
+    critic_reduction: str
+    exploration_initial_eps: float
+    exploration_final_eps: float
+    critic: str
 
     def __init__(
         self,
@@ -156,21 +189,21 @@ class StaQ(OffPolicyAlgorithm):
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = -1,
-        memory_size: int = 50,
+        memory_size: int | None = None,
         logit_rule: LogitRule = "weight_corrected",
-        kl_coef: float | str | Schedule = 0.5,
-        ent_coef: float | str | Schedule = 0.05,
+        kl_coef: float | str | Schedule | None = None,
+        ent_coef: float | str | Schedule | None = None,
         target_entropy: float | str | Schedule = "auto",
-        policy_update_interval: int = 500,
+        policy_update_interval: int | None = None,
         n_critics: int = 2,
-        critic_reduction: str = "mean",
+        critic_reduction: str | None = None,
         target_update_interval: int = 1,
         exploration_fraction: float = 0.1,
-        exploration_initial_eps: float = 0.05,
-        exploration_final_eps: float = 0.05,
+        exploration_initial_eps: float | None = None,
+        exploration_final_eps: float | None = None,
         action_grid: str = "factored",
-        action_bins: int = 3,
-        critic: str = "additive",
+        action_bins: int = 5,
+        critic: str | None = None,
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -210,21 +243,27 @@ class StaQ(OffPolicyAlgorithm):
             supported_action_spaces=SUPPORTED_ACTION_SPACES,
             support_multi_env=True,
         )
-        self.memory_size = memory_size
+        arguments = dict(
+            memory_size=memory_size,
+            kl_coef=kl_coef,
+            ent_coef=ent_coef,
+            policy_update_interval=policy_update_interval,
+            critic_reduction=critic_reduction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            critic=critic,
+        )
+        # There is no action space yet when a model is loaded, which brings its arguments
+        is_box = isinstance(getattr(self, "action_space", None), spaces.Box)
+        defaults = FACTORED_BOX_DEFAULTS if is_box and action_grid == "factored" else DEFAULTS
+        vars(self).update({name: defaults[name] if value is None else value for name, value in arguments.items()})
         self.logit_rule = logit_rule
-        self.kl_coef = kl_coef
-        self.ent_coef = ent_coef
         self.target_entropy = target_entropy
-        self.policy_update_interval = policy_update_interval
         self.n_critics = n_critics
-        self.critic_reduction = critic_reduction
         self.target_update_interval = target_update_interval
         self.exploration_fraction = exploration_fraction
-        self.exploration_initial_eps = exploration_initial_eps
-        self.exploration_final_eps = exploration_final_eps
         self.action_grid = action_grid
         self.action_bins = action_bins
-        self.critic = critic
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 

@@ -25,6 +25,7 @@ SMALL = dict(
     logit_rule="weight_corrected",
     policy_update_interval=10,
     n_critics=2,
+    critic="additive",
     critic_reduction="mean",
     target_update_interval=5,
     kl_coef=1.0,

@@ -45,6 +45,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
+from sb3_staq.staq import DEFAULTS, FACTORED_BOX_DEFAULTS
 
 
 def assert_trained(model, n_steps, n_policy_updates):
@@ -186,6 +187,28 @@ def test_hindsight_experience_replay_solves_bit_flipping():
     assert share_of_goals_reached() <= 0.4  # an empty stack: uniformly random
     model.learn(2500)
     assert share_of_goals_reached() >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("action_space", "kwargs", "expected"),
+    [
+        (spaces.Discrete(3), {}, DEFAULTS),
+        (spaces.MultiDiscrete([2, 3]), {}, DEFAULTS),
+        (spaces.Box(-1, 1, (2,), np.float32), {}, FACTORED_BOX_DEFAULTS),
+        (spaces.Box(-1, 1, (2,), np.float32), dict(action_grid="axis"), DEFAULTS),
+        (spaces.Box(-1, 1, (2,), np.float32), dict(critic="additive", memory_size=7), FACTORED_BOX_DEFAULTS),
+        (spaces.Discrete(3), dict(ent_coef="auto", kl_coef=0), DEFAULTS),
+    ],
+)
+def test_defaults_suit_the_action_space(tmp_path, action_space, kwargs, expected):
+    """They fill in for what is not given, and are not looked up again when a model is loaded."""
+    model = StaQ("MlpPolicy", RandomObsEnv(action_space=action_space), device="cpu", **kwargs)
+    expected = {**expected, **kwargs}
+    assert {name: getattr(model, name) for name in expected} == expected
+    model.save(tmp_path / "model.zip")
+    loaded = StaQ.load(tmp_path / "model.zip", device="cpu")
+    assert {name: getattr(loaded, name) for name in expected} == expected
+    assert loaded.policy.critic == model.policy.critic == expected["critic"]
 
 
 class DiscreteObsEnv(RandomObsEnv):
