@@ -189,6 +189,19 @@ class ListedGroup(ActionGroups):
         return th.cdist(actions.float(), self._actions).argmin(dim=1, keepdim=True)
 
 
+def flatten_action_space(space: spaces.Space) -> spaces.Space:
+    """
+    :param space: an action space
+    :return: the space of the same actions as vectors, for a MultiDiscrete or MultiBinary of several dimensions, which
+        SB3's replay buffers cannot hold; others as they are
+    """
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+        return spaces.MultiDiscrete(space.nvec.flatten(), dtype=space.dtype, start=space.start.flatten())  # type: ignore[arg-type]
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) != 1:
+        return spaces.MultiBinary(int(np.prod(space.shape)))
+    return space
+
+
 def make_action_groups(space: spaces.Space, action_grid: str = "factored", action_bins: int = 3) -> ActionGroups:
     """
     :param space: the action space
@@ -198,16 +211,17 @@ def make_action_groups(space: spaces.Space, action_grid: str = "factored", actio
     :return: its groups of choices
     :raise ValueError: if the space is not supported, or has too many joint choices; says what is accepted
     """
+    space = flatten_action_space(space)
     if isinstance(space, spaces.Discrete):
         return EvenlySpacedGroups([int(space.n)], np.array([space.start]), np.ones(1), th.int64)
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+    if isinstance(space, spaces.MultiDiscrete):
         return EvenlySpacedGroups(space.nvec.tolist(), space.start, np.ones(len(space.nvec)), th.int64)
-    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+    if isinstance(space, spaces.MultiBinary):
         n_bits = space.shape[0]
         return EvenlySpacedGroups([2] * n_bits, np.zeros(n_bits), np.ones(n_bits), th.int64)
     if isinstance(space, spaces.Box):
         return _make_box_groups(int(np.prod(space.shape)), action_grid, action_bins)
-    supported = "Discrete, Box, and MultiDiscrete and MultiBinary of one dimension"
+    supported = ", ".join(supported.__name__ for supported in SUPPORTED_ACTION_SPACES)
     raise ValueError(f"action_space={space} is not supported by StaQ; supported: {supported}")
 
 

@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import LinearSchedule, polyak_update
 
-from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
+from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.buffers import LogitCache
 from sb3_staq.critics import CriticEnsemble
 from sb3_staq.mirror_descent import (
@@ -298,7 +298,11 @@ class StaQ(OffPolicyAlgorithm):
         # The stack's arguments belong to the algorithm; the policy only gets to know them
         policy_kwargs = self.policy_kwargs
         self.policy_kwargs = {**policy_kwargs, **{name: getattr(self, name) for name in POLICY_ARGUMENTS}}
+        # Policy and replay buffer see the actions as vectors
+        action_space = self.action_space
+        self.action_space = flatten_action_space(action_space)
         super()._setup_model()
+        self.action_space = action_space
         self.policy_kwargs = policy_kwargs
         if self._n_policy_updates == 0:
             self._current_ent_coef = self._coefficients_at(1.0)[1]
@@ -507,12 +511,11 @@ class StaQ(OffPolicyAlgorithm):
         :return: the model's action and the next state (used in recurrent policies)
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        is_vectorized = self.policy.is_vectorized_observation(observation)
+        actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
         if not deterministic:
-            if self.policy.is_vectorized_observation(observation):
-                actions = self._explore(actions)
-            else:
-                actions = self._explore(actions[np.newaxis])[0]
-        return actions, state
+            actions = self._explore(actions)
+        return actions if is_vectorized else actions[0], state
 
     def _explore(self, actions: np.ndarray) -> np.ndarray:
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""

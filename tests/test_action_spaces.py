@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import make_model
+from helpers import RandomObsEnv, make_model
 from stable_baselines3 import SAC
 from stable_baselines3.common.envs import (
     IdentityEnv,
@@ -29,7 +29,9 @@ SPACES = {
     "discrete_start": (spaces.Discrete(3, start=-4), {}),
     "multi_discrete": (spaces.MultiDiscrete([2, 4, 3]), {}),
     "multi_discrete_start": (spaces.MultiDiscrete([2, 3], start=[5, -1]), {}),
+    "multi_discrete_2d": (spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 5], [-1, 0]]), {}),
     "multi_binary": (spaces.MultiBinary(3), {}),
+    "multi_binary_3d": (spaces.MultiBinary([2, 1, 2]), {}),
     "box_factored": (UNEVEN_BOX, dict(action_grid="factored", action_bins=4)),
     "box_axis": (UNEVEN_BOX, dict(action_grid="axis")),
     "box_joint": (UNEVEN_BOX, dict(action_grid="joint", action_bins=3)),
@@ -78,7 +80,9 @@ def test_expected_choices():
         "discrete_start": (3,),
         "multi_discrete": (2, 4, 3),
         "multi_discrete_start": (2, 3),
+        "multi_discrete_2d": (2, 3, 4, 2),
         "multi_binary": (2, 2, 2),
+        "multi_binary_3d": (2, 2, 2, 2),
         "box_factored": (4, 4, 4),
         "box_axis": (7,),
         "box_joint": (27,),
@@ -207,6 +211,32 @@ def test_too_many_joint_choices():
     space = spaces.Box(-1, 1, (6,), np.float32)
     with pytest.raises(ValueError, match=r"action_grid='joint'.*action_bins=5.*15625.*4096"):
         make_model(OneStepEnv(space), action_grid="joint", action_bins=5)
+
+
+class GridEnv(RandomObsEnv):
+    """The reward is the share of the components of a 2 x 2 action that are those of the observation."""
+
+    def __init__(self):
+        super().__init__(action_space=spaces.MultiDiscrete([[2, 3], [3, 2]], start=[[0, 1], [-1, 0]]))
+        self.observation_space = spaces.MultiDiscrete([2, 3, 3, 2])
+
+    def step(self, action):
+        wanted = self._last.reshape(2, 2) + self.action_space.start
+        obs, _, terminated, truncated, info = super().step(action)
+        assert action.shape == wanted.shape
+        return obs, float((action == wanted).mean()), terminated, truncated, info
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(critic="joint"), dict(n_steps=2)], ids=str)
+def test_actions_of_several_dimensions_are_learned(kwargs):
+    settings = dict(net_arch=(32,), gamma=0.0, buffer_size=3000, batch_size=64, learning_rate=3e-3, ent_coef=0.02)
+    model = make_model(GridEnv(), **settings, kl_coef=0.1, policy_update_interval=50, **kwargs).learn(3000)
+    observations = np.array(list(itertools.product(range(2), range(3), range(3), range(2))))
+    actions, _ = model.predict(observations, deterministic=True)
+    wanted = observations.reshape(-1, 2, 2) + model.action_space.start
+    assert actions.shape == wanted.shape
+    assert (actions == wanted).mean() > 0.95
+    assert (model.predict(observations[7], deterministic=True)[0] == actions[7]).all()
 
 
 IDENTITY_ENVS = {

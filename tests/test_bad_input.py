@@ -280,8 +280,6 @@ class ActionsEnv(RandomObsEnv):
 
 
 UNSUPPORTED = [
-    spaces.MultiDiscrete([[2, 3], [3, 2]]),
-    spaces.MultiBinary((2, 3)),
     spaces.Dict(a=spaces.Discrete(2)),
     spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2))),
     spaces.Text(3),
