@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch as th
 
-from sb3_staq.mirror_descent import soft_value
+from sb3_staq.mirror_descent import expected_value, soft_value
 
 # Start anywhere; moves against a wall or the border do nothing; G is absorbing
 GRID = """
@@ -55,7 +55,8 @@ class TabularMDP:
         transition = (log_pi.exp()[..., None] * self.transition).sum(dim=-2)
         system = th.eye(transition.shape[-1], dtype=transition.dtype) - self.gamma * transition
         # Reward and entropy of one step are together the soft value of the reward
-        return self.look_ahead(th.linalg.solve(system, soft_value(log_pi, self.reward, ent_coef)))
+        rewards = soft_value(log_pi, expected_value(log_pi, self.reward), ent_coef)
+        return self.look_ahead(th.linalg.solve(system, rewards))
 
     def optimal_q_values(self, ent_coef: float) -> th.Tensor:
         """

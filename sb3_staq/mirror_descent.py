@@ -204,21 +204,27 @@ def kl_divergence(log_pi: th.Tensor, log_other: th.Tensor) -> th.Tensor:
     return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1)
 
 
-def soft_value(log_pi: th.Tensor, q_values: th.Tensor, ent_coef: float) -> th.Tensor:
+def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     """
-    ``E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``: exact, a sum over all choices.
+    ``E_{a~pi}[Q(s,a)]``: exact, a sum over all choices.
 
     :param log_pi: log-probabilities, shape (..., sum(group_sizes))
     :param q_values: (additive) Q-values of the choices, same shape
+    :return: shape (...)
+    """
+    return (log_pi.exp() * q_values).sum(dim=-1)
+
+
+def soft_value(log_pi: th.Tensor, expected_q: th.Tensor, ent_coef: float) -> th.Tensor:
+    """
+    ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``.
+
+    :param log_pi: log-probabilities, shape (..., sum(group_sizes))
+    :param expected_q: ``E_{a~pi}[Q(s,a)]``, see :func:`expected_value`, shape (...)
     :param ent_coef: weight of the entropy
     :return: shape (...)
     """
-    return expected_value(log_pi, q_values) + ent_coef * entropy(log_pi)
-
-
-def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
-    """``E_{a~pi}[Q(s,a)]`` for (additive) Q-values of the choices: shape (..., sum(group_sizes)) -> (...)."""
-    return (log_pi.exp() * q_values).sum(dim=-1)
+    return expected_q + ent_coef * entropy(log_pi)
 
 
 def solve_ent_coef(

@@ -39,6 +39,7 @@ from sb3_staq.mirror_descent import (
     log_policy,
     make_logit_rule,
     max_entropy,
+    soft_value,
     solve_ent_coef,
 )
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
@@ -314,20 +315,18 @@ class StaQ(OffPolicyAlgorithm):
     def _setup_logit_cache(self) -> None:
         """Keep the cache as long as it is right for the replay buffer, else start a new one where one can be used."""
         assert self.replay_buffer is not None
-        recursive = self.policy.frozen_critics.weights.recursive
-        if self.logit_cache is True and not recursive:
-            raise ValueError(
-                f"logit_cache=True cannot be used with custom weights, logit_rule={self.logit_rule!r}, which follow no "
-                "recursion; accepted: 'auto' or False"
+        obstacle = ""
+        if not self.policy.frozen_critics.weights.recursive:
+            obstacle = f"custom weights, logit_rule={self.logit_rule!r}, which follow no recursion"
+        elif not LogitCache.supports(self.replay_buffer) or self._vec_normalize_env is not None:
+            names = type(self.replay_buffer).__name__ + (
+                " and VecNormalize" if self._vec_normalize_env is not None else ""
             )
-        possible = recursive and LogitCache.supports(self.replay_buffer) and self._vec_normalize_env is None
-        if self.logit_cache is True and not possible:
-            raise ValueError(
-                f"logit_cache=True cannot be used with {type(self.replay_buffer).__name__}"
-                f"{'' if self._vec_normalize_env is None else ' and VecNormalize'}, whose next states are not known "
-                "beforehand; accepted: 'auto' or False"
-            )
-        if not possible or self.logit_cache is False or (self.logit_cache == "auto" and not self._logit_cache_pays()):
+            obstacle = f"{names}, whose next states are not known beforehand"
+        if self.logit_cache is True and obstacle:
+            raise ValueError(f"logit_cache=True cannot be used with {obstacle}; accepted: 'auto' or False")
+        pays = self.logit_cache is True or (self.logit_cache == "auto" and self._logit_cache_pays())
+        if obstacle or not pays:
             self._logit_cache = None
         elif self._logit_cache is None or self._logit_cache.replay_buffer is not self.replay_buffer:
             self._logit_cache = LogitCache(self.replay_buffer, self.policy.action_groups.n_choices, self.device)
@@ -410,10 +409,10 @@ class StaQ(OffPolicyAlgorithm):
             batch, cache_index = self._sample(batch_size)
             discounts = batch.discounts if batch.discounts is not None else self.gamma
             with th.no_grad():
-                # V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s')), exactly
+                # y = r + gamma V(s'),  V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s'))
                 log_pi = self._next_log_policy(batch, cache_index)
                 next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi)
-                next_values = (next_q_values + self._current_ent_coef * entropy(log_pi)).unsqueeze(1)
+                next_values = soft_value(log_pi, next_q_values, self._current_ent_coef).unsqueeze(1)
                 targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
 
             td_error = policy.action_values(batch.observations, batch.actions) - targets.squeeze(1)
