@@ -53,7 +53,7 @@ def sample_staq_params(
     Sampler for StaQ hyperparams.
 
     :param trial: Optuna trial
-    :param n_actions: not used
+    :param n_actions: above 0 for a Box, whose search is around joint critics with an automatic ``ent_coef``
     :param n_envs: not used
     :param additional_args: tells whether HER is used, and its arguments
     :return: arguments for the constructor
@@ -69,15 +69,27 @@ def sample_staq_params(
         "train_freq": train_freq,
         # One gradient step for so many environment steps
         "subsample_steps": trial.suggest_int("subsample_steps", 1, min(train_freq, 8)),
-        "kl_coef": trial.suggest_float("kl_coef", 0.1, 100.0, log=True),
-        "ent_coef": trial.suggest_float("ent_coef", 0.005, 5.0, log=True),
-        "memory_size": trial.suggest_int("memory_size", 10, 300, log=True),
-        "policy_update_interval": trial.suggest_int("policy_update_interval", 50, 5000, log=True),
-        "target_update_interval": trial.suggest_int("target_update_interval", 10, 2000, log=True),
-        "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0, 0.2),
         "critic_reduction": trial.suggest_categorical("critic_reduction", ["mean", "min"]),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
     }
+    if n_actions > 0:
+        hyperparams |= {
+            "action_bins": trial.suggest_int("action_bins", 3, 11),
+            "kl_factor": trial.suggest_float("kl_factor", 0.1, 30.0, log=True),
+            "target_entropy": trial.suggest_float("target_entropy", 0.05, 0.5, log=True),
+            "memory_size": trial.suggest_int("memory_size", 2, 50, log=True),
+            "policy_update_interval": trial.suggest_int("policy_update_interval", 20, 1000, log=True),
+            "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        }
+    else:
+        hyperparams |= {
+            "kl_coef": trial.suggest_float("kl_coef", 0.1, 100.0, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 0.005, 5.0, log=True),
+            "memory_size": trial.suggest_int("memory_size", 10, 300, log=True),
+            "policy_update_interval": trial.suggest_int("policy_update_interval", 50, 5000, log=True),
+            "target_update_interval": trial.suggest_int("target_update_interval", 10, 2000, log=True),
+            "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0, 0.2),
+        }
 
     # Display true values
     trial.set_user_attr("gamma", 1 - one_minus_gamma)
@@ -95,8 +107,13 @@ def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :return: arguments for the constructor
     """
     hyperparams = convert_offpolicy_params(sampled_params)
-    # The target update interval is one of hard updates, whatever the hyperparameter file has
-    hyperparams["tau"] = 1.0
+    # Whatever the hyperparameter file has: soft updates at each gradient step, or hard ones at the interval
+    if "tau" in hyperparams:
+        hyperparams["target_update_interval"] = 1
+    else:
+        hyperparams["tau"] = 1.0
+    if "kl_factor" in hyperparams:
+        hyperparams |= {"kl_coef": f"rel_{hyperparams.pop('kl_factor')}", "ent_coef": "auto", "critic": "joint"}
     # A finished trial has the arguments of HER among all the others
     her_keys = {"n_sampled_goal", "goal_selection_strategy"} & hyperparams.keys()
     her_kwargs = {key: hyperparams.pop(key) for key in her_keys}

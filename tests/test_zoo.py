@@ -189,18 +189,25 @@ def her_kwargs_of(trial: optuna.trial.BaseTrial) -> dict:
     return {key: trial.params[key] for key in ("n_sampled_goal", "goal_selection_strategy")}
 
 
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("her", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_converter_agrees_with_sampler(her, seed):
+def test_converter_agrees_with_sampler(env, her, seed):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     trial = study.ask()
     additional_args = {"using_her_replay_buffer": her, "her_kwargs": {}}
-    sampled = HYPERPARAMS_SAMPLER["staq"](trial, n_actions=0, n_envs=1, additional_args=additional_args)
+    n_actions = {"CartPole-v1": 0, "Pendulum-v1": 1}[env]  # as RL Zoo3 counts: components of a Box
+    sampled = HYPERPARAMS_SAMPLER["staq"](trial, n_actions=n_actions, n_envs=1, additional_args=additional_args)
     assert HYPERPARAMS_CONVERTER["staq"](trial.params) == sampled
     assert ("replay_buffer_kwargs" in sampled) == her
     if her:
         assert sampled.pop("replay_buffer_kwargs") == her_kwargs_of(trial)
-    model = StaQ("MlpPolicy", "CartPole-v1", **sampled)
+    model = StaQ("MlpPolicy", env, **sampled)
+    if n_actions:
+        assert model.kl_coef == f"rel_{trial.params['kl_factor']}" and model.ent_coef == "auto"
+        assert (model.tau, model.target_update_interval) == (trial.params["tau"], 1)
+    else:
+        assert (model.tau, model.target_update_interval) == (1.0, trial.params["target_update_interval"])
     assert model.gamma == pytest.approx(1 - trial.params["one_minus_gamma"])
     assert model.batch_size == 2 ** trial.params["batch_size_pow"]
     assert 1 <= model.gradient_steps <= model.train_freq.frequency
