@@ -258,7 +258,7 @@ def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     :return: environment steps per second of trainings with one gradient step per environment step
     """
     memory_size = max(sizes.memory_sizes)
-    staq = {"memory_size": memory_size}
+    staq = {"memory_size": memory_size, "action_grid": "axis"}
     cases: list[tuple[str, str, type[OffPolicyAlgorithm], int, dict[str, Any]]] = [("SAC", MUJOCO, SAC, 1, {})]
     cases += [(f"StaQ, M = {memory_size}", MUJOCO, StaQ, n_envs, staq) for n_envs in sizes.n_envs]
     cases += [("DQN", "CartPole-v1", DQN, 1, {})]

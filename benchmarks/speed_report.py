@@ -246,7 +246,7 @@ def training_sections(
         "## Beside SAC and DQN",
         f"Environment steps per second of `learn` over {sizes['n_steps']} steps, one gradient step per environment "
         f"step (batch 256, networks 256-256, full replay of {sizes['buffer_size']:,}); StaQ with a full stack, a "
-        "policy update every 500 steps and the default action grid. The floors above allow no more than "
+        "policy update every 500 steps, HalfCheetah's actions on the axis grid. The floors above allow no more than "
         f"{', '.join(limits)}, whatever the environment takes.",
         markdown_table(["", "steps per second", "ratio"], rows),
         "## Gradient steps",
