@@ -29,13 +29,21 @@ def medians(table: pd.DataFrame, value: str) -> pd.Series:
     return table.groupby(keys, sort=False)[value].median()
 
 
+def count_environments(n_envs: int) -> str:
+    """
+    :param n_envs: number of environments
+    :return: the number and the noun
+    """
+    return f"{n_envs} environment{'s' if n_envs > 1 else ''}"
+
+
 def case_name(way: str, n_envs: int) -> str:
     """
-    :param way: "StaQ" or "reference"
+    :param way: "StaQ", "reference" or "floor"
     :param n_envs: number of environments
     :return: what tables and figures call it
     """
-    return f"{way}, {n_envs} environment{'s' if n_envs > 1 else ''}"
+    return f"{way}, {count_environments(n_envs)}"
 
 
 def plot_iteration(iteration: pd.DataFrame) -> Figure:
@@ -155,14 +163,14 @@ def iteration_section(iteration: pd.DataFrame, floors: dict[int, dict[str, float
                 values = [*floor.values(), sum(floor.values())]
                 speedup = seconds.loc["reference", env, largest, 1]["whole"] / values[-1]
                 cells = [f"{value:.2f}" for value in values]
-                rows[f"floor, {case_name('', n_envs)[2:]}, M = {largest}"] = [*cells, f"{speedup:.1f}"]
+                rows[f"{case_name('floor', n_envs)}, M = {largest}"] = [*cells, f"{speedup:.1f}"]
         tables += [
             f"Environment: {env}",
             markdown_table(["", *(f"{part} (s)" for part in PARTS), "whole (s)", "reference / this"], rows),
         ]
     ratios = [
         f"{training['StaQ', 'synthetic', largest, n] / training['StaQ', 'synthetic', smallest, n]:.2f} "
-        f"({n} environment{'s' if n > 1 else ''})"
+        f"({count_environments(n)})"
         for n in sizes["n_envs"]
     ]
     return [
@@ -234,7 +242,7 @@ def training_sections(
         rival = "SAC" if ("SAC", env, 1) in rates else "DQN"
         rows[f"{env}: {case_name(algo, n_envs)}"] = [f"{rate:.0f}", f"{rate / rates[rival, env, 1]:.2f}"]
     limits = [
-        f"{sizes['iteration'] / (floor['collect'] + floor['critic steps']):.0f} with {case_name('', n_envs)[2:]}"
+        f"{sizes['iteration'] / (floor['collect'] + floor['critic steps']):.0f} with {count_environments(n_envs)}"
         for n_envs, floor in floors.items()
     ]
     milliseconds = medians(gradient_steps, "ms")

@@ -319,10 +319,8 @@ class StaQ(OffPolicyAlgorithm):
         if not self.policy.frozen_critics.weights.recursive:
             obstacle = f"custom weights, logit_rule={self.logit_rule!r}, which follow no recursion"
         elif not LogitCache.supports(self.replay_buffer) or self._vec_normalize_env is not None:
-            names = type(self.replay_buffer).__name__ + (
-                " and VecNormalize" if self._vec_normalize_env is not None else ""
-            )
-            obstacle = f"{names}, whose next states are not known beforehand"
+            normalised = "" if self._vec_normalize_env is None else " and VecNormalize"
+            obstacle = f"{type(self.replay_buffer).__name__}{normalised}, whose next states are not known beforehand"
         if self.logit_cache is True and obstacle:
             raise ValueError(f"logit_cache=True cannot be used with {obstacle}; accepted: 'auto' or False")
         pays = self.logit_cache is True or (self.logit_cache == "auto" and self._logit_cache_pays())
