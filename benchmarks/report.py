@@ -36,6 +36,9 @@ LABELS = {
 COLORS = dict(zip(LABELS.values(), sns.color_palette("colorblind", len(LABELS)), strict=True))
 DASHES = dict(zip(LABELS.values(), cycle(["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1)]), strict=False))
 
+# The measures of stability, in the order of tables and panels
+STABILITY = ("across time", "short-term risk", "long-term risk", "across runs", "across episodes")
+
 
 def write_report(suite: Suite, folder: Path) -> Path:
     """
@@ -64,7 +67,7 @@ def write_report(suite: Suite, folder: Path) -> Path:
     if not finals.empty:
         text += final_section(suite, finals)
         text += aggregate_section(finals, folder)
-        text += stability_section(curves, finals)
+        text += stability_section(curves, finals, folder)
     report = folder / "report.md"
     report.write_text("\n\n".join(text) + "\n")
     return report
@@ -118,7 +121,7 @@ def summary(suite: Suite, finals: pd.DataFrame) -> str:
 
 def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Figure:
     """
-    One panel per environment: mean return over ``x``, with 95% bootstrap bands over the seeds.
+    One panel per environment: mean return over ``x``, with 95% bootstrap bands over the seeds, and published returns.
 
     :param suite: the suite
     :param curves: evaluations during the trainings
@@ -148,8 +151,12 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
             linewidth=2,
             ax=ax,
         )
-        reference = suite.envs[env_id].reference
-        ax.axhline(reference, color="0.4", linewidth=1, linestyle=":", label="reference")
+        env = suite.envs[env_id]
+        for algo, value in env.published.items():
+            label = LABELS[algo]
+            ax.axhline(value, color=COLORS[label], linewidth=1.5, linestyle=":", label=f"{label}, published")
+        if env.reference not in env.published.values():
+            ax.axhline(env.reference, color="0.4", linewidth=1, linestyle=":", label="reference")
         n_seeds = curves[curves["env"] == env_id].groupby("algo")["seed"].nunique()
         seeds = " to ".join(str(n) for n in sorted({n_seeds.min(), n_seeds.max()}))
         ax.set(title=f"{env_id} (seeds: {seeds})", xlabel=x_label, ylabel="return per episode")
@@ -299,45 +306,91 @@ def plot_aggregates(
     return figure
 
 
-def stability_section(curves: pd.DataFrame, finals: pd.DataFrame) -> list[str]:
+def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, folder: Path) -> list[str]:
     """
     :param curves: evaluations during the trainings
     :param finals: final evaluations, which tell the trainings that are complete
+    :param folder: where the figure goes
     :return: the measures of stability, one table per environment
     """
+    measures = stability_measures(curves, finals)
+    save(plot_stability(measures), folder / "stability.png")
     text = [
         "## Stability",
         "After Chan et al. 2020, in scores (see above): of each measure, less is better. Dispersions are interquartile "
         "ranges, risks are the mean of the worst 5%. Across time: of the differences between successive evaluations. "
         "Short-term risk: drops between successive evaluations. Long-term risk: distance from the best so far. These "
-        "three are means over the seeds. Across runs: between the seeds at each evaluation, averaged. Across episodes: "
-        "between the episodes of the final evaluation, mean over the seeds.",
+        "three are means over the seeds. Across runs: between the seeds at each evaluation, averaged, if several. "
+        "Across episodes: between the episodes of the final evaluation, mean over the seeds.",
+        "![Measures of stability](stability.png)",
     ]
-    columns = ["", "across time", "short-term risk", "long-term risk", "across runs", "across episodes", "seeds"]
-    for env_id, env_finals in finals.groupby("env", sort=False):
-        rows = {}
-        for algo, group in env_finals.groupby("algo", sort=False):
-            complete = curves[(curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])]
-            # One row per seed, one column per evaluation
-            matrix = complete.pivot(index="seed", columns="step", values="score").dropna(axis="columns").to_numpy()
-            rows[algo] = [f"{value:.3f}" for value in stability(matrix, list(group["episodes"]))] + [str(len(matrix))]
-        text += [f"### {env_id}", markdown_table(columns, rows)]
+    for env_id, group in measures.groupby("env", sort=False):
+        rows = {
+            row["algo"]: ["" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in STABILITY] + [str(row["seeds"])]
+            for row in group.to_dict("records")
+        }
+        text += [f"### {env_id}", markdown_table(["", *STABILITY, "seeds"], rows)]
     return text
+
+
+def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
+    """
+    :param curves: evaluations during the trainings
+    :param finals: final evaluations, which tell the trainings that are complete
+    :return: one row per environment and algorithm, with the number of seeds and a column per measure
+    """
+    rows = []
+    for (env_id, algo), group in finals.groupby(["env", "algo"], sort=False):
+        complete = curves[(curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])]
+        # One row per seed, one column per evaluation
+        matrix = complete.pivot(index="seed", columns="step", values="score").dropna(axis="columns").to_numpy()
+        measures = dict(zip(STABILITY, stability(matrix, list(group["episodes"])), strict=True))
+        rows.append({"env": env_id, "algo": algo, "seeds": len(matrix), **measures})
+    return pd.DataFrame(rows)
 
 
 def stability(curves: np.ndarray, episodes: list[np.ndarray]) -> list[float]:
     """
     :param curves: scores of the evaluations, shape (number of trainings, number of evaluations)
     :param episodes: scores of the final episodes of each training
-    :return: the five measures
+    :return: the measures in ``STABILITY``; NaN for the dispersion across runs if there is one training only
     """
     return [
         float(np.mean([statistics.dispersion_across_time(curve) for curve in curves])),
         float(np.mean([statistics.short_term_risk(curve) for curve in curves])),
         float(np.mean([statistics.long_term_risk(curve) for curve in curves])),
-        statistics.dispersion_across_runs(curves),
+        statistics.dispersion_across_runs(curves) if len(curves) > 1 else float("nan"),
         float(np.mean([statistics.dispersion_across_episodes(returns) for returns in episodes])),
     ]
+
+
+def plot_stability(measures: pd.DataFrame) -> Figure:
+    """
+    :param measures: from :func:`stability_measures`
+    :return: one panel per measure that there are values of, with all environments and algorithms
+    """
+    names = [name for name in STABILITY if measures[name].notna().any()]
+    env_ids, algos = list(measures["env"].unique()), list(measures["algo"].unique())
+    size = (3.2 * len(names), 1.6 + 0.22 * len(env_ids) * len(algos))
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        sns.barplot(
+            measures,
+            x=name,
+            y="env",
+            hue="algo",
+            order=env_ids,
+            hue_order=algos,
+            palette=COLORS,
+            saturation=1,
+            orient="h",
+            ax=ax,
+        )
+        ax.set(title=name, xlabel="score (less is better)", ylabel="")
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    share_legend(figure, axes)
+    return figure
 
 
 def markdown_table(columns: list[str], rows: Mapping[str, list[str]]) -> str:

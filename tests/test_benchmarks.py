@@ -76,7 +76,14 @@ def test_stability_in_the_order_of_its_table() -> None:
     curves = np.array([[0.0, 5.0, 3.0, 4.0, 1.0, 2.0]] * 3)
     measures = report.stability(curves, [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
     # Differences 5, -2, 1, -3, 1: quartiles -2 and 1
-    assert measures == [3.0, 3.0, 4.0, 0.0, 2.0]
+    assert dict(zip(report.STABILITY, measures, strict=True)) == {
+        "across time": 3.0,
+        "short-term risk": 3.0,
+        "long-term risk": 4.0,
+        "across runs": 0.0,
+        "across episodes": 2.0,
+    }
+    assert np.isnan(report.stability(curves[:1], [np.zeros(2)])[3])  # one training says nothing of how several differ
 
 
 # rliable, against values worked out by hand
@@ -199,7 +206,7 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     text = report.write_report(suite, folder).read_text()
     assert "8 complete trainings" in text and "StaQ on CartPole-v1 (2 of 3)" in text
     assert "| SAC, published |  | 1,234 |" in text and "Published: somewhere." in text
-    for figure in ("curves.png", "wall_clock.png", "aggregate.png"):
+    for figure in ("curves.png", "wall_clock.png", "aggregate.png", "stability.png"):
         assert figure in text and (folder / figure).stat().st_size > 10_000
     _, finals = report.load_results(suite, folder)
     scores = report.score_matrices(finals)
