@@ -5,17 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch as th
-import yaml
 from gymnasium import spaces
 from helpers import RandomObsEnv, make_model, members, randomise, relative_error, sample_obs
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvBox, IdentityEnvMultiDiscrete
-from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
 from sb3_staq.action_spaces import make_action_groups
 from sb3_staq.mirror_descent import log_policy
-from sb3_staq.zoo import default_config
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -250,28 +246,6 @@ def test_identity_environments_are_solved(env):
         obs, reward, _, _ = env.step(actions)
         rewards += reward.tolist()
     assert np.mean(rewards) > 0.9
-
-
-def train_with_shipped_settings(env_id, seed, n_steps):
-    """The entry of the hyperparameter file, for fewer steps; return of 20 greedy episodes."""
-    settings = yaml.safe_load(default_config().read_text())[env_id]
-    env = make_vec_env(env_id, settings.pop("n_envs"), seed=seed)
-    settings |= dict(policy_kwargs=eval(settings["policy_kwargs"]), buffer_size=n_steps)
-    del settings["n_timesteps"]
-    model = StaQ(env=env, seed=seed, device="cpu", **settings).learn(n_steps)
-    return evaluate_policy(model, make_vec_env(env_id, seed=1000 + seed), n_eval_episodes=20)[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_pendulum_is_swung_up_and_held(seed):
-    assert train_with_shipped_settings("Pendulum-v1", seed, 12_000) >= -200
-
-
-@pytest.mark.slow
-def test_inverted_pendulum_is_balanced():
-    pytest.importorskip("mujoco", reason="MuJoCo is not installed")
-    assert train_with_shipped_settings("InvertedPendulum-v4", 0, 16_000) == 1000
 
 
 def test_save_and_load(tmp_path):
