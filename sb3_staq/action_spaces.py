@@ -202,7 +202,7 @@ def flatten_action_space(space: spaces.Space) -> spaces.Space:
     return space
 
 
-def make_action_groups(space: spaces.Space, action_grid: str = "factored", action_bins: int = 3) -> ActionGroups:
+def make_action_groups(space: spaces.Space, action_grid: str = "factored", action_bins: int = 5) -> ActionGroups:
     """
     :param space: the action space
     :param action_grid: for Box with d dimensions: "factored" (d groups of ``action_bins`` evenly spaced values), "axis"

@@ -90,7 +90,7 @@ class StaQPolicy(BasePolicy):
         memory_size: int = 50,
         logit_rule: LogitRule = "weight_corrected",
         action_grid: str = "factored",
-        action_bins: int = 3,
+        action_bins: int = 5,
         critic: str = "additive",
     ):
         if optimizer_kwargs is None:
