@@ -10,7 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,13 @@ class Sizes:
     n_reevaluated: int = 2 * BATCH_SIZE  # states, of the buffer
     n_steps: int = 500  # of a training beside SAC or DQN
     compile: bool = True  # whether to try torch.compile
+    interval: int = 100  # steps between policy updates where these are frequent
+    interval_buffer_size: int = 100_000  # ... and the replay then
     iteration: int = ITERATION
     batch_size: int = BATCH_SIZE
 
 
-QUICK = Sizes((1, 4), (1, 8), 1000, 8, 2, BATCH_SIZE, 20, False)
+QUICK = Sizes((1, 4), (1, 8), 1000, 8, 2, BATCH_SIZE, 20, False, interval_buffer_size=1000)
 
 
 class CheapEnv(gym.Env):
@@ -321,6 +323,25 @@ def measure_gradient_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     return table[table["repetition"] >= 0]
 
 
+def measure_interval(sizes: Sizes, repetitions: int) -> pd.DataFrame:
+    """
+    :param sizes: how much is measured
+    :param repetitions: how often
+    :return: seconds of the cache's update and of the gradient steps between two frequent policy updates, by critic
+    """
+    memory_size, n = max(sizes.memory_sizes), sizes.n_gradient_steps
+    large = replace(sizes, buffer_size=sizes.interval_buffer_size)
+    rows = []
+    for critic in ("additive", "joint"):
+        model = make(StaQ, CheapEnv, large, memory_size=memory_size, critic=critic, logit_cache=True)
+        model._evaluate_policy(2, BATCH_SIZE)
+        for repetition in range(repetitions):
+            seconds = sizes.interval / n * cpu_seconds(partial(model._evaluate_policy, n, BATCH_SIZE))
+            rows.append((critic, "gradient steps", seconds, repetition))
+            rows.append((critic, "logits of the replay", cpu_seconds(partial(update_cache, model)), repetition))
+    return pd.DataFrame(rows, columns=["critic", "part", "seconds", "repetition"])
+
+
 def measure_memory(sizes: Sizes) -> pd.DataFrame:
     """
     :param sizes: how much is measured
@@ -358,6 +379,7 @@ def run(folder: Path, sizes: Sizes, repetitions: int, note: str) -> Path:
             "acting": partial(measure_acting, sizes, repetitions),
             "steps": partial(measure_steps, sizes, repetitions),
             "gradient_steps": partial(measure_gradient_steps, sizes, repetitions),
+            "interval": partial(measure_interval, sizes, repetitions),
             "memory": partial(measure_memory, sizes),
         }
         for name, measure in measurements.items():

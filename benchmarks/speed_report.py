@@ -265,6 +265,30 @@ def training_sections(
     ]
 
 
+def interval_section(interval: pd.DataFrame, sizes: dict[str, Any]) -> list[str]:
+    """
+    :param interval: measurements
+    :param sizes: how much was measured
+    :return: the section
+    """
+    seconds = medians(interval, "seconds").unstack("part")
+    rows = {
+        critic: [f"{of['gradient steps']:.2f}", f"{of['logits of the replay']:.2f}", f"{ratio:.2f}"]
+        for (critic, of), ratio in zip(
+            seconds.iterrows(), seconds["logits of the replay"] / seconds["gradient steps"], strict=True
+        )
+    }
+    return [
+        "## Frequent policy updates",
+        f"What lies between two policy updates that are {sizes['interval']} steps apart, with M = "
+        f"{max(sizes['memory_sizes'])} and a full replay of {sizes['interval_buffer_size']:,}: {sizes['interval']} "
+        f"gradient steps (measured over {sizes['n_gradient_steps']}, batch 256, two critics 256-256, HalfCheetah's six "
+        "groups of five values), and the update of all stored logits. The stack of joint critics has one network per "
+        "entry, that of additive ones two.",
+        markdown_table(["critic", "gradient steps (s)", "logits of the replay (s)", "ratio"], rows),
+    ]
+
+
 def memory_section(memory: pd.DataFrame) -> list[str]:
     """
     :param memory: measurements
@@ -303,6 +327,7 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
         *iteration_section(iteration, floors, sizes),
         *acting_section(acting, machine, sizes),
         *training_sections(tables["steps"], tables["gradient_steps"], floors, sizes),
+        *interval_section(tables["interval"], sizes),
         *memory_section(tables["memory"]),
     ]
     report = folder / "report.md"
