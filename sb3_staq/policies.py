@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_staq.action_spaces import make_action_groups
@@ -134,6 +135,7 @@ class StaQPolicy(BasePolicy):
         self.main_effects = main_effects
         self.critics = critics
         self.critics_target = critics.frozen_copy()
+        self.main_effects_target = None if main_effects is None else main_effects.frozen_copy()
         self.set_training_mode(False)
         trained: list[nn.Module] = [critics] if main_effects is None else [critics, main_effects]
         self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
@@ -154,8 +156,24 @@ class StaQPolicy(BasePolicy):
 
     @property
     def additive_critics(self) -> CriticEnsemble:
-        """What a policy update pushes on the stack: the critics, or the main effects of joint ones."""
-        return self.critics if isinstance(self.critics, CriticEnsemble) else self.main_effects  # type: ignore[return-value]
+        """
+        What a policy update pushes on the stack: the critics, or the Polyak average of the main effects of joint ones.
+        These are small beside the values that they are learnt from: successive policies would differ by the noise of
+        the gradient steps.
+        """
+        critics = self.critics if isinstance(self.critics, CriticEnsemble) else self.main_effects_target
+        assert critics is not None
+        return critics
+
+    def update_targets(self, tau: float) -> None:
+        """
+        Move the targets, and the average of the main effects, towards the networks that are trained.
+
+        :param tau: the Polyak coefficient, between 0 and 1
+        """
+        polyak_update(self.critics.parameters(), self.critics_target.parameters(), tau)
+        if self.main_effects is not None and self.main_effects_target is not None:
+            polyak_update(self.main_effects.parameters(), self.main_effects_target.parameters(), tau)
 
     def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import (
     TrainFreq,
     TrainFrequencyUnit,
 )
-from stable_baselines3.common.utils import LinearSchedule, polyak_update
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.buffers import LogitCache
@@ -137,8 +137,8 @@ class StaQ(OffPolicyAlgorithm):
         of ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
     :param critic: "additive": critics with one output per choice, summed over the groups of choices; "joint": critics
-        of whole actions, as in SAC, and a network that learns their main effects under the policy, of which the stack
-        is made (see :meth:`StaQPolicy.expected_values` and :meth:`StaQPolicy.main_effects_loss`)
+        of whole actions, as in SAC, and a network that learns their main effects under the policy, of whose Polyak
+        average the stack is made (see :meth:`StaQPolicy.expected_values` and :meth:`StaQPolicy.main_effects_loss`)
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
@@ -429,7 +429,7 @@ class StaQ(OffPolicyAlgorithm):
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
-                polyak_update(policy.critics.parameters(), policy.critics_target.parameters(), self.tau)
+                policy.update_targets(self.tau)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if statistics:

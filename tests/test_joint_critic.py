@@ -1,5 +1,6 @@
 """The joint critic and its main effects, held against ordinary networks and enumeration of all actions."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -42,6 +43,7 @@ def make_policy(architecture="mlp", action_space="box_factored", **kwargs):
     randomise(policy.critics, seed=0)
     randomise(policy.critics_target, seed=1)
     randomise(policy.main_effects, seed=2)
+    randomise(policy.main_effects_target, seed=3)
     return policy
 
 
@@ -204,10 +206,21 @@ def test_main_effects_loss(action_space):
     assert policy.main_effects_loss(shifted).item() == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-def test_update_pushes_the_main_effects():
+def test_targets_are_polyak_averages():
+    policy = make_policy()
+    pairs = [(policy.critics, policy.critics_target), (policy.main_effects, policy.main_effects_target)]
+    trained, averages = ([net.state_dict() for net in map(copy.deepcopy, nets)] for nets in zip(*pairs, strict=True))
+    policy.update_targets(0.25)
+    for (net, target), old, average in zip(pairs, trained, averages, strict=True):
+        for name, value in target.state_dict().items():
+            th.testing.assert_close(value, 0.25 * old[name] + 0.75 * average[name])
+            assert th.equal(net.state_dict()[name], old[name])
+
+
+def test_update_pushes_the_average_of_the_main_effects():
     policy = make_policy(action_space="multi_discrete")
     obs = sample_obs(policy.observation_space, 5)
-    (net,) = members(policy.main_effects)
+    (net,) = members(policy.main_effects_target)
     policy.push_critics(kl_coef=1.0, ent_coef=0.5)
     with th.no_grad():
         expected = net(obs) / 1.5 / (1 - (1 / 1.5) ** 4)
