@@ -250,7 +250,11 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
     profiles = statistics.bootstrap(scores, lambda matrix: statistics.performance_profile(matrix, thresholds))
     save(plot_aggregates(means, profiles, thresholds), folder / "aggregate.png")
     rows = {
-        algo: [f"{mean[0]:.3f}", f"{low[0]:.3f} to {high[0]:.3f}", str(len(scores[algo]))]
+        algo: [
+            f"{mean[0]:.3f}",
+            f"{low[0]:.3f} to {high[0]:.3f}" if len(scores[algo]) > 1 else "(one seed)",
+            str(len(scores[algo])),
+        ]
         for algo, (mean, (low, high)) in means.items()
     }
     n_envs = next(iter(scores.values())).shape[1]
