@@ -62,8 +62,8 @@ DEFAULTS = {
 FACTORED_BOX_DEFAULTS = {
     "critic": "joint",
     "critic_reduction": "min",
-    "memory_size": 6,
-    "kl_coef": "rel_1.0",
+    "memory_size": 4,
+    "kl_coef": "rel_0.5",
     "ent_coef": "auto_0.2",
     "policy_update_interval": 100,
     "exploration_initial_eps": 0.0,
@@ -74,7 +74,7 @@ MAX_ENT_COEF_CHANGE = 1.3
 # ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
 MIN_ENT_COEF = 1e-6
 # Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest
-DEFAULT_TARGET_ENTROPY = "lin_0.4_0.1_0.5"
+DEFAULT_TARGET_ENTROPY = "lin_0.6_0.2"
 # Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over
 MIN_UPDATE_STATES = 1024
 
@@ -121,8 +121,8 @@ class StaQ(OffPolicyAlgorithm):
         falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
         policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most
     :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
-        largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.4 to 0.1 in the first
-        half of the training.
+        largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.6 to 0.2 over the
+        training.
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
         most one policy update per gradient step.
     :param n_critics: number of critics in the ensemble

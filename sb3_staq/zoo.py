@@ -76,7 +76,7 @@ def sample_staq_params(
         hyperparams |= {
             "action_bins": trial.suggest_int("action_bins", 3, 11),
             "kl_factor": trial.suggest_float("kl_factor", 0.1, 30.0, log=True),
-            "target_entropy": trial.suggest_float("target_entropy", 0.05, 0.5, log=True),
+            "target_entropy": trial.suggest_float("target_entropy", 0.1, 0.7),
             "memory_size": trial.suggest_int("memory_size", 2, 50, log=True),
             "policy_update_interval": trial.suggest_int("policy_update_interval", 20, 1000, log=True),
             "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
