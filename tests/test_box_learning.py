@@ -6,6 +6,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_staq import StaQ
+from sb3_staq.schedules import make_schedule
 from sb3_staq.zoo import default_config
 
 
@@ -13,7 +14,8 @@ def train_with_shipped_settings(env_id, seed, n_steps):
     """The entry of the hyperparameter file, for fewer steps; return of 20 greedy episodes."""
     settings = yaml.safe_load(default_config().read_text())[env_id]
     env = make_vec_env(env_id, settings.pop("n_envs"), seed=seed)
-    settings |= dict(policy_kwargs=eval(settings["policy_kwargs"]), buffer_size=n_steps)
+    learning_rate = make_schedule("learning_rate", settings["learning_rate"])
+    settings |= dict(learning_rate=learning_rate, policy_kwargs=eval(settings["policy_kwargs"]), buffer_size=n_steps)
     del settings["n_timesteps"]
     model = StaQ(env=env, seed=seed, device="cpu", **settings).learn(n_steps)
     return evaluate_policy(model, make_vec_env(env_id, seed=1000 + seed), n_eval_episodes=20)[0]
