@@ -273,9 +273,9 @@ def interval_section(interval: pd.DataFrame, sizes: dict[str, Any]) -> list[str]
     """
     seconds = medians(interval, "seconds").unstack("part")
     rows = {
-        critic: [f"{of['gradient steps']:.2f}", f"{of['logits of the replay']:.2f}", f"{ratio:.2f}"]
-        for (critic, of), ratio in zip(
-            seconds.iterrows(), seconds["logits of the replay"] / seconds["gradient steps"], strict=True
+        critic: [f"{steps:.2f}", f"{logits:.2f}", f"{logits / steps:.2f}"]
+        for critic, steps, logits in zip(
+            seconds.index, seconds["gradient steps"], seconds["logits of the replay"], strict=True
         )
     }
     return [
