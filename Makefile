@@ -38,8 +38,10 @@ wheel-test:
 
 # The results that the README shows; the runs take hours, are resumable and repeat nothing that is done
 figures: $(INSTALLED)
-	$(BIN)/python -m benchmarks run classic --algos staq
+	$(BIN)/python -m benchmarks run classic
 	$(BIN)/python -m benchmarks report classic
+	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 --algos staq sac --envs HalfCheetah-v4 Hopper-v4
+	$(BIN)/python -m benchmarks report mujoco
 	$(BIN)/python docs/how_it_works.py
 
 clean:
