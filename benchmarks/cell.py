@@ -50,13 +50,24 @@ class Progress:
     What a checkpoint keeps beside the model.
 
     :param seconds: wall-clock seconds of training
+    :param cpu_seconds: the processor's seconds of training
     :param evaluations: evaluations so far
     :param rng: states of the random number generators of Python, NumPy and PyTorch
     """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     evaluations: list[Evaluation] = field(default_factory=list)
     rng: tuple[Any, Any, th.Tensor] | None = None
+
+    def evaluation(self, step: int, returns: list[float], final: bool = False) -> Evaluation:
+        """
+        :param step: environment steps of training so far
+        :param returns: return of each episode
+        :param final: whether it is the long evaluation after the training
+        :return: an evaluation at the present time of training
+        """
+        return Evaluation(step, self.seconds, self.cpu_seconds, returns, final)
 
     def remember_rng(self) -> None:
         """Keep the states of the generators."""
@@ -134,27 +145,33 @@ class Recorder(BaseCallback):
         self.report = report
         self.checkpoints = Checkpoints(cell)
         self.eval_env = manager.create_envs(cell.n_eval_episodes, eval_env=True)
-        self._clock_start: float | None = None
+        self._clock_start: tuple[float, float] | None = None  # wall clock and processor
         self._last_report = 0.0
         self._saved_evaluations = len(progress.evaluations)
         self._next_evaluation = 0
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of training so far."""
-        running = 0.0 if self._clock_start is None else time.perf_counter() - self._clock_start
-        return self.progress.seconds + running
+    def _start_clock(self) -> None:
+        self._clock_start = (time.perf_counter(), time.process_time())
+
+    def _read_clock(self) -> None:
+        """Add the time since the last reading to the progress."""
+        if self._clock_start is not None:
+            wall, cpu = self._clock_start
+            self._start_clock()
+            self.progress.seconds += self._clock_start[0] - wall
+            self.progress.cpu_seconds += self._clock_start[1] - cpu
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """What is done meanwhile does not count as training."""
-        self.progress.seconds, self._clock_start = self.seconds, None
+        self._read_clock()
+        self._clock_start = None
         yield
-        self._clock_start = time.perf_counter()
+        self._start_clock()
 
     def _on_training_start(self) -> None:
         self._schedule_evaluation()
-        self._clock_start = time.perf_counter()
+        self._start_clock()
 
     def _schedule_evaluation(self) -> None:
         freq = self.cell.eval_freq
@@ -164,7 +181,7 @@ class Recorder(BaseCallback):
         if self.num_timesteps >= self._next_evaluation:
             with self.clock_stopped():
                 returns = evaluate(self.model, self.eval_env, EVAL_SEED)
-                self.progress.evaluations.append(Evaluation(self.num_timesteps, self.progress.seconds, returns))
+                self.progress.evaluations.append(self.progress.evaluation(self.num_timesteps, returns))
                 self._schedule_evaluation()
         if time.perf_counter() - self._last_report > 0.5:
             self.send_report()
@@ -177,7 +194,6 @@ class Recorder(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.save()
-        self.progress.seconds, self._clock_start = self.seconds, None
 
     def save(self) -> None:
         """Checkpoint first, results second."""
@@ -190,8 +206,9 @@ class Recorder(BaseCallback):
 
     def send_report(self) -> None:
         """Tell how far the training is."""
+        self._read_clock()
         evaluations = self.progress.evaluations
-        self.report(self.model.num_timesteps, self.seconds, evaluations[-1].mean if evaluations else None)
+        self.report(self.model.num_timesteps, self.progress.seconds, evaluations[-1].mean if evaluations else None)
         self._last_report = time.perf_counter()
 
 
@@ -281,7 +298,7 @@ def run_cell(cell: Cell, report: Report) -> None:
             model.learn(remaining, callback=recorder, log_interval=None, reset_num_timesteps=is_new)
 
         returns = evaluate(model, manager.create_envs(N_FINAL_EPISODES, eval_env=True), FINAL_EVAL_SEED)
-        results.evaluations.append(Evaluation(model.num_timesteps, progress.seconds, returns, final=True))
+        results.evaluations.append(progress.evaluation(model.num_timesteps, returns, final=True))
         results.write(cell.results_file)
         report(model.num_timesteps, progress.seconds, results.evaluations[-1].mean)
         newest = Checkpoints(cell).newest()

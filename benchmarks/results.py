@@ -11,7 +11,7 @@ import numpy as np
 
 from sb3_staq.save_util import atomic_write
 
-COLUMNS = ("evaluation", "step", "seconds", "mean", "std", "returns")
+COLUMNS = ("evaluation", "step", "seconds", "cpu_seconds", "mean", "std", "returns")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Evaluation:
 
     :param step: environment steps of training so far
     :param seconds: wall-clock seconds of training so far, without evaluations and checkpoints
+    :param cpu_seconds: likewise those of the processor, which do not count what other programs took; NaN if not known
     :param returns: return of each episode
     :param final: whether it is the long evaluation after the training
     """
 
     step: int
     seconds: float
+    cpu_seconds: float
     returns: list[float]
     final: bool = False
 
@@ -68,7 +70,8 @@ class Results:
             kind = "final" if row.final else "training"
             returns = " ".join(f"{value:.6g}" for value in row.returns)
             std = float(np.std(row.returns))
-            writer.writerow([kind, row.step, f"{row.seconds:.2f}", f"{row.mean:.6g}", f"{std:.6g}", returns])
+            times = [f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}"]
+            writer.writerow([kind, row.step, *times, f"{row.mean:.6g}", f"{std:.6g}", returns])
         with atomic_write(path) as file:
             file.write(text.getvalue().encode())
 
@@ -87,6 +90,7 @@ class Results:
                 Evaluation(
                     int(row["step"]),
                     float(row["seconds"]),
+                    float(row.get("cpu_seconds", "nan")),  # older files do not have it
                     [float(value) for value in row["returns"].split()],
                     row["evaluation"] == "final",
                 )

@@ -23,6 +23,13 @@ ACTION_GRIDS = ("factored", "axis", "joint")
 MAX_JOINT_CHOICES = 4096
 
 
+def _sample(log_pi: th.Tensor) -> th.Tensor:
+    """Choices drawn from log-probabilities: shape (..., n_choices) -> (...). Inverts the distribution function."""
+    cumulative = log_pi.exp().cumsum(dim=-1)
+    threshold = th.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
+    return (cumulative[..., :-1] <= threshold).sum(dim=-1)
+
+
 class ActionGroups(nn.Module):
     """
     Groups of choices. Logits and Q-values have one column per choice, group after group. A module, so that its
@@ -75,12 +82,12 @@ class ActionGroups(nn.Module):
 
     def sample(self, log_pi: th.Tensor) -> th.Tensor:
         """
-        :param log_pi: log-probabilities (or logits), shape (batch, n_choices)
+        :param log_pi: log-probabilities, shape (batch, n_choices)
         :return: choices drawn from them, shape (batch, number of groups)
         """
-        # The largest of the log-probabilities plus Gumbel noise is a sample of a softmax
-        scores = log_pi - th.empty_like(log_pi).exponential_().log()
-        return th.stack([group.argmax(dim=1) for group in scores.split(self.sizes, dim=1)], dim=1)
+        if len(set(self.sizes)) == 1:
+            return _sample(log_pi.unflatten(1, (-1, self.sizes[0])))
+        return th.stack([_sample(group) for group in log_pi.split(self.sizes, dim=1)], dim=1)
 
     def one_hot(self, choices: th.Tensor) -> th.Tensor:
         """

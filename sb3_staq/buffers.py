@@ -19,6 +19,23 @@ from sb3_staq.mirror_descent import PolicyUpdate
 _UPDATE_BATCH_SIZE = 4096
 
 
+def split_samples(samples: ReplayBufferSamples, batch_size: int) -> Iterator[ReplayBufferSamples]:
+    """
+    :param samples: what a replay buffer's ``sample`` returned
+    :param batch_size: number of transitions per part
+    :return: its parts, views of it
+    """
+
+    def part(field: Any, rows: slice) -> Any:
+        if isinstance(field, dict):
+            return {key: values[rows] for key, values in field.items()}
+        return None if field is None else field[rows]
+
+    for start in range(0, len(samples.rewards), batch_size):
+        rows = slice(start, start + batch_size)
+        yield type(samples)(*(part(field, rows) for field in samples))
+
+
 class _RecordedArray:
     """Stands in for the array of next observations during a sample and remembers which elements were taken."""
 

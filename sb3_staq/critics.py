@@ -140,6 +140,25 @@ class JointQNetwork(nn.Module):
         self.layers = _named_layers(features_extractor, self.q_net)
 
 
+class _BatchedLinear(th.autograd.Function):
+    """
+    N linear layers in one product: inputs (N, batch, n_inputs), weights (N, n_outputs, n_inputs), biases
+    (N, n_outputs).
+    Autograd's own gradient of the weights comes out transposed, so that each step would copy it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        ctx.save_for_backward(x, weight)
+        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = th.bmm(grad, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, th.bmm(grad.mT, x), grad.sum(dim=1)
+
+
 def _batched_layer(
     layer: nn.Module, names: Mapping[str, str], all_params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool
 ) -> th.Tensor:
@@ -164,9 +183,10 @@ def _batched_layer(
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
             return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
-        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+        return _BatchedLinear.apply(x, weight, bias)
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
-        x = th.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+        one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
+        x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
         return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
     in_dims = (0, 0 if x_is_batched else None)
     return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
@@ -208,8 +228,8 @@ class Ensemble(nn.Module, Generic[Net]):
     def __init__(self, nets: list[Net]):
         super().__init__()
         self.net = nets[0]
-        self._params = dict(self.net.named_parameters())
-        for name, param in self._params.items():
+        self.params = dict(self.net.named_parameters())
+        for name, param in self.params.items():
             param.data = th.stack([net.get_parameter(name).data for net in nets])
 
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
@@ -225,7 +245,7 @@ class CriticEnsemble(Ensemble[QNetwork]):
         :param obs: preprocessed observations
         :return: Q-values of each member, shape (n_critics, batch, n_choices)
         """
-        return batched_forward(self.net, self._params, obs)
+        return batched_forward(self.net, self.params, obs)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -246,12 +266,12 @@ class JointCritics(Ensemble[JointQNetwork]):
         :return: Q-values of each member, shape (n_critics, n_actions)
         """
         (extractor, names), *layers = self.net.layers
-        features: Any = _batched_layer(extractor, names, self._params, obs, x_is_batched=False)
+        features: Any = _batched_layer(extractor, names, self.params, obs, x_is_batched=False)
         if rows is not None:
             features = features.index_select(-2, rows)  # extracted once for all actions of an observation
         x = th.cat([features, actions.expand(*features.shape[:-1], -1)], dim=-1)
         for layer, names in layers:
-            x = _batched_layer(layer, names, self._params, x, x_is_batched=x.dim() == 3)
+            x = _batched_layer(layer, names, self.params, x, x_is_batched=x.dim() == 3)
         return x.squeeze(-1)
 
 

@@ -184,8 +184,8 @@ def log_policy(logits: th.Tensor, group_sizes: Sequence[int]) -> th.Tensor:
     :param group_sizes: the number of choices of each group
     :return: same shape
     """
-    if len(group_sizes) == 1:
-        return th.log_softmax(logits, dim=-1)
+    if len(set(group_sizes)) == 1:
+        return logits.unflatten(-1, (-1, group_sizes[0])).log_softmax(dim=-1).flatten(-2)
     return th.cat([th.log_softmax(group, dim=-1) for group in logits.split(list(group_sizes), dim=-1)], dim=-1)
 
 

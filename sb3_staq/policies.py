@@ -18,8 +18,8 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import polyak_update
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.action_spaces import make_action_groups
 from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQNetwork, QNetwork
@@ -139,7 +139,7 @@ class StaQPolicy(BasePolicy):
         self.set_training_mode(False)
         trained: list[nn.Module] = [critics] if main_effects is None else [critics, main_effects]
         self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
-            [{"params": list(module.parameters())} for module in trained],
+            [param for module in trained for param in module.parameters()],
             lr=lr_schedule(1),
             **self.optimizer_kwargs,
         )
@@ -171,9 +171,10 @@ class StaQPolicy(BasePolicy):
 
         :param tau: the Polyak coefficient, between 0 and 1
         """
-        polyak_update(self.critics.parameters(), self.critics_target.parameters(), tau)
+        update = get_ema_multi_avg_fn(1.0 - tau)  # all parameters in one operation
+        update(list(self.critics_target.params.values()), list(self.critics.params.values()), None)
         if self.main_effects is not None and self.main_effects_target is not None:
-            polyak_update(self.main_effects.parameters(), self.main_effects_target.parameters(), tau)
+            update(list(self.main_effects_target.params.values()), list(self.main_effects.params.values()), None)
 
     def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

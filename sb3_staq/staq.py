@@ -4,7 +4,7 @@ import copy
 import io
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
-from sb3_staq.buffers import LogitCache
+from sb3_staq.buffers import LogitCache, split_samples
 from sb3_staq.critics import CriticEnsemble
 from sb3_staq.mirror_descent import (
     LogitRule,
@@ -75,7 +75,8 @@ MAX_ENT_COEF_CHANGE = 1.3
 MIN_ENT_COEF = 1e-6
 # Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest
 DEFAULT_TARGET_ENTROPY = "lin_0.6_0.2"
-# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over
+# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over; so many
+# are also drawn at a time for gradient steps
 MIN_UPDATE_STATES = 1024
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
@@ -403,12 +404,10 @@ class StaQ(OffPolicyAlgorithm):
         """Train the critics towards the soft Q-function of the current policy."""
         policy = self.policy
         statistics: dict[str, list[th.Tensor]] = defaultdict(list)
-        for _ in range(gradient_steps):
-            batch, cache_index = self._sample(batch_size)
+        for batch, log_pi in self._batches(gradient_steps, batch_size):
             discounts = batch.discounts if batch.discounts is not None else self.gamma
             with th.no_grad():
                 # y = r + gamma V(s'),  V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s'))
-                log_pi = self._next_log_policy(batch, cache_index)
                 next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi)
                 next_values = soft_value(log_pi, next_q_values, self._current_ent_coef).unsqueeze(1)
                 targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
@@ -468,6 +467,17 @@ class StaQ(OffPolicyAlgorithm):
         self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
         for hook in self.policy_update_hooks:
             hook(kl_coef, ent_coef, old_weights, deleted)
+
+    def _batches(self, n_batches: int, batch_size: int) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
+        """
+        Batches of transitions and ``log pi(.|s')`` at their next states. The policy is fixed between its updates, so
+        several batches are drawn and evaluated at once.
+        """
+        n_at_once = max(1, MIN_UPDATE_STATES // batch_size)
+        for first in range(0, n_batches, n_at_once):
+            samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
+            log_pi = self._next_log_policy(samples, cache_index)
+            yield from zip(split_samples(samples, batch_size), log_pi.split(batch_size), strict=True)
 
     def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
         """A batch of transitions, and where the logit cache has its next states (None without a cache)."""

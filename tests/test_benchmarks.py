@@ -174,7 +174,7 @@ def test_hyperparameters_of_the_suite_replace_those_of_the_zoo() -> None:
 
 
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
-    evaluations = [Evaluation(10, 1.25, [1.0, -2.5]), Evaluation(20, 2.5, [3.0, 4.0, 5.0], final=True)]
+    evaluations = [Evaluation(10, 1.25, 1.0, [1.0, -2.5]), Evaluation(20, 2.5, 2.25, [3.0, 4.0, 5.0], final=True)]
     results = Results({"env": "CartPole-v1", "seed": 3, "hyperparams": {"policy": "dict(a=[1, 2])"}}, evaluations)
     results.write(tmp_path / "new" / "seed_3.csv")
     read = Results.read(tmp_path / "new" / "seed_3.csv")
@@ -187,9 +187,11 @@ def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
     for cell in make_cells(suite, folder=folder):
         rng = np.random.default_rng(cell.seed)
         steps = range(cell.eval_freq, cell.steps + 1, cell.eval_freq)
-        evaluations = [Evaluation(step, step / 100, list(rng.normal(step, 5, 10))) for step in steps]
+        evaluations = [Evaluation(step, step / 100, step / 200, list(rng.normal(step, 5, 10))) for step in steps]
         if last_seed_is_done or cell.seed != suite.seeds[-1]:
-            evaluations.append(Evaluation(cell.steps, cell.steps / 100, list(rng.normal(cell.steps, 5, 20)), True))
+            evaluations.append(
+                Evaluation(cell.steps, cell.steps / 100, cell.steps / 200, list(rng.normal(cell.steps, 5, 20)), True)
+            )
         metadata = {"seed": cell.seed, "eval_freq": cell.eval_freq, "hyperparams_sha256": "same"}
         Results(metadata, evaluations).write(cell.results_file)
 
@@ -289,7 +291,7 @@ def test_training_goes_on_as_if_nothing_had_been(
 def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
     cell = Cell("tiny", "CartPole-v1", "dqn", 0, 100, eval_freq=50, n_eval_episodes=2, folder=tmp_path)
     assert look_up(cell, fresh=False).state == "waiting"
-    Results(cell.settings(), [Evaluation(100, 1.0, [9.0], final=True)]).write(cell.results_file)
+    Results(cell.settings(), [Evaluation(100, 1.0, 1.0, [9.0], final=True)]).write(cell.results_file)
     job = look_up(cell, fresh=True)
     assert (job.state, job.step, job.last_return) == ("done", 100, 9.0)
 
