@@ -36,6 +36,9 @@ LABELS = {
 COLORS = dict(zip(LABELS.values(), sns.color_palette("colorblind", len(LABELS)), strict=True))
 DASHES = dict(zip(LABELS.values(), cycle(["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1)]), strict=False))
 
+# Evaluations at the end of a training whose mean is reported
+N_LAST = 5
+
 # The measures of stability, in the order of tables and panels
 STABILITY = ("across time", "short-term risk", "long-term risk", "across runs", "across episodes")
 
@@ -65,7 +68,7 @@ def write_report(suite: Suite, folder: Path) -> Path:
         "![Return over wall-clock time](wall_clock.png)",
     ]
     if not finals.empty:
-        text += final_section(suite, finals)
+        text += final_section(suite, curves, finals)
         text += aggregate_section(finals, folder)
         text += stability_section(curves, finals, folder)
     report = folder / "report.md"
@@ -94,6 +97,7 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                         # With several environments, evaluations are a few steps late
                         "step": evaluation.step if evaluation.final else evaluation.step // freq * freq,
                         "seconds": evaluation.seconds,
+                        "cpu_seconds": evaluation.cpu_seconds,
                         "return": evaluation.mean,
                         "score": statistics.normalise(evaluation.mean, env.random, env.reference),
                         "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
@@ -188,9 +192,10 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def final_section(suite: Suite, finals: pd.DataFrame) -> list[str]:
+def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> list[str]:
     """
     :param suite: the suite
+    :param curves: evaluations during the trainings
     :param finals: final evaluations
     :return: what the trained policies reach: one table of all, and one per environment with its seeds
     """
@@ -214,22 +219,40 @@ def final_section(suite: Suite, finals: pd.DataFrame) -> list[str]:
         "## Final returns",
         f"Greedy, {n_episodes} episodes after the training: mean over the seeds, in brackets the worst seed.",
         markdown_table(["", *env_ids], overview),
+        f"By environment, also the mean of the last {N_LAST} evaluations of all seeds. Minutes and rates are those of "
+        "the clock, and depend on what else ran on the machine; minutes of the processor (where they were measured) "
+        "do so less.",
     ]
     for env_id in env_ids:
         rows = {}
         for algo, group in finals[finals["env"] == env_id].groupby("algo", sort=False):
             minutes = group["seconds"].mean() / 60
+            cpu_minutes = group["cpu_seconds"].mean(skipna=False) / 60
+            of_group = (curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])
+            last = curves[of_group].sort_values("step").groupby("seed").tail(N_LAST)
             rows[algo] = [
                 ", ".join(f"{value:,.1f}" for value in group.sort_values("seed")["return"]),
                 f"{group['return'].mean():,.1f}",
                 f"{group['return'].min():,.1f}",
+                f"{last['return'].mean():,.1f}",
                 f"{group['step'].max():,}",
                 f"{minutes:,.1f}",
+                "" if np.isnan(cpu_minutes) else f"{cpu_minutes:,.1f}",
                 f"{group['step'].mean() / (60 * minutes):,.0f}",
             ]
         for algo, value in suite.envs[env_id].published.items():
-            rows[f"{LABELS[algo]}, published"] = ["", f"{value:,.0f}", "", "", "", ""]
-        columns = ["", "each seed", "mean", "worst seed", "steps", "minutes of training", "steps per second"]
+            rows[f"{LABELS[algo]}, published"] = ["", f"{value:,.0f}", *[""] * 6]
+        columns = [
+            "",
+            "each seed",
+            "mean",
+            "worst seed",
+            f"last {N_LAST}",
+            "steps",
+            "minutes",
+            "of the processor",
+            "steps/s",
+        ]
         text += [f"### {env_id}", markdown_table(columns, rows)]
     if any(suite.envs[env_id].published for env_id in env_ids):
         text.append(f"Published: {suite.published_source}.")

@@ -196,10 +196,17 @@ def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
         Results(metadata, evaluations).write(cell.results_file)
 
 
+def finals_row(text: str, env_id: str, algo: str) -> dict[str, str]:
+    """A row of the table of an environment's final returns, by column."""
+    table = text.split(f"### {env_id}\n\n")[1].split("\n\n")[0].splitlines()
+    heading, row = table[0], next(line for line in table if line.startswith(f"| {algo} |"))
+    return dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (heading, row)), strict=True))
+
+
 def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     pytest.importorskip("rliable")
     envs = {
-        "CartPole-v1": Environment(40, 10, 0, 40),
+        "CartPole-v1": Environment(80, 10, 0, 80),
         "MinAtar/Breakout-v1": Environment(80, 20, 0, 80, published={"sac": 1234.0}),
     }
     suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, published_source="somewhere")
@@ -214,6 +221,15 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     scores = report.score_matrices(finals)
     assert list(scores) == ["StaQ", "SAC"] and scores["SAC"].shape == (2, 2)
     np.testing.assert_allclose(scores["SAC"], 1.0, atol=0.1)
+
+    # The last five evaluations of the two complete trainings, of eight each, and the time that their files state
+    last = finals_row(text, "CartPole-v1", "StaQ")
+    files = [folder / "CartPole-v1" / "staq" / f"seed_{seed}.csv" for seed in (0, 1)]
+    evaluations = [evaluation for file in files for evaluation in Results.read(file).evaluations[3:8]]
+    assert last["last 5"] == f"{np.mean([evaluation.mean for evaluation in evaluations]):,.1f}"
+    assert (last["steps"], last["minutes"], last["of the processor"]) == ("80", "0.0", "0.0")
+    files[0].write_text(files[0].read_text().replace("cpu_seconds", "unknown"))  # as older files are
+    assert finals_row(report.write_report(suite, folder).read_text(), "CartPole-v1", "StaQ")["of the processor"] == ""
 
     # Without any complete training there are curves at least
     for path in folder.glob("*/*/seed_[01].csv"):

@@ -72,18 +72,44 @@ def cache_error(model):
 
 
 def sampled_error(model, n_batches=5):
-    """The same for what sampling hands out: log-probabilities at the next states of a batch."""
+    """The same for what gradient steps get: log-probabilities at the next states of a batch."""
     errors = []
-    for _ in range(n_batches):
-        batch, index = model._sample(64)
+    for batch, actual in model._batches(n_batches, 64):
         logits = model.policy.frozen_critics.weights.scale * slow_logit_sums(model.policy, batch.next_observations)
         direct = slow_log_policy(model.policy, logits)
-        actual = model._next_log_policy(batch, index)
         if model.optimize_memory_usage:
             alive = (batch.dones == 0).squeeze(1)
             direct, actual = direct[alive], actual[alive]
         errors.append(relative_error(actual, direct))
     return max(errors)
+
+
+@pytest.mark.parametrize("buffer", ["plain", "n_step", "dict"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_batches_are_parts_of_few_samples(buffer, cached, monkeypatch):
+    """As many batches as are asked for, whole transitions of the buffer, drawn at most 1,024 states at a time."""
+    model = make_cached(buffer, n_envs=2, logit_cache=cached).learn(60)
+    drawn = []
+    sample = model._sample
+    monkeypatch.setattr(model, "_sample", lambda size: drawn.append(size) or sample(size))
+    batches = list(model._batches(9, 200))
+    assert drawn == [1000, 800] and len(batches) == 9
+
+    def rows(observations, rewards, actions):
+        observations = list(observations.values()) if isinstance(observations, dict) else [observations]
+        arrays = [np.asarray(array, dtype=np.float64) for array in (*observations, rewards, actions)]
+        return [np.concatenate([array[i].ravel() for array in arrays]) for i in range(len(rewards))]
+
+    stored = model.replay_buffer
+    flat = {key: x[:30].reshape(60, -1) for key, x in stored.observations.items()} if buffer == "dict" else None
+    flat = flat or stored.observations[:30].reshape(60, -1)
+    rewards = stored.rewards[:30].reshape(60)
+    known = {tuple(row) for row in rows(flat, rewards, stored.actions[:30].reshape(60, -1))}
+    for batch, log_pi in batches:
+        assert log_pi.shape == (200, model.policy.action_groups.n_choices)
+        assert (batch.discounts is not None) == (buffer == "n_step")
+        if buffer != "n_step":  # whose rewards are sums
+            assert {tuple(row) for row in rows(batch.observations, batch.rewards, batch.actions)} <= known
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,9 @@ def test_sweep_varies_one_group(action_space):
         assert (columns[i] < groups.n_choices).all()
 
 
-def test_samples_follow_the_policy():
-    groups = make_action_groups(spaces.MultiDiscrete([2, 4]))
+@pytest.mark.parametrize("sizes", [[2, 4], [3, 3]])
+def test_samples_follow_the_policy(sizes):
+    groups = make_action_groups(spaces.MultiDiscrete(sizes))
     th.manual_seed(0)
     log_pi = log_policy(2 * th.randn(1, 6), groups.sizes)
     n = 40_000
@@ -135,7 +136,7 @@ def test_samples_follow_the_policy():
     assert (frequencies - log_pi.exp()[0]).abs().max() < 5 * 0.5 / n**0.5
     # Independent groups
     both = th.stack([(choices == th.tensor(pair)).all(dim=1).float().mean() for pair in [(0, 1), (1, 2)]])
-    product = th.stack([log_pi.exp()[0, a] * log_pi.exp()[0, 2 + b] for a, b in [(0, 1), (1, 2)]])
+    product = th.stack([log_pi.exp()[0, a] * log_pi.exp()[0, sizes[0] + b] for a, b in [(0, 1), (1, 2)]])
     assert (both - product).abs().max() < 5 * 0.5 / n**0.5
 
 
