@@ -50,7 +50,8 @@ class StaQPolicy(BasePolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
-        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` for the main effects that the stack is made of
+        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default) for the main effects
+        that the stack is made of
     :param activation_fn: Activation function
     :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default those of
         joint critics are (the network of main effects never is)
@@ -107,8 +108,10 @@ class StaQPolicy(BasePolicy):
             normalize_images=normalize_images,
             squash_output=isinstance(action_space, spaces.Box),  # `predict` rescales from [-1, 1]
         )
-        if net_arch is None:
-            net_arch = [] if self.features_extractor_class == NatureCNN else [256, 256]
+        if net_arch is None and self.features_extractor_class == NatureCNN:
+            net_arch = []
+        elif net_arch is None:
+            net_arch = dict(pi=[128, 128], qf=[256, 256]) if critic == "joint" else [256, 256]
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.layer_norm = critic == "joint" if layer_norm is None else layer_norm

@@ -49,6 +49,8 @@ from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coeffic
 
 # What arguments that are None stand for
 DEFAULTS = {
+    "learning_rate": 3e-4,
+    "batch_size": 256,
     "critic": "additive",
     "critic_reduction": "mean",
     "memory_size": 50,
@@ -60,6 +62,8 @@ DEFAULTS = {
 }
 # ... where a Box is factored: the settings of the MuJoCo tasks, which follow the scale of the rewards
 FACTORED_BOX_DEFAULTS = {
+    "learning_rate": 7e-4,
+    "batch_size": 128,
     "critic": "joint",
     "critic_reduction": "min",
     "memory_size": 4,
@@ -183,10 +187,10 @@ class StaQ(OffPolicyAlgorithm):
         self,
         policy: str | type[StaQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule | None = None,
         buffer_size: int = 100_000,
         learning_starts: int = 1000,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         tau: float = 0.005,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
@@ -223,10 +227,10 @@ class StaQ(OffPolicyAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,
+            learning_rate,  # type: ignore[arg-type]  # None is replaced below
             buffer_size,
             learning_starts,
-            batch_size,
+            batch_size,  # type: ignore[arg-type]
             tau,
             gamma,
             train_freq,
@@ -246,6 +250,8 @@ class StaQ(OffPolicyAlgorithm):
             support_multi_env=True,
         )
         arguments = dict(
+            learning_rate=learning_rate,
+            batch_size=batch_size,
             memory_size=memory_size,
             kl_coef=kl_coef,
             ent_coef=ent_coef,
@@ -477,7 +483,7 @@ class StaQ(OffPolicyAlgorithm):
         for first in range(0, n_batches, n_at_once):
             samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
             log_pi = self._next_log_policy(samples, cache_index)
-            yield from zip(split_samples(samples, batch_size), log_pi.split(batch_size), strict=True)
+            yield from zip(split_samples(samples, batch_size), log_pi.split(int(batch_size)), strict=True)
 
     def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
         """A batch of transitions, and where the logit cache has its next states (None without a cache)."""

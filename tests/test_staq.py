@@ -209,6 +209,9 @@ def test_defaults_suit_the_action_space(tmp_path, action_space, kwargs, expected
     loaded = StaQ.load(tmp_path / "model.zip", device="cpu")
     assert {name: getattr(loaded, name) for name in expected} == expected
     assert loaded.policy.critic == model.policy.critic == expected["critic"]
+    assert loaded.lr_schedule(1.0) == expected["learning_rate"]
+    main_effects = dict(pi=[128, 128], qf=[256, 256])
+    assert loaded.policy.net_arch == (main_effects if expected["critic"] == "joint" else [256, 256])
 
 
 class DiscreteObsEnv(RandomObsEnv):
