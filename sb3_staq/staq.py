@@ -19,6 +19,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
+    PyTorchObs,
     ReplayBufferSamples,
     Schedule,
     TrainFreq,
@@ -357,17 +358,16 @@ class StaQ(OffPolicyAlgorithm):
         kl_coef = self.kl_coef_schedule(progress_remaining)
         return kl_coef * ent_coef if self._kl_coef_is_relative else kl_coef
 
-    def _next_coefficients(self, batch: ReplayBufferSamples, cache_index: Any) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given replayed transitions."""
+    def _next_coefficients(self, next_obs: PyTorchObs, logit_sums: th.Tensor) -> tuple[float, float]:
+        """The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given replayed next states."""
         progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
         if not self._ent_coef_is_auto:
             return self._coefficients_at(progress)
         # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
         policy, ent_coef = self.policy, self._current_ent_coef
         beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
-        q_values = policy.q_values(policy.additive_critics, batch.next_observations)
-        update = PolicyUpdate(beta, deletes=False, deleted_weight=0.0)
-        total = update.apply(self._next_logit_sums(batch, cache_index), q_values)
+        q_values = policy.q_values(policy.additive_critics, next_obs)
+        total = PolicyUpdate(beta, deletes=False, deleted_weight=0.0).apply(logit_sums, q_values)
         average = total / (beta * sum(policy.frozen_critics.weights.values) + 1.0)
         ent_coef = solve_ent_coef(
             average,
@@ -447,8 +447,9 @@ class StaQ(OffPolicyAlgorithm):
         """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
         policy = self.policy
         batch, cache_index = self._sample(max(batch_size, MIN_UPDATE_STATES))
-        old_log_pi = self._next_log_policy(batch, cache_index)
-        kl_coef, ent_coef = self._next_coefficients(batch, cache_index)
+        old_logit_sums = self._next_logit_sums(batch, cache_index)
+        old_log_pi = self._log_policy(old_logit_sums)
+        kl_coef, ent_coef = self._next_coefficients(batch.next_observations, old_logit_sums)
         old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
@@ -495,7 +496,10 @@ class StaQ(OffPolicyAlgorithm):
 
     def _next_log_policy(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
         """``log pi(.|s')`` at the next states of a batch from :meth:`_sample`, shape (batch, n_choices)."""
-        return log_policy(self.policy.scale(self._next_logit_sums(batch, cache_index)), self.policy.action_groups.sizes)
+        return self._log_policy(self._next_logit_sums(batch, cache_index))
+
+    def _log_policy(self, logit_sums: th.Tensor) -> th.Tensor:
+        return log_policy(self.policy.scale(logit_sums), self.policy.action_groups.sizes)
 
     def _next_logit_sums(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
         if self._logit_cache is None:
