@@ -7,6 +7,8 @@ chosen within each group, shape (batch, number of groups). "Stored" actions are 
 """
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch as th
@@ -85,9 +87,20 @@ class ActionGroups(nn.Module):
         :param log_pi: log-probabilities, shape (batch, n_choices)
         :return: choices drawn from them, shape (batch, number of groups)
         """
-        if len(set(self.sizes)) == 1:
-            return _sample(log_pi.unflatten(1, (-1, self.sizes[0])))
-        return th.stack([_sample(group) for group in log_pi.split(self.sizes, dim=1)], dim=1)
+        return self._choose(_sample, log_pi)
+
+    def mode(self, logits: th.Tensor) -> th.Tensor:
+        """
+        :param logits: shape (batch, n_choices)
+        :return: the most probable choices, shape (batch, number of groups)
+        """
+        return self._choose(partial(th.argmax, dim=-1), logits)
+
+    def _choose(self, rule: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
+        """Apply a rule, from the columns of a group to one of them, to each group."""
+        if len(set(self.sizes)) == 1:  # all of them at once
+            return rule(x.unflatten(1, (-1, self.sizes[0])))
+        return th.stack([rule(group) for group in x.split(self.sizes, dim=1)], dim=1)
 
     def one_hot(self, choices: th.Tensor) -> th.Tensor:
         """

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.action_spaces import make_action_groups
 from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQNetwork, QNetwork
-from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, make_logit_rule
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
 from sb3_staq.save_util import atomic_write
 
 CRITICS = ("additive", "joint")
@@ -288,8 +288,8 @@ class StaQPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        choices = self.get_distribution(observation).get_actions(deterministic=deterministic)
-        return self.action_groups.decode(choices.reshape(len(choices), -1))
+        logits, groups = self.logits(observation), self.action_groups
+        return groups.decode(groups.mode(logits) if deterministic else groups.sample(log_policy(logits, groups.sizes)))
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
         """

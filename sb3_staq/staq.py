@@ -557,8 +557,8 @@ class StaQ(OffPolicyAlgorithm):
         elif self._last_logit_sums is None:
             actions, _ = self.predict(self._last_obs)
         else:  # the cache has just evaluated the stack at these observations
-            choices = groups.distribution(self.policy.scale(self._last_logit_sums)).sample()
-            actions = self._explore(self._to_env_actions(choices.reshape(n_envs, -1)))
+            choices = groups.sample(self._log_policy(self._last_logit_sums))
+            actions = self._explore(self._to_env_actions(choices))
         is_box = isinstance(self.action_space, spaces.Box)
         return actions, self.policy.scale_action(actions) if is_box else actions
 

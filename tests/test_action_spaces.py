@@ -108,7 +108,7 @@ def test_encode_finds_the_nearest_choice(name):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_distribution_against_the_joint_distribution(name):
-    """Log-probabilities and entropy of the product policy are those of the enumerated joint distribution."""
+    """Log-probabilities, entropy and mode of the product policy are those of the enumerated joint distribution."""
     space, kwargs = SPACES[name]
     groups = make_action_groups(space, **kwargs)
     logits = th.randn(1, groups.n_choices, dtype=th.float64, generator=th.Generator().manual_seed(1))
@@ -127,6 +127,7 @@ def test_distribution_against_the_joint_distribution(name):
     assert th.allclose(distribution.entropy(), expected_entropy)
     assert th.allclose(entropy(log_policy(logits, groups.sizes)), expected_entropy)
     assert th.allclose(log_policy(logits, groups.sizes)[0, groups.columns(choices)].sum(dim=1), joint)
+    assert groups.mode(logits).squeeze(0).tolist() == choices[joint.argmax()].tolist()
 
 
 def test_groupwise_update_is_the_joint_optimum():
