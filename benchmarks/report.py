@@ -30,7 +30,7 @@ LABELS = {
     "td3": "TD3",
     "tqc": "TQC",
     "crossq": "CrossQ",
-    "a2c": "A2C",
+    "staq_additive": "StaQ, additive critics",
 }
 # An algorithm looks the same in all figures: colours that colour-blind people can tell apart, and dashes beside
 COLORS = dict(zip(LABELS.values(), sns.color_palette("colorblind", len(LABELS)), strict=True))

@@ -41,7 +41,7 @@ class Suite:
 
     :param name: name of the suite
     :param description: one sentence
-    :param algos: names of the algorithms in RL Zoo3
+    :param algos: names of the algorithms in RL Zoo3; variants are called ``NAME_VARIANT``
     :param seeds: seeds of the trainings
     :param n_eval_episodes: episodes per evaluation
     :param envs: environments by id
@@ -86,7 +86,7 @@ class Cell:
 
     :param suite: name of its suite
     :param env_id: id of the environment
-    :param algo: name of the algorithm in RL Zoo3
+    :param algo: name of the algorithm in RL Zoo3, with that of its variant if it is one
     :param seed: seed of the training
     :param steps: environment steps of the training
     :param eval_freq: environment steps between two evaluations
@@ -107,6 +107,11 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.env_id} {self.algo} seed {self.seed}"
+
+    @property
+    def zoo_algo(self) -> str:
+        """Name of the algorithm in RL Zoo3."""
+        return self.algo.partition("_")[0]
 
     @property
     def results_file(self) -> Path:
@@ -131,7 +136,7 @@ class Cell:
 
         return ExperimentManager(
             argparse.Namespace(),
-            self.algo,
+            self.zoo_algo,
             self.env_id,
             str(self.working_folder / "zoo"),
             n_timesteps=self.steps,

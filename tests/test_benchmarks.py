@@ -124,7 +124,7 @@ def test_bootstrap_intervals() -> None:
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_suites_are_valid(suite: Suite) -> None:
-    assert set(suite.algos) <= set(ALGOS) and set(suite.algos) <= set(report.LABELS)
+    assert {cell.zoo_algo for cell in make_cells(suite)} <= set(ALGOS) and set(suite.algos) <= set(report.LABELS)
     assert set(suite.hyperparams) <= set(suite.algos)
     assert len(set(suite.seeds)) == len(suite.seeds) > 1
     for env in suite.envs.values():
@@ -168,6 +168,13 @@ def test_hyperparameters_of_the_suite_replace_those_of_the_zoo() -> None:
     (cell,) = make_cells(SUITES["minatar"], ["qrdqn"], ["MinAtar/Breakout-v1"], [0])
     assert cell.settings()["hyperparams"]["env_wrapper"] == "sb3_staq.minatar.MinAtarWrapper"
     assert "/" not in cell.results_file.relative_to(cell.folder / "results" / "minatar").parts[0]
+
+
+def test_variants_differ_in_what_the_suite_says() -> None:
+    plain, variant = (cell.settings()["hyperparams"] for cell in make_cells(SUITES["critics"], seeds=[0]))
+    different = {key for key in plain.keys() | variant.keys() if plain.get(key) != variant.get(key)}
+    assert different == {"critic", "policy_kwargs"}
+    assert (plain["critic"], variant["critic"]) == ("joint", "additive")
 
 
 # Result files
