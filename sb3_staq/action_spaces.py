@@ -126,7 +126,8 @@ class ActionGroups(nn.Module):
 
     def sweep(self, choices: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        Vary one group of each action over all its choices; the actions of the batch take turns in which group.
+        Vary one group of each action over all its choices; the actions of the batch take turns in which group, from a
+        random one on.
 
         :param choices: shape (batch, number of groups)
         :return: the varied choices, shape (batch, max(sizes), number of groups); the columns of the varied group's
@@ -134,7 +135,8 @@ class ActionGroups(nn.Module):
             (batch, max(sizes))
         """
         device = choices.device
-        group = th.arange(len(choices), device=device) % len(self.sizes)
+        first = th.randint(len(self.sizes), (1,), device=device)  # a batch may have fewer actions than groups
+        group = (first + th.arange(len(choices), device=device)) % len(self.sizes)
         last = self._last[group].unsqueeze(1)
         options = th.arange(max(self.sizes), device=device).expand(len(choices), -1)
         valid = options <= last

@@ -201,7 +201,7 @@ def max_entropy(group_sizes: Sequence[int]) -> float:
 
 def kl_divergence(log_pi: th.Tensor, log_other: th.Tensor) -> th.Tensor:
     """``KL(pi || other)`` in nats, summed over the groups: shape (..., sum(group_sizes)) -> (...)."""
-    return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1)
+    return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1).clamp(min=0)  # rounding can leave less
 
 
 def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:

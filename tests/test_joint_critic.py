@@ -110,8 +110,9 @@ def test_sweep_varies_one_group(action_space):
     choices = groups.uniform(4 * n_groups)
     varied, columns, valid = groups.sweep(choices)
     offsets = np.cumsum([0, *groups.sizes])
+    first = offsets.tolist().index(columns[0, 0].item())
     for i in range(len(choices)):
-        group = i % n_groups  # taken in turn
+        group = (first + i) % n_groups  # taken in turn
         size = groups.sizes[group]
         assert valid[i].tolist() == [True] * size + [False] * (max(groups.sizes) - size)
         assert columns[i, :size].tolist() == list(range(offsets[group], offsets[group + 1]))
@@ -122,6 +123,14 @@ def test_sweep_varies_one_group(action_space):
         # What is not valid can still be looked up
         assert (varied[i] < th.tensor(groups.sizes)).all()
         assert (columns[i] < groups.n_choices).all()
+
+
+def test_small_batches_sweep_all_groups():
+    """... in the course of time: which group is the first one changes."""
+    groups = make_action_groups(spaces.Box(-1, 1, (17,)), action_bins=3)
+    th.manual_seed(0)
+    first_columns = th.cat([groups.sweep(groups.uniform(4))[1][:, 0] for _ in range(100)])
+    assert set(first_columns.tolist()) == set(range(0, 17 * 3, 3))
 
 
 @pytest.mark.parametrize("sizes", [[2, 4], [3, 3]])

@@ -45,6 +45,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
+from sb3_staq.buffers import split_samples
 from sb3_staq.staq import DEFAULTS, FACTORED_BOX_DEFAULTS
 
 
@@ -613,13 +614,10 @@ def test_gradient_steps_by_hand(case):
     np.random.seed(5)
     model.train(gradient_steps=4, batch_size=32)
     np.random.seed(5)
-    losses, n_terminations = [], 0
+    samples = model.replay_buffer.sample(4 * 32, env=model.get_vec_normalize_env())
     assert (type(model.replay_buffer) is NStepReplayBuffer) == (case == "n_step")
-    for _ in range(4):
-        batch = model.replay_buffer.sample(32, env=model.get_vec_normalize_env())
-        n_terminations += batch.dones.sum().item()
-        losses.append(by_hand.gradient_step(batch)[0])
-    assert 0 < n_terminations < 100
+    assert 0 < samples.dones.sum().item() < 100
+    losses = [by_hand.gradient_step(batch)[0] for batch in split_samples(samples, 32)]
     by_hand.assert_same()
     changes = [a - b for a, b in zip(model.policy.critics.parameters(), before, strict=True)]
     assert all(change.abs().max() > 1e-4 for change in changes)
