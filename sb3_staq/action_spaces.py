@@ -242,6 +242,11 @@ def make_action_groups(space: spaces.Space, action_grid: str = "factored", actio
         n_bits = space.shape[0]
         return EvenlySpacedGroups([2] * n_bits, np.zeros(n_bits), np.ones(n_bits), th.int64)
     if isinstance(space, spaces.Box):
+        if not np.issubdtype(space.dtype, np.floating):
+            raise ValueError(
+                f"action_space={space} holds {space.dtype}, which SB3's replay buffers, where actions are scaled to "
+                "[-1, 1], cannot store; accepted: a Box of floats, or MultiDiscrete"
+            )
         return _make_box_groups(int(np.prod(space.shape)), action_grid, action_bins)
     supported = ", ".join(supported.__name__ for supported in SUPPORTED_ACTION_SPACES)
     raise ValueError(f"action_space={space} is not supported by StaQ; supported: {supported}")

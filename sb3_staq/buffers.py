@@ -13,6 +13,7 @@ import torch as th
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 
+from sb3_staq.critics import FrozenCritics
 from sb3_staq.mirror_descent import PolicyUpdate
 
 # Stored states per batch when the whole cache is updated: large enough for full speed, small enough for any memory
@@ -56,12 +57,14 @@ class LogitCache:
     The buffer stays SB3's own: the cache watches which elements a sample takes and keeps its values beside them.
 
     :param replay_buffer: a plain, Dict or n-step replay buffer, see :meth:`supports`
-    :param n_choices: number of columns of the sums
+    :param frozen_critics: the stack that is summed
     :param device: where the sums are kept
     """
 
-    def __init__(self, replay_buffer: ReplayBuffer, n_choices: int, device: th.device):
+    def __init__(self, replay_buffer: ReplayBuffer, frozen_critics: FrozenCritics, device: th.device):
         self.replay_buffer = replay_buffer
+        self.frozen_critics = frozen_critics
+        n_choices = frozen_critics.n_choices
         self.sums = th.zeros(replay_buffer.buffer_size, replay_buffer.n_envs, n_choices, device=device)
         self._synced = self._fingerprint() if replay_buffer.size() == 0 else None
         # With `optimize_memory_usage`, next observations stand in `observations`, one row further
@@ -76,18 +79,22 @@ class LogitCache:
         return type(replay_buffer) in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
     def _fingerprint(self) -> tuple[Any, ...]:
-        """Tells whether somebody else has written to the buffer: where it writes next and what it wrote last."""
+        """
+        Tells whether somebody else has written to the buffer (where it writes next and what it wrote last) or loaded
+        another stack.
+        """
         buffer = self.replay_buffer
         last = (buffer.pos - 1) % buffer.buffer_size
         observations = buffer.observations
         if isinstance(observations, dict):
             observations = next(iter(observations.values()))
-        return buffer.pos, buffer.full, buffer.actions[last].tobytes(), observations[last].tobytes()
+        written = buffer.pos, buffer.full, buffer.actions[last].tobytes(), observations[last].tobytes()
+        return *written, self.frozen_critics.n_loads
 
     def sync(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
         """
-        Make sure that all transitions in the buffer have their sums: after loading a buffer, or filling it by hand, the
-        whole stack is evaluated at all stored next states.
+        Make sure that all transitions in the buffer have their sums: after loading a buffer or a stack, or filling the
+        buffer by hand, the whole stack is evaluated at all stored next states.
 
         :param logit_sums: the weighted sums at observations
         """

@@ -296,6 +296,7 @@ class FrozenCritics(nn.ModuleList):
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
         head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self.n_choices = template.net.n_choices
+        self.n_loads = 0  # what has been computed with the stack is void once another one is loaded
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
         self._weigh()
 
@@ -407,6 +408,15 @@ class FrozenCritics(nn.ModuleList):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state_dict(state)
         self._weigh()
+        self.n_loads += 1
+
+    def gather(self) -> None:
+        """Take over parameters that others than this class have put in place of the entries' own."""
+        for i, slot in enumerate(self._slots):
+            for name, param in self[i].net.named_parameters():
+                self._blocks[name][slot].copy_(param.data)
+        self._link_all()
+        self.n_loads += 1
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """As of any module, but with copies: saving a view would save the whole block, unused slots included."""

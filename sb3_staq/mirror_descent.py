@@ -135,6 +135,7 @@ class StackWeights:
         self.memory_size = memory_size
         self.values: list[float] = []
         self.scale = 0.0
+        self.ent_coef: float | None = None  # of the last push
 
     def __len__(self) -> int:
         return len(self.values)
@@ -156,6 +157,7 @@ class StackWeights:
         :return: what the update does to the weighted sum
         """
         deletes = self.full
+        self.ent_coef = ent_coef
         if not isinstance(self.logit_rule, str):
             self.values = list(self.logit_rule[len(self) :: -1])  # by age, as many as there are, oldest first
             self.scale = 1.0
@@ -168,12 +170,13 @@ class StackWeights:
         return PolicyUpdate(beta, deletes, deleted_weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the logits, in types that ``torch.load(weights_only=True)`` accepts."""
-        return {"values": list(self.values), "scale": self.scale}
+        """Everything that decides the policy's value, in types that ``torch.load(weights_only=True)`` accepts."""
+        return {"values": list(self.values), "scale": self.scale, "ent_coef": self.ent_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values = list(state["values"])
         self.scale = state["scale"]
+        self.ent_coef = state["ent_coef"]
 
 
 def log_policy(logits: th.Tensor, group_sizes: Sequence[int]) -> th.Tensor:

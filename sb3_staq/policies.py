@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
@@ -50,8 +51,8 @@ class StaQPolicy(BasePolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
-        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default) for the main effects
-        that the stack is made of
+        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default, [] after a
+        ``NatureCNN``) for the main effects that the stack is made of and ``qf`` ([256, 256] by default) for the critics
     :param activation_fn: Activation function
     :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default those of
         joint critics are (the network of main effects never is)
@@ -108,10 +109,11 @@ class StaQPolicy(BasePolicy):
             normalize_images=normalize_images,
             squash_output=isinstance(action_space, spaces.Box),  # `predict` rescales from [-1, 1]
         )
-        if net_arch is None and self.features_extractor_class == NatureCNN:
-            net_arch = []
-        elif net_arch is None:
-            net_arch = dict(pi=[128, 128], qf=[256, 256]) if critic == "joint" else [256, 256]
+        if net_arch is None:
+            is_cnn = self.features_extractor_class == NatureCNN  # it ends in a hidden layer
+            net_arch = [] if is_cnn else [256, 256]
+            if critic == "joint":
+                net_arch = dict(pi=[] if is_cnn else [128, 128], qf=[256, 256])
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.layer_norm = critic == "joint" if layer_norm is None else layer_norm
@@ -290,6 +292,16 @@ class StaQPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         logits, groups = self.logits(observation), self.action_groups
         return groups.decode(groups.mode(logits) if deterministic else groups.sample(log_policy(logits, groups.sizes)))
+
+    def load_from_vector(self, vector: np.ndarray) -> None:
+        """
+        Load parameters from a 1D vector, as ``parameters_to_vector`` returns them. The weights of the stack, which are
+        not parameters, stay as they are.
+
+        :param vector: all parameters, those of the frozen critics included
+        """
+        super().load_from_vector(vector)
+        self.frozen_critics.gather()
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
         """

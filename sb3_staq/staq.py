@@ -279,7 +279,6 @@ class StaQ(OffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._n_policy_updates = 0
         self._last_policy_update: int | None = None  # the time step up to which policy updates have been done
-        self._current_ent_coef = 0.0  # in force since the last policy update
         self._logit_cache: LogitCache | None = None
         self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
         # Called after each policy update with kl_coef, ent_coef, the weights before it and the critics that it deleted;
@@ -311,10 +310,8 @@ class StaQ(OffPolicyAlgorithm):
         action_space = self.action_space
         self.action_space = flatten_action_space(action_space)
         super()._setup_model()
-        self.action_space = action_space
+        self.action_space = self.policy.action_space = action_space
         self.policy_kwargs = policy_kwargs
-        if self._n_policy_updates == 0:
-            self._current_ent_coef = self._coefficients_at(1.0)[1]
         self._setup_logit_cache()
         if self.verbose >= 1:
             how = "kept in a cache" if self._logit_cache is not None else "evaluated directly through the whole stack"
@@ -335,7 +332,7 @@ class StaQ(OffPolicyAlgorithm):
         if obstacle or not pays:
             self._logit_cache = None
         elif self._logit_cache is None or self._logit_cache.replay_buffer is not self.replay_buffer:
-            self._logit_cache = LogitCache(self.replay_buffer, self.policy.action_groups.n_choices, self.device)
+            self._logit_cache = LogitCache(self.replay_buffer, self.policy.frozen_critics, self.device)
 
     def _logit_cache_pays(self) -> bool:
         """Whether two critics at all stored states cost less per policy update than the stack at all sampled ones."""
@@ -346,6 +343,12 @@ class StaQ(OffPolicyAlgorithm):
         steps_per_env_step = 1.0 if self.gradient_steps < 0 else self.gradient_steps / env_steps
         n_sampled = steps_per_env_step * self.policy_update_interval * self.batch_size
         return 2 * self.buffer_size <= self.memory_size * n_sampled
+
+    @property
+    def _current_ent_coef(self) -> float:
+        """In force since the last policy update, so a part of the policy; at first that of the schedule."""
+        ent_coef = self.policy.frozen_critics.weights.ent_coef
+        return self._coefficients_at(1.0)[1] if ent_coef is None else ent_coef
 
     def _coefficients_at(self, progress_remaining: float) -> tuple[float, float]:
         """The coefficients ``(kl_coef, ent_coef)`` of the schedules at a progress from 1 (start) to 0 (end)."""
@@ -380,7 +383,9 @@ class StaQ(OffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
-        Alternate policy evaluation and policy updates: as many updates as are due, spread over the gradient steps.
+        Alternate policy evaluation and policy updates: as many updates as are due, spread over the gradient steps. They
+        are due by the environment steps that ``learn`` has taken: without any, the critics of the current policy are
+        trained.
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
@@ -441,6 +446,12 @@ class StaQ(OffPolicyAlgorithm):
             # The only transfer to the host: a GPU would have to wait for one in each gradient step
             means = th.stack([th.stack(values).mean() for values in statistics.values()]).tolist()
             for name, mean in zip(statistics, means, strict=True):
+                if not np.isfinite(mean):
+                    raise ValueError(
+                        f"The critics have diverged: {name} is {mean} after {self._n_updates} gradient steps with "
+                        f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values "
+                        "are more stable. The policy is still that of the last update."
+                    )
                 self.logger.record(f"train/{name}", mean)
 
     def _update_policy(self, batch_size: int) -> None:
@@ -453,7 +464,6 @@ class StaQ(OffPolicyAlgorithm):
         old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
-        self._current_ent_coef = ent_coef
         self._n_policy_updates += 1
         self._last_logit_sums = None
         if self._logit_cache is not None:
@@ -478,9 +488,11 @@ class StaQ(OffPolicyAlgorithm):
     def _batches(self, n_batches: int, batch_size: int) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
         """
         Batches of transitions and ``log pi(.|s')`` at their next states. The policy is fixed between its updates, so
-        several batches are drawn and evaluated at once.
+        several batches are drawn and evaluated at once; but not where a sample may be in order (HER's ends with the
+        relabelled transitions).
         """
-        n_at_once = max(1, MIN_UPDATE_STATES // batch_size)
+        assert self.replay_buffer is not None
+        n_at_once = max(1, MIN_UPDATE_STATES // batch_size) if LogitCache.supports(self.replay_buffer) else 1
         for first in range(0, n_batches, n_at_once):
             samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
             log_pi = self._next_log_policy(samples, cache_index)
@@ -673,13 +685,6 @@ class StaQ(OffPolicyAlgorithm):
         """
         with atomic_write(path, "pkl") as file:
             super().save_replay_buffer(file)
-
-    def set_parameters(
-        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        super().set_parameters(load_path_or_dict, exact_match, device)
-        self._logit_cache = self._last_logit_sums = None  # they belonged to another stack
-        self._setup_logit_cache()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums", "policy_update_hooks"]

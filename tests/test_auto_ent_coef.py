@@ -162,3 +162,12 @@ def test_bad_input(arguments, named, accepted):
     with pytest.raises(ValueError, match=named) as error:
         StaQ("MlpPolicy", gym.make("CartPole-v1"), **arguments)
     assert error.match(accepted)
+
+
+def test_other_parameters_bring_their_coefficient():
+    """Targets and the search for the next value follow the policy that has been loaded."""
+    model = make_model(RandomObsEnv(), ent_coef="auto_5.0", kl_coef="rel_1.0").learn(200)
+    other = make_model(RandomObsEnv(), ent_coef="auto_5.0", kl_coef="rel_1.0", seed=1)
+    assert other._current_ent_coef == 5.0
+    other.set_parameters(model.get_parameters())
+    assert other._current_ent_coef == model._current_ent_coef != 5.0

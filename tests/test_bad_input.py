@@ -295,6 +295,14 @@ def test_action_spaces_that_are_not_supported(action_space):
     assert type(action_space).__name__ in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+@pytest.mark.parametrize("action_grid", ["factored", "axis", "joint"])
+def test_boxes_of_whole_numbers(dtype, action_grid):
+    action_space = spaces.Box(0, 10, (2,), dtype)
+    with pytest.raises(ValueError, match=rf"action_space=Box.*{dtype.__name__}.*accepted: .*MultiDiscrete"):
+        make_model(ActionsEnv(action_space), action_grid=action_grid)
+
+
 def test_observation_spaces_that_are_not_supported():
     class TupleObs(RandomObsEnv):
         def __init__(self):
@@ -486,6 +494,19 @@ def test_whole_numbers_are_not_checked_for_finiteness():
     kwargs = dict(policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)))
     env = FakeImageEnv(screen_height=36, screen_width=36, discrete=True)
     assert make_model(env, "CnnPolicy", gradient_steps=1, **kwargs).learn(30).num_timesteps == 30
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_critics_that_diverge_stop_the_training(critic):
+    """The error says which number went wrong; the policy is the one before."""
+    model = make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), critic=critic).learn(60)
+    obs = th.rand(5, 4)
+    logits = model.policy.logits(obs)
+    next(iter(model.policy.critics.parameters())).data.mul_(NAN)
+    with pytest.raises(ValueError, match=r"critics have diverged: critic_loss is nan .* learning_rate=0\.01"):
+        model.learn(20, reset_num_timesteps=False)
+    assert logits.isfinite().all()
+    assert th.equal(model.policy.logits(obs), logits)
 
 
 def test_networks_with_running_statistics():

@@ -403,13 +403,21 @@ def test_loaded_replay_buffer(n_steps, tmp_path):
     assert cache_error(other) < 1e-4
 
 
+OTHER_PARAMETERS = {
+    "set_parameters": lambda model, other: model.set_parameters(other.get_parameters()),
+    "load_state_dict": lambda model, other: model.policy.load_state_dict(other.policy.state_dict()),
+    "load_from_vector": lambda model, other: model.policy.load_from_vector(other.policy.parameters_to_vector()),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_PARAMETERS)
 @pytest.mark.parametrize("n_steps", [90, 97])
-def test_other_parameters_lead_to_a_rebuild(n_steps):
+def test_other_parameters_lead_to_a_rebuild(n_steps, way):
     model = make_model(vec_env(), buffer_size=30)
     model.learn(n_steps)
     other = make_model(vec_env(), buffer_size=30, seed=1)
     other.learn(60)
-    model.set_parameters(other.get_parameters())
+    OTHER_PARAMETERS[way](model, other)
     assert sampled_error(model) < 1e-4
     assert cache_error(model) < 1e-4
 

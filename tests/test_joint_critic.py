@@ -8,10 +8,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, make_model, members, randomise, relative_error, sample_obs
-from stable_baselines3.common.envs import IdentityEnvBox, IdentityEnvMultiDiscrete
+from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvBox, IdentityEnvMultiDiscrete
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
 from sb3_staq.action_spaces import make_action_groups
+from sb3_staq.critics import JointCritics
 from sb3_staq.mirror_descent import log_policy
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)
@@ -100,6 +101,18 @@ def test_values_of_stored_actions(action_space):
     expected = th.stack([slow_values(net, obs, inputs.unsqueeze(0)).squeeze(0) for net in members(policy.critics)])
     assert expected.std() > 0.01
     assert relative_error(policy.action_values(many, stored).detach(), expected.detach()) < 1e-5
+
+
+def test_critics_of_images_have_a_hidden_layer():
+    """Without one, the values of actions would not depend on the state."""
+    policy = StaQ("CnnPolicy", FakeImageEnv(discrete=False), buffer_size=1, device="cpu").policy
+    assert isinstance(policy.critics, JointCritics)
+    for i, module in enumerate([policy.critics, policy.main_effects]):
+        randomise(module, seed=i)
+    obs = sample_obs(policy.observation_space, 2)
+    low, high = (policy.action_values(obs, th.full((2, 5), value)) for value in (-1.0, 1.0))
+    differences = high - low  # by critic and state
+    assert not th.allclose(differences[:, 0], differences[:, 1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("action_space", ACTION_SPACES)

@@ -98,6 +98,18 @@ def test_round_trip_of_parameters(n):
 
 
 @pytest.mark.parametrize("n", SIZES)
+def test_round_trip_of_a_vector(n):
+    """... of all parameters. The stack stays in its blocks of memory, in which it can be pushed on."""
+    model, other = grown_model(n), grown_model(n, seed=1)
+    obs = observations(model)
+    other.policy.load_from_vector(model.policy.parameters_to_vector())
+    assert_same_policy(other.policy, model.policy, obs)
+    for each in (model, other):
+        grow(each, 2, seed=200)
+    assert th.equal(other.policy.logits(obs), model.policy.logits(obs))
+
+
+@pytest.mark.parametrize("n", SIZES)
 def test_round_trip_of_the_policy(n, tmp_path):
     model = grown_model(n)
     obs = observations(model)

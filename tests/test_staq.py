@@ -158,6 +158,26 @@ def test_hindsight_experience_replay(obs_kind, n_envs):
     assert type(model.replay_buffer) is HerReplayBuffer
 
 
+def test_hindsight_experience_replay_in_every_batch():
+    """Each gradient step gets as many relabelled transitions as the buffer is asked for: four of five."""
+    model = make_model(
+        BitFlippingEnv(n_bits=8),
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="final"),
+    )
+    model.learn(400)  # random flips do not reach the goal, but do reach that of the relabelled last transition
+    real_goals = {tuple(goal) for goal in model.replay_buffer.observations["desired_goal"][:, 0]}
+    batches = [batch for batch, _ in model._batches(20, 50)]
+    assert [len(batch.rewards) for batch in batches] == [50] * 20
+    shares = [
+        np.mean([tuple(goal) not in real_goals for goal in batch.observations["desired_goal"].numpy()])
+        for batch in batches
+    ]
+    assert max(shares) - min(shares) < 0.3
+    assert 0.6 < np.mean(shares) <= 0.8
+
+
 def test_hindsight_experience_replay_solves_bit_flipping():
     """The reward is sparse: random actions reach few goals, relabelled transitions teach to reach nearly all."""
     model = make_model(
@@ -870,6 +890,24 @@ def test_predict_shapes(kind):
         assert all(env.action_space.contains(action) for action in actions)
         if deterministic:
             assert (actions == action).all()
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [spaces.MultiDiscrete([[2, 3], [4, 2]]), spaces.MultiBinary([2, 3]), spaces.Box(-2, 1, (2, 3), np.float32)],
+    ids=str,
+)
+def test_predict_shapes_of_actions_of_several_dimensions(action_space, tmp_path):
+    """The policy gives them as the model does, also when it is saved and loaded alone."""
+    model = make_model(RandomObsEnv(action_space=action_space)).learn(40)
+    model.policy.save(tmp_path / "policy.pth")
+    obs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    expected, _ = model.predict(obs, deterministic=True)
+    assert expected.shape == (6, *action_space.shape)
+    assert all(action_space.contains(action.astype(action_space.dtype)) for action in expected)
+    for policy in (model.policy, MlpPolicy.load(tmp_path / "policy.pth")):
+        np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
+        np.testing.assert_array_equal(policy.predict(obs[0], deterministic=True)[0], expected[0])
 
 
 def test_deterministic_prediction_is_the_most_probable_action():
