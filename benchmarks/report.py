@@ -219,22 +219,22 @@ def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> l
         "## Final returns",
         f"Greedy, {n_episodes} episodes after the training: mean over the seeds, in brackets the worst seed.",
         markdown_table(["", *env_ids], overview),
-        f"By environment, also the mean of the last {N_LAST} evaluations of all seeds. Minutes and rates are those of "
-        "the clock, and depend on what else ran on the machine; minutes of the processor (where they were measured) "
-        "do so less.",
+        f"By environment, also the mean of the last {N_LAST} evaluations (in brackets that of each seed). Minutes and "
+        "rates are those of the clock, and depend on what else ran on the machine; minutes of the processor (means of "
+        "the seeds where they were measured) do so less.",
     ]
     for env_id in env_ids:
         rows = {}
         for algo, group in finals[finals["env"] == env_id].groupby("algo", sort=False):
             minutes = group["seconds"].mean() / 60
-            cpu_minutes = group["cpu_seconds"].mean(skipna=False) / 60
+            cpu_minutes = group["cpu_seconds"].mean() / 60
             of_group = (curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])
-            last = curves[of_group].sort_values("step").groupby("seed").tail(N_LAST)
+            last = curves[of_group].sort_values("step").groupby("seed").tail(N_LAST).groupby("seed")["return"].mean()
             rows[algo] = [
                 ", ".join(f"{value:,.1f}" for value in group.sort_values("seed")["return"]),
                 f"{group['return'].mean():,.1f}",
                 f"{group['return'].min():,.1f}",
-                f"{last['return'].mean():,.1f}",
+                f"{last.mean():,.1f} ({', '.join(f'{value:,.1f}' for value in last)})",
                 f"{group['step'].max():,}",
                 f"{minutes:,.1f}",
                 "" if np.isnan(cpu_minutes) else f"{cpu_minutes:,.1f}",

@@ -91,6 +91,11 @@ class LogitCache:
         written = buffer.pos, buffer.full, buffer.actions[last].tobytes(), observations[last].tobytes()
         return *written, self.frozen_critics.n_loads
 
+    @property
+    def in_sync(self) -> bool:
+        """Whether the sums are those of the current stack at what is stored now."""
+        return self._synced == self._fingerprint()
+
     def sync(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
         """
         Make sure that all transitions in the buffer have their sums: after loading a buffer or a stack, or filling the
@@ -98,7 +103,7 @@ class LogitCache:
 
         :param logit_sums: the weighted sums at observations
         """
-        if self._synced != self._fingerprint():
+        if not self.in_sync:
             for obs, sums in self._batches():
                 sums.copy_(logit_sums(obs))
             self._synced = self._fingerprint()

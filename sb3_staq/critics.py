@@ -147,10 +147,15 @@ class _BatchedLinear(th.autograd.Function):
     Autograd's own gradient of the weights comes out transposed, so that each step would copy it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:  # type: ignore[override]
         return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: th.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:  # type: ignore[override]
@@ -183,7 +188,9 @@ def _batched_layer(
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
             return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
-        return _BatchedLinear.apply(x, weight, bias)
+        if th.is_grad_enabled() and not th.is_autocast_enabled(x.device.type):
+            return _BatchedLinear.apply(x, weight, bias)
+        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
         one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
         x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
@@ -408,7 +415,6 @@ class FrozenCritics(nn.ModuleList):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state_dict(state)
         self._weigh()
-        self.n_loads += 1
 
     def gather(self) -> None:
         """Take over parameters that others than this class have put in place of the entries' own."""
@@ -431,6 +437,7 @@ class FrozenCritics(nn.ModuleList):
         if extra_state is not None:
             self._resize(list(extra_state["slots"]))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.n_loads += 1
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":
         super()._apply(fn, recurse)

@@ -176,7 +176,7 @@ class StackWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values = list(state["values"])
         self.scale = state["scale"]
-        self.ent_coef = state["ent_coef"]
+        self.ent_coef = state.get("ent_coef")  # states saved before it belonged to them have none
 
 
 def log_policy(logits: th.Tensor, group_sizes: Sequence[int]) -> th.Tensor:

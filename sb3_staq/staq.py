@@ -19,7 +19,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
-    PyTorchObs,
     ReplayBufferSamples,
     Schedule,
     TrainFreq,
@@ -80,8 +79,8 @@ MAX_ENT_COEF_CHANGE = 1.3
 MIN_ENT_COEF = 1e-6
 # Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest
 DEFAULT_TARGET_ENTROPY = "lin_0.6_0.2"
-# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over; so many
-# are also drawn at a time for gradient steps
+# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over; gradient
+# steps draw at most so many at a time
 MIN_UPDATE_STATES = 1024
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
@@ -331,7 +330,11 @@ class StaQ(OffPolicyAlgorithm):
         pays = self.logit_cache is True or (self.logit_cache == "auto" and self._logit_cache_pays())
         if obstacle or not pays:
             self._logit_cache = None
-        elif self._logit_cache is None or self._logit_cache.replay_buffer is not self.replay_buffer:
+        elif (
+            self._logit_cache is None
+            or self._logit_cache.replay_buffer is not self.replay_buffer
+            or self._logit_cache.frozen_critics is not self.policy.frozen_critics
+        ):
             self._logit_cache = LogitCache(self.replay_buffer, self.policy.frozen_critics, self.device)
 
     def _logit_cache_pays(self) -> bool:
@@ -361,22 +364,25 @@ class StaQ(OffPolicyAlgorithm):
         kl_coef = self.kl_coef_schedule(progress_remaining)
         return kl_coef * ent_coef if self._kl_coef_is_relative else kl_coef
 
-    def _next_coefficients(self, next_obs: PyTorchObs, logit_sums: th.Tensor) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given replayed next states."""
+    def _next_coefficients(self, q_values: th.Tensor, logit_sums: th.Tensor) -> tuple[float, float]:
+        """
+        The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given what will be pushed and the
+        weighted sums before it, both at replayed states.
+        """
         progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
         if not self._ent_coef_is_auto:
             return self._coefficients_at(progress)
         # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
-        policy, ent_coef = self.policy, self._current_ent_coef
+        policy, least_ent_coef = self.policy, MIN_ENT_COEF * self.ent_coef_schedule(1.0)
+        ent_coef = max(self._current_ent_coef, least_ent_coef)
         beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
-        q_values = policy.q_values(policy.additive_critics, next_obs)
         total = PolicyUpdate(beta, deletes=False, deleted_weight=0.0).apply(logit_sums, q_values)
         average = total / (beta * sum(policy.frozen_critics.weights.values) + 1.0)
         ent_coef = solve_ent_coef(
             average,
             policy.action_groups.sizes,
             self.target_entropy_schedule(progress),
-            lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, MIN_ENT_COEF * self.ent_coef_schedule(1.0)),
+            lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, least_ent_coef),
             highest=ent_coef * MAX_ENT_COEF_CHANGE,
         )
         return self._kl_coef_at(progress, ent_coef), ent_coef
@@ -446,12 +452,7 @@ class StaQ(OffPolicyAlgorithm):
             # The only transfer to the host: a GPU would have to wait for one in each gradient step
             means = th.stack([th.stack(values).mean() for values in statistics.values()]).tolist()
             for name, mean in zip(statistics, means, strict=True):
-                if not np.isfinite(mean):
-                    raise ValueError(
-                        f"The critics have diverged: {name} is {mean} after {self._n_updates} gradient steps with "
-                        f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values "
-                        "are more stable. The policy is still that of the last update."
-                    )
+                self._check_critics(name, mean)
                 self.logger.record(f"train/{name}", mean)
 
     def _update_policy(self, batch_size: int) -> None:
@@ -460,7 +461,9 @@ class StaQ(OffPolicyAlgorithm):
         batch, cache_index = self._sample(max(batch_size, MIN_UPDATE_STATES))
         old_logit_sums = self._next_logit_sums(batch, cache_index)
         old_log_pi = self._log_policy(old_logit_sums)
-        kl_coef, ent_coef = self._next_coefficients(batch.next_observations, old_logit_sums)
+        q_values = policy.q_values(policy.additive_critics, batch.next_observations)
+        self._check_critics("mean Q-value", q_values.mean().item())
+        kl_coef, ent_coef = self._next_coefficients(q_values, old_logit_sums)
         old_weights = copy.copy(policy.frozen_critics.weights)
 
         update, deleted = policy.push_critics(kl_coef, ent_coef)
@@ -485,14 +488,28 @@ class StaQ(OffPolicyAlgorithm):
         for hook in self.policy_update_hooks:
             hook(kl_coef, ent_coef, old_weights, deleted)
 
+    def _check_critics(self, what: str, value: float) -> None:
+        """Stop before critics that are not finite are trained on, or get into the policy."""
+        if not np.isfinite(value):
+            raise ValueError(
+                f"The critics have diverged: {what} is {value} after {self._n_updates} gradient steps with "
+                f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values are more "
+                "stable. The policy is still that of the last update."
+            )
+
     def _batches(self, n_batches: int, batch_size: int) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
         """
         Batches of transitions and ``log pi(.|s')`` at their next states. The policy is fixed between its updates, so
-        several batches are drawn and evaluated at once; but not where a sample may be in order (HER's ends with the
-        relabelled transitions).
+        several batches are drawn and evaluated at once; but not from buffers whose samples may be no set of equals
+        (HER's end with the relabelled transitions).
         """
         assert self.replay_buffer is not None
-        n_at_once = max(1, MIN_UPDATE_STATES // batch_size) if LogitCache.supports(self.replay_buffer) else 1
+        if not LogitCache.supports(self.replay_buffer):
+            for _ in range(n_batches):
+                samples, _ = self._sample(batch_size)
+                yield samples, self._next_log_policy(samples, None)
+            return
+        n_at_once = max(1, MIN_UPDATE_STATES // batch_size)
         for first in range(0, n_batches, n_at_once):
             samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
             log_pi = self._next_log_policy(samples, cache_index)
@@ -563,16 +580,21 @@ class StaQ(OffPolicyAlgorithm):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         assert self._last_obs is not None
-        groups = self.policy.action_groups
+        groups, logit_sums = self.policy.action_groups, self._known_logit_sums()
         if self.num_timesteps < learning_starts:  # random choices, not random actions: a Box has actions off the grid
             actions = self._to_env_actions(groups.uniform(n_envs))
-        elif self._last_logit_sums is None:
+        elif logit_sums is None:
             actions, _ = self.predict(self._last_obs)
-        else:  # the cache has just evaluated the stack at these observations
-            choices = groups.sample(self._log_policy(self._last_logit_sums))
+        else:
+            choices = groups.sample(self._log_policy(logit_sums))
             actions = self._explore(self._to_env_actions(choices))
         is_box = isinstance(self.action_space, spaces.Box)
         return actions, self.policy.scale_action(actions) if is_box else actions
+
+    def _known_logit_sums(self) -> th.Tensor | None:
+        """The sums at the last observations, where the cache has just evaluated the current stack there."""
+        is_known = self._logit_cache is not None and self._logit_cache.in_sync
+        return self._last_logit_sums if is_known else None
 
     def _store_transition(
         self,

@@ -96,11 +96,11 @@ def randomise(module: th.nn.Module, seed: int, std: float = 0.5) -> None:
             param.copy_(std * th.randn(param.shape, generator=generator))
 
 
-def grow(model: StaQ, n: int, seed: int = 0) -> None:
+def grow(model: StaQ, n: int, seed: int = 0, ent_coef: float = 0.1) -> None:
     """Push n different random critics onto the stack of a model whose replay buffer is empty."""
     for i in range(n):
         randomise(model.policy.critics, seed + i)
-        model.policy.push_critics(1.0, 0.1)
+        model.policy.push_critics(1.0, ent_coef)
 
 
 def members(ensemble: CriticEnsemble) -> list[QNetwork]:

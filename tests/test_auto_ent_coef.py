@@ -164,6 +164,18 @@ def test_bad_input(arguments, named, accepted):
     assert error.match(accepted)
 
 
+def test_policy_without_entropy_can_be_trained_on():
+    """The coefficient that it was made with, 0, is no value to start from."""
+    arguments = dict(logit_rule="truncated", ent_coef="auto_0.1", kl_coef="rel_1.0")
+    other = make_model(RandomObsEnv(), **{**arguments, "ent_coef": 0.0, "kl_coef": 1.0}).learn(60)
+    model = make_model(RandomObsEnv(), **arguments)
+    model.set_parameters(other.get_parameters())
+    assert model._current_ent_coef == 0
+    model.learn(60)
+    assert model._current_ent_coef > 0
+    assert model.policy.logits(th.rand(5, 4)).isfinite().all()
+
+
 def test_other_parameters_bring_their_coefficient():
     """Targets and the search for the next value follow the policy that has been loaded."""
     model = make_model(RandomObsEnv(), ent_coef="auto_5.0", kl_coef="rel_1.0").learn(200)

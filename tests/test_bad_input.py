@@ -509,6 +509,18 @@ def test_critics_that_diverge_stop_the_training(critic):
     assert th.equal(model.policy.logits(obs), logits)
 
 
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_critics_that_diverge_do_not_become_the_policy(critic):
+    """Also if no loss has shown it yet."""
+    model = make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), critic=critic).learn(60)
+    n_frozen = len(model.policy.frozen_critics)
+    model.policy.additive_critics.net.q_net[0].bias.data.fill_(NAN)
+    with pytest.raises(ValueError, match=r"critics have diverged: mean Q-value is nan"):
+        model._update_policy(16)
+    assert len(model.policy.frozen_critics) == n_frozen
+    assert model.policy.logits(th.rand(5, 4)).isfinite().all()
+
+
 def test_networks_with_running_statistics():
     """BatchNorm keeps statistics beside its parameters, which a stack of frozen critics would share: refused."""
 

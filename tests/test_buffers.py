@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_staq import StaQ
-from sb3_staq.buffers import LogitCache
+from sb3_staq.buffers import LogitCache, split_samples
 
 LOW_MEMORY = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
 BUFFERS = {
@@ -110,6 +111,43 @@ def test_batches_are_parts_of_few_samples(buffer, cached, monkeypatch):
         assert (batch.discounts is not None) == (buffer == "n_step")
         if buffer != "n_step":  # whose rewards are sums
             assert {tuple(row) for row in rows(batch.observations, batch.rewards, batch.actions)} <= known
+
+
+@pytest.mark.parametrize("buffer", ["plain", "dict", "n_step"])
+def test_parts_of_samples_stay_in_order(buffer):
+    """Side by side, the parts are the whole again, field by field."""
+    samples, _ = make_cached(buffer, n_envs=2).learn(60)._sample(70)
+    parts = list(split_samples(samples, 20))
+    assert [len(part.rewards) for part in parts] == [20, 20, 20, 10]
+    for name in samples._fields:
+        whole, split = getattr(samples, name), [getattr(part, name) for part in parts]
+        if whole is None:
+            assert split == [None] * 4
+        elif isinstance(whole, dict):
+            assert all(th.equal(th.cat([part[key] for part in split]), whole[key]) for key in whole)
+        else:
+            assert th.equal(th.cat(split), whole)
+
+
+def test_samples_of_ones_own_buffer_stay_whole():
+    """They may have any number of transitions, and fields of other kinds."""
+
+    class Samples(NamedTuple):
+        observations: th.Tensor
+        actions: th.Tensor
+        next_observations: th.Tensor
+        dones: th.Tensor
+        rewards: th.Tensor
+        discounts: None = None
+        temperature: float = 1.0
+
+    class DoubledBuffer(ReplayBuffer):
+        def sample(self, batch_size, env=None):
+            return Samples(*super().sample(2 * batch_size, env)[:5])
+
+    model = make_model(RandomObsEnv(), replay_buffer_class=DoubledBuffer).learn(60)
+    assert model._n_updates == 40
+    assert [len(batch.rewards) for batch, _ in model._batches(3, 16)] == [32] * 3
 
 
 @pytest.mark.parametrize(
@@ -406,6 +444,9 @@ def test_loaded_replay_buffer(n_steps, tmp_path):
 OTHER_PARAMETERS = {
     "set_parameters": lambda model, other: model.set_parameters(other.get_parameters()),
     "load_state_dict": lambda model, other: model.policy.load_state_dict(other.policy.state_dict()),
+    "load_state_dict without weights": lambda model, other: model.policy.load_state_dict(
+        {key: value for key, value in other.policy.state_dict().items() if isinstance(value, th.Tensor)}, strict=False
+    ),
     "load_from_vector": lambda model, other: model.policy.load_from_vector(other.policy.parameters_to_vector()),
 }
 
@@ -420,6 +461,36 @@ def test_other_parameters_lead_to_a_rebuild(n_steps, way):
     OTHER_PARAMETERS[way](model, other)
     assert sampled_error(model) < 1e-4
     assert cache_error(model) < 1e-4
+
+
+def test_another_policy_leads_to_a_rebuild():
+    model = make_model(vec_env(), buffer_size=30).learn(90)
+    model.policy = make_model(vec_env(), buffer_size=30, seed=1).learn(60).policy
+    model.train(gradient_steps=1, batch_size=16)
+    assert sampled_error(model) < 1e-4
+    assert cache_error(model) < 1e-4
+
+
+@pytest.mark.parametrize("hook", ["_on_rollout_start", "_on_rollout_end"])
+def test_actions_follow_parameters_loaded_between_rollouts(hook):
+    """The sums at the last observations, which came from the stack before, are not used any more."""
+    model = make_model(vec_env(), buffer_size=300)
+    other = make_model(vec_env(), buffer_size=300, seed=1).learn(60)
+
+    were_known = []
+
+    class Load(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def load(self):
+            were_known.append(model._known_logit_sums() is not None)
+            model.set_parameters(other.get_parameters())
+            assert model._known_logit_sums() is None
+
+    setattr(Load, hook, Load.load)
+    model.learn(60, callback=Load())
+    assert len(were_known) == 60 and sum(were_known) > 20
 
 
 @pytest.mark.filterwarnings("ignore:The last trajectory in the replay buffer will be truncated")

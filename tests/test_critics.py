@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import grow, make_model, members, randomise, relative_error, sample_obs, slow_logit_sums, slow_q_values
+from helpers import (
+    RandomObsEnv,
+    grow,
+    make_model,
+    members,
+    randomise,
+    relative_error,
+    sample_obs,
+    slow_logit_sums,
+    slow_q_values,
+)
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -481,6 +491,30 @@ def test_model_refuses_a_larger_stack_and_stays_whole():
         other.set_parameters(model.get_parameters())
     th.testing.assert_close(other.policy.logits(obs), logits, rtol=0, atol=0)
     th.testing.assert_close(other.policy.critics(obs), q_values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_other_ways_to_run_the_critics(critic):
+    """torch.func differentiates them as autograd does, autocast runs them forwards and backwards."""
+    policy = make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), critic=critic).policy
+    randomise(policy.critics, seed=0)
+    obs, actions = th.rand(20, 4), th.randint(2, (20, 2))
+    names, params = zip(*policy.critics.params.items(), strict=True)
+
+    def loss(*values):
+        policy.critics.params = dict(zip(names, values, strict=True))
+        return policy.action_values(obs, actions).square().mean()
+
+    value = loss(*params)
+    expected = th.autograd.grad(value, params)
+    actual = th.func.grad(loss, argnums=tuple(range(len(params))))(*params)
+    for a, b in zip(actual, expected, strict=True):
+        th.testing.assert_close(a, b)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        approximate = loss(*params)
+    th.testing.assert_close(approximate.float(), value, rtol=0.1, atol=0)
+    for a, b in zip(th.autograd.grad(approximate, params), expected, strict=True):
+        assert th.isfinite(a).all() and relative_error(a, b) < 0.2
 
 
 def test_wrong_architecture_is_refused():

@@ -81,7 +81,7 @@ def cluster() -> Iterator[Any]:
 
 
 def rows_without_seconds(path: Path) -> list[dict[str, str]]:
-    """The rows of a result file without the only column that differs between two runs."""
+    """The rows of a result file without the columns that differ between two runs."""
     rows = csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
     return [{column: value for column, value in row.items() if "seconds" not in column} for row in rows]
 

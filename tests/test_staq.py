@@ -498,7 +498,7 @@ def test_updates_after_a_second_learn():
 def prepared_model(env, n_collected=150, **kwargs):
     """Random critics, targets and stack, and transitions; nothing trained yet."""
     model = make_model(env, **{**kwargs, "learning_starts": 10**6})
-    grow(model, 5)
+    grow(model, 5, ent_coef=model._current_ent_coef)
     randomise(model.policy.critics, 100)
     randomise(model.policy.critics_target, 101)
     model.learn(n_collected)
