@@ -580,10 +580,10 @@ class StaQ(OffPolicyAlgorithm):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         assert self._last_obs is not None
-        groups, logit_sums = self.policy.action_groups, self._known_logit_sums()
+        groups = self.policy.action_groups
         if self.num_timesteps < learning_starts:  # random choices, not random actions: a Box has actions off the grid
             actions = self._to_env_actions(groups.uniform(n_envs))
-        elif logit_sums is None:
+        elif (logit_sums := self._known_logit_sums()) is None:
             actions, _ = self.predict(self._last_obs)
         else:
             choices = groups.sample(self._log_policy(logit_sums))
@@ -593,8 +593,9 @@ class StaQ(OffPolicyAlgorithm):
 
     def _known_logit_sums(self) -> th.Tensor | None:
         """The sums at the last observations, where the cache has just evaluated the current stack there."""
-        is_known = self._logit_cache is not None and self._logit_cache.in_sync
-        return self._last_logit_sums if is_known else None
+        if self._last_logit_sums is None or self._logit_cache is None or not self._logit_cache.in_sync:
+            return None
+        return self._last_logit_sums
 
     def _store_transition(
         self,
