@@ -186,8 +186,9 @@ def _batched_layer(
         if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
-        if x.shape[1] <= _FEW_ROWS:  # cloned because the next product is slow with transposed rows
-            return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT.clone(memory_format=th.contiguous_format)
+        if x.shape[1] <= _FEW_ROWS:
+            x = x.contiguous()  # products with rows that lie apart are slow
+            return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT
         if th.is_grad_enabled() and not th.is_autocast_enabled(x.device.type):
             return _BatchedLinear.apply(x, weight, bias)
         return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
