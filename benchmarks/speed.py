@@ -151,13 +151,15 @@ def collect(model: Any, n_steps: int) -> None:
     model.collect_rollouts(model.env, model.benchmark_callback, train_freq, model.replay_buffer)
 
 
-def update_cache(model: StaQ) -> None:
+def update_cache(model: StaQ, subtracts: bool = True) -> None:
     """
     :param model: its whole cache follows an update that deletes an entry
+    :param subtracts: whether the deleted entry had a weight that is not negligible
     """
     update, deleted = model.policy.push_critics(KL_COEF, ENT_COEF)
     newest = partial(model.policy.q_values, model.policy.frozen_critics[-1])
-    model._logit_cache.update(update, newest, partial(model.policy.q_values, deleted))
+    q_deleted = partial(model.policy.q_values, deleted) if subtracts else None
+    model._logit_cache.update(update._replace(deletes=subtracts), newest, q_deleted)
 
 
 def iteration_parts(model: StaQ, way: str, sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
@@ -338,7 +340,8 @@ def measure_interval(sizes: Sizes, repetitions: int) -> pd.DataFrame:
         for repetition in range(repetitions):
             seconds = sizes.interval / n * cpu_seconds(partial(model._evaluate_policy, n, BATCH_SIZE))
             rows.append((critic, "gradient steps", seconds, repetition))
-            rows.append((critic, "logits of the replay", cpu_seconds(partial(update_cache, model)), repetition))
+            for part, subtracts in (("logits of the replay", True), ("the newest only", False)):
+                rows.append((critic, part, cpu_seconds(partial(update_cache, model, subtracts)), repetition))
     return pd.DataFrame(rows, columns=["critic", "part", "seconds", "repetition"])
 
 

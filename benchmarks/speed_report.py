@@ -272,20 +272,20 @@ def interval_section(interval: pd.DataFrame, sizes: dict[str, Any]) -> list[str]
     :return: the section
     """
     seconds = medians(interval, "seconds").unstack("part")
-    rows = {
-        critic: [f"{steps:.2f}", f"{logits:.2f}", f"{logits / steps:.2f}"]
-        for critic, steps, logits in zip(
-            seconds.index, seconds["gradient steps"], seconds["logits of the replay"], strict=True
-        )
-    }
+    steps, logits, newest = (seconds[part] for part in ("gradient steps", "logits of the replay", "the newest only"))
+    columns = (steps, logits, logits / steps, newest, newest / steps)
+    rows = {critic: [f"{column[critic]:.2f}" for column in columns] for critic in seconds.index}
     return [
         "## Frequent policy updates",
         f"What lies between two policy updates that are {sizes['interval']} steps apart, with M = "
         f"{max(sizes['memory_sizes'])} and a full replay of {sizes['interval_buffer_size']:,}: {sizes['interval']} "
         f"gradient steps (measured over {sizes['n_gradient_steps']}, batch 256, two critics 256-256, HalfCheetah's six "
         "groups of five values), and the update of all stored logits. The stack of joint critics has one network per "
-        "entry, that of additive ones two.",
-        markdown_table(["critic", "gradient steps (s)", "logits of the replay (s)", "ratio"], rows),
+        "entry, that of additive ones two. A deleted entry of negligible weight (with the default coefficients) is not "
+        "evaluated.",
+        markdown_table(
+            ["critic", "gradient steps (s)", "logits of the replay (s)", "ratio", "the newest only (s)", "ratio"], rows
+        ),
     ]
 
 
