@@ -164,6 +164,11 @@ class _BatchedLinear(th.autograd.Function):
         return grad_x, th.bmm(grad.mT, x), grad.sum(dim=1)
 
 
+def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """N linear layers in one product with the weights on the left: shapes as above, output (N, n_outputs, batch)."""
+    return th.baddbmm(bias.unsqueeze(2), weight, x.contiguous().mT)  # rows that lie apart would make it slow
+
+
 def _batched_layer(
     layer: nn.Module, names: Mapping[str, str], all_params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool
 ) -> th.Tensor:
@@ -187,8 +192,7 @@ def _batched_layer(
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if x.shape[1] <= _FEW_ROWS:
-            x = x.contiguous()  # products with rows that lie apart are slow
-            return th.baddbmm(bias.unsqueeze(2), weight, x.mT).mT
+            return _weights_first(x, weight, bias).mT
         if th.is_grad_enabled() and not th.is_autocast_enabled(x.device.type):
             return _BatchedLinear.apply(x, weight, bias)
         return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
@@ -219,7 +223,7 @@ def batched_forward(
         if weights is not None and i == net.output_index:
             weight, bias = params[names["weight"]], params[names["bias"]]
             x = x if x_is_batched else x.expand(len(weights), -1, -1)
-            x = th.tensordot(weights, th.baddbmm(bias.unsqueeze(2), weight, x.mT), dims=1).mT
+            x = th.tensordot(weights, _weights_first(x, weight, bias), dims=1).mT
         else:
             x = _batched_layer(layer, names, params, x, x_is_batched)
         x_is_batched = x_is_batched or bool(names)
