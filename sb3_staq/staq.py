@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -77,8 +78,10 @@ FACTORED_BOX_DEFAULTS = {
 MAX_ENT_COEF_CHANGE = 1.3
 # ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
 MIN_ENT_COEF = 1e-6
-# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest
-DEFAULT_TARGET_ENTROPY = "lin_0.6_0.2"
+# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end
+DEFAULT_TARGET_ENTROPY = (0.6, 0.2)
+# ... of a Box with so many values per dimension
+DEFAULT_TARGET_ENTROPY_BINS = 5
 # Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over; gradient
 # steps draw at most so many at a time
 MIN_UPDATE_STATES = 1024
@@ -127,7 +130,8 @@ class StaQ(OffPolicyAlgorithm):
         policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most
     :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
         largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.6 to 0.2 over the
-        training.
+        training; for a Box with more than 5 values per dimension, between the shares that are as many nats from the
+        uniform policy as these are for 5 (from 0.71 to 0.41 for 9).
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
         most one policy update per gradient step.
     :param n_critics: number of critics in the ensemble
@@ -296,7 +300,7 @@ class StaQ(OffPolicyAlgorithm):
         first_ent_coef = parse_auto(self.ent_coef)
         self._ent_coef_is_auto = first_ent_coef is not None
         self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef if first_ent_coef is None else first_ent_coef)
-        target_entropy = DEFAULT_TARGET_ENTROPY if self.target_entropy == "auto" else self.target_entropy
+        target_entropy = self._default_target_entropy() if self.target_entropy == "auto" else self.target_entropy
         self.target_entropy_schedule = make_schedule("target_entropy", target_entropy)
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
@@ -315,6 +319,18 @@ class StaQ(OffPolicyAlgorithm):
         if self.verbose >= 1:
             how = "kept in a cache" if self._logit_cache is not None else "evaluated directly through the whole stack"
             print(f"Logits of replayed states are {how}")
+
+    def _default_target_entropy(self) -> Schedule:
+        """
+        The finer the grid, the larger is the share of the largest entropy that equally spread actions have: what they
+        keep is the distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid
+        has not so much room, and keeps the share.
+        """
+        factor = 1.0
+        if isinstance(self.action_space, spaces.Box) and self.action_grid != "axis":
+            factor = min(1.0, math.log(DEFAULT_TARGET_ENTROPY_BINS) / math.log(self.action_bins))
+        start, end = (1.0 - factor * (1.0 - share) for share in DEFAULT_TARGET_ENTROPY)
+        return LinearSchedule(start, end, 1.0)
 
     def _setup_logit_cache(self) -> None:
         """Keep the cache as long as it is right for the replay buffer, else start a new one where one can be used."""

@@ -109,6 +109,43 @@ def test_target_that_falls():
     assert np.abs(history["entropy"][30:] - targets[30:]).mean() < 0.1
 
 
+@pytest.mark.parametrize("action_grid", ["factored", "joint"])
+def test_default_target_of_a_grid(action_grid):
+    """The KL divergence from the uniform policy per dimension, from five values on; the share of a coarser grid."""
+
+    def make(bins, grid=action_grid):
+        return make_model("Pendulum-v1", ent_coef="auto", action_grid=grid, action_bins=bins)
+
+    for progress, share in ((1.0, 0.6), (0.5, 0.4), (0.0, 0.2)):
+        distance = (1 - share) * math.log(5)
+        for bins in (5, 6, 9, 17):
+            target = make(bins).target_entropy_schedule(progress)
+            assert math.log(bins) - target * math.log(bins) == pytest.approx(distance)
+        for model in (make(2), make(3), make(9, "axis")):
+            assert model.target_entropy_schedule(progress) == pytest.approx(share)
+
+
+def test_default_target_of_choices():
+    model = make_model(RandomObsEnv(n_actions=9), ent_coef="auto")
+    assert [model.target_entropy_schedule(progress) for progress in (1.0, 0.0)] == pytest.approx([0.6, 0.2])
+
+
+def test_default_target_is_that_of_equally_spread_actions():
+    """A bell of one width, laid over grids of 5 and of 9 values."""
+
+    def share(bins, width, centre):
+        log_p = -0.5 * ((np.linspace(-1, 1, bins) - centre) / width) ** 2
+        p = np.exp(log_p - log_p.max())
+        p /= p.sum()
+        return -(p * np.log(p)).sum() / math.log(bins)
+
+    centres = np.linspace(-1, 1, 41)
+    widths = np.linspace(0.1, 1.0, 200)
+    width = widths[np.argmin([abs(np.mean([share(5, w, c) for c in centres]) - 0.6) for w in widths])]
+    of_nine = make_model("Pendulum-v1", ent_coef="auto", action_bins=9).target_entropy_schedule(1.0)
+    assert np.mean([share(9, width, c) for c in centres]) == pytest.approx(of_nine, abs=0.03)
+
+
 def test_relative_kl_coef_of_a_schedule():
     """It follows a scheduled ent_coef too."""
     model = make_model(RandomObsEnv(), ent_coef="lin_0.4_0.2", kl_coef="rel_3.0")
