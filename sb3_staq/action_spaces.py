@@ -96,6 +96,14 @@ class ActionGroups(nn.Module):
         """
         return self._choose(partial(th.argmax, dim=-1), logits)
 
+    def deterministic(self, logits: th.Tensor) -> th.Tensor:
+        """
+        :param logits: shape (batch, n_choices)
+        :return: the stored actions of the policy where nothing is left to chance, shape (batch, action_dim): the most
+            probable ones
+        """
+        return self.decode(self.mode(logits))
+
     def _choose(self, rule: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
         """Apply a rule, from the columns of a group to one of them, to each group."""
         if len(set(self.sizes)) == 1:  # all of them at once
@@ -162,9 +170,16 @@ class ActionGroups(nn.Module):
         return MultiCategoricalDistribution(list(self.sizes)).proba_distribution(logits)
 
 
+def _mean_choice(logits: th.Tensor) -> th.Tensor:
+    """The mean of the choices' numbers under a softmax: shape (..., n_choices) -> (...)."""
+    numbers = th.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    return logits.softmax(dim=-1) @ numbers
+
+
 class EvenlySpacedGroups(ActionGroups):
     """
-    One group for each component of the action, whose choices are evenly spaced numbers.
+    One group for each component of the action, whose choices are evenly spaced numbers. Those of a Box are quantities:
+    its deterministic action is the mean of the policy, as that of SB3's Gaussian policies is, and may lie between them.
 
     :param sizes: the number of choices of each component
     :param lowest: first choice of each component
@@ -188,6 +203,9 @@ class EvenlySpacedGroups(ActionGroups):
     def encode(self, actions: th.Tensor) -> th.Tensor:
         steps = (actions - self._lowest) / self._spacing
         return steps.round().long().clamp(min=0).minimum(self._last)
+
+    def deterministic(self, logits: th.Tensor) -> th.Tensor:
+        return self.decode(self._choose(_mean_choice, logits)) if self.box_dim else super().deterministic(logits)
 
 
 class ListedGroup(ActionGroups):

@@ -291,7 +291,9 @@ class StaQPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         logits, groups = self.logits(observation), self.action_groups
-        return groups.decode(groups.mode(logits) if deterministic else groups.sample(log_policy(logits, groups.sizes)))
+        if deterministic:
+            return groups.deterministic(logits)
+        return groups.decode(groups.sample(log_policy(logits, groups.sizes)))
 
     def load_from_vector(self, vector: np.ndarray) -> None:
         """

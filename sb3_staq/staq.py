@@ -569,7 +569,8 @@ class StaQ(OffPolicyAlgorithm):
         :param observation: the input observation
         :param state: The last states (can be None, used in recurrent policies)
         :param episode_start: The last masks (can be None, used in recurrent policies)
-        :param deterministic: Whether to return the most probable actions instead of sampled ones
+        :param deterministic: Whether to return the most probable actions, or the mean ones where a Box is factored,
+            instead of sampled ones
         :return: the model's action and the next state (used in recurrent policies)
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)

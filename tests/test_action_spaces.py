@@ -128,6 +128,11 @@ def test_distribution_against_the_joint_distribution(name):
     assert th.allclose(entropy(log_policy(logits, groups.sizes)), expected_entropy)
     assert th.allclose(log_policy(logits, groups.sizes)[0, groups.columns(choices)].sum(dim=1), joint)
     assert groups.mode(logits).squeeze(0).tolist() == choices[joint.argmax()].tolist()
+    # A factored Box has quantities, of which there is a mean
+    actions = groups.decode(choices).double()
+    is_factored_box = isinstance(space, spaces.Box) and kwargs.get("action_grid", "factored") == "factored"
+    deterministic = joint.exp() @ actions if is_factored_box else actions[joint.argmax()]
+    assert th.allclose(groups.deterministic(logits).squeeze(0).double(), deterministic, atol=1e-6)
 
 
 def test_groupwise_update_is_the_joint_optimum():
