@@ -123,7 +123,7 @@ def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes,
     """
     vec_env = DummyVecEnv([lambda: gym.make(env) if isinstance(env, str) else env()] * n_envs)
     common = dict(buffer_size=sizes.buffer_size, batch_size=BATCH_SIZE, policy_kwargs=dict(NETWORKS), learning_starts=0)
-    model = algo("MlpPolicy", vec_env, train_freq=1, gradient_steps=-1, device="cpu", seed=0, **common, **kwargs)
+    model = algo("MlpPolicy", vec_env, train_freq=1, gradient_steps=-1, device="cpu", seed=0, **{**common, **kwargs})
     model.set_logger(Logger(folder=None, output_formats=[]))
     buffer, rng = model.replay_buffer, np.random.default_rng(0)
     buffer.full = True
@@ -265,6 +265,9 @@ def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     staq = {"memory_size": memory_size, "action_grid": "axis"}
     cases: list[tuple[str, str, type[OffPolicyAlgorithm], int, dict[str, Any]]] = [("SAC", MUJOCO, SAC, 1, {})]
     cases += [(f"StaQ, M = {memory_size}", MUJOCO, StaQ, n_envs, staq) for n_envs in sizes.n_envs]
+    # For a Box these are the settings of the MuJoCo tasks
+    defaults = {"batch_size": None, "policy_kwargs": None}
+    cases += [("StaQ, default arguments", MUJOCO, StaQ, n_envs, defaults) for n_envs in sizes.n_envs]
     cases += [("DQN", "CartPole-v1", DQN, 1, {})]
     cases += [(f"StaQ, M = {memory_size}", "CartPole-v1", StaQ, n_envs, staq) for n_envs in sizes.n_envs]
     rows = []

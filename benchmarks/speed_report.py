@@ -255,7 +255,8 @@ def training_sections(
         f"Environment steps per second of `learn` over {sizes['n_steps']} steps, one gradient step per environment "
         f"step (batch 256, networks 256-256, full replay of {sizes['buffer_size']:,}); StaQ with a full stack, a "
         "policy update every 500 steps, HalfCheetah's actions on the axis grid. The floors above allow no more than "
-        f"{', '.join(limits)}, whatever the environment takes.",
+        f"{', '.join(limits)}, whatever the environment takes. The default arguments of a `Box` are the settings of "
+        "the MuJoCo tasks: joint critics, batches of 128, a policy update every 100 steps.",
         markdown_table(["", "steps per second", "ratio"], rows),
         "## Gradient steps",
         'CartPole-v1, batch 256, networks 256-256. The cache\'s pass is over 4,096 states. "Products in bf16" is '

@@ -183,7 +183,8 @@ def _batched_layer(
         along the last dimension, with that of the input
     """
     if not names:
-        return layer(x)
+        in_place = isinstance(layer, nn.ReLU) and not th.is_grad_enabled()  # fresh memory costs more than the maximum
+        return th.relu_(x) if in_place else layer(x)
     params = {leaf: all_params[name] for leaf, name in names.items()}
     # The frequent cases, without the cost of vmap's dispatch
     if isinstance(layer, nn.Linear):
