@@ -138,7 +138,7 @@ def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes,
             model.policy.push_critics(KL_COEF, ENT_COEF)
         if model._logit_cache is not None:  # which values it holds does not matter here
             model._logit_cache._synced = model._logit_cache._fingerprint()
-    _, model.benchmark_callback = model._setup_learn(10**6)
+    model._setup_learn(10**6)
     return model
 
 
@@ -148,7 +148,7 @@ def collect(model: Any, n_steps: int) -> None:
     :param n_steps: environment steps, of all environments together
     """
     train_freq = TrainFreq(max(n_steps // model.n_envs, 1), TrainFrequencyUnit.STEP)
-    model.collect_rollouts(model.env, model.benchmark_callback, train_freq, model.replay_buffer)
+    model.collect_rollouts(model.env, model._init_callback(None), train_freq, model.replay_buffer)
 
 
 def update_cache(model: StaQ, subtracts: bool = True) -> None:

@@ -385,6 +385,9 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     assert "HalfCheetah-v4: SAC" in text and "two policy updates that are 100 steps apart" in text
     for figure in ("iteration.png", "acting.png"):
         assert figure in text and (tmp_path / figure).stat().st_size > 10_000
+    # A model that has not been trained: the stack, online critics and targets, and a few kB of arguments
+    memory = pd.read_csv(tmp_path / "memory.csv").set_index("M")
+    assert (memory["zip"] - memory["parameters"]).between(0, 2.1 * memory["parameters"][1]).all()
 
 
 def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
