@@ -6,6 +6,7 @@ the parameters of all its entries, and the parameters of the entries in the ``nn
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -162,6 +163,10 @@ class _BatchedLinear(th.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = th.bmm(grad, weight) if ctx.needs_input_grad[0] else None
         return grad_x, th.bmm(grad.mT, x), grad.sum(dim=1)
+
+
+# PyTorch asks for it in each call, and to find it anew takes as long as a small product
+_BatchedLinear.forward.__signature__ = inspect.signature(_BatchedLinear.forward)  # type: ignore[attr-defined]
 
 
 def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
