@@ -52,6 +52,7 @@ from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coeffic
 DEFAULTS = {
     "learning_rate": 3e-4,
     "batch_size": 256,
+    "tau": 0.005,
     "critic": "additive",
     "critic_reduction": "mean",
     "memory_size": 50,
@@ -65,6 +66,7 @@ DEFAULTS = {
 FACTORED_BOX_DEFAULTS = {
     "learning_rate": 7e-4,
     "batch_size": 128,
+    "tau": 0.01,
     "critic": "joint",
     "critic_reduction": "min",
     "memory_size": 4,
@@ -195,7 +197,7 @@ class StaQ(OffPolicyAlgorithm):
         buffer_size: int = 100_000,
         learning_starts: int = 1000,
         batch_size: int | None = None,
-        tau: float = 0.005,
+        tau: float | None = None,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = -1,
@@ -235,7 +237,7 @@ class StaQ(OffPolicyAlgorithm):
             buffer_size,
             learning_starts,
             batch_size,  # type: ignore[arg-type]
-            tau,
+            tau,  # type: ignore[arg-type]
             gamma,
             train_freq,
             gradient_steps,
@@ -256,6 +258,7 @@ class StaQ(OffPolicyAlgorithm):
         arguments = dict(
             learning_rate=learning_rate,
             batch_size=batch_size,
+            tau=tau,
             memory_size=memory_size,
             kl_coef=kl_coef,
             ent_coef=ent_coef,
