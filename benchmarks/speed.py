@@ -32,6 +32,7 @@ from sb3_staq.critics import FrozenCritics
 
 FOLDER = Path(__file__).parent / "results" / "speed"
 MUJOCO = "HalfCheetah-v4"
+OTHER_MUJOCO = ("Hopper-v4", "Walker2d-v4")
 NETWORKS = {"net_arch": [256, 256]}
 ITERATION = 5000  # environment steps, and gradient steps, between two policy updates in the paper
 BATCH_SIZE = 256
@@ -268,6 +269,8 @@ def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     # For a Box these are the settings of the MuJoCo tasks
     defaults = {"batch_size": None, "policy_kwargs": None}
     cases += [("StaQ, default arguments", MUJOCO, StaQ, n_envs, defaults) for n_envs in sizes.n_envs]
+    for env in OTHER_MUJOCO:
+        cases += [("SAC", env, SAC, 1, {}), ("StaQ, default arguments", env, StaQ, max(sizes.n_envs), defaults)]
     cases += [("DQN", "CartPole-v1", DQN, 1, {})]
     cases += [(f"StaQ, M = {memory_size}", "CartPole-v1", StaQ, n_envs, staq) for n_envs in sizes.n_envs]
     rows = []
