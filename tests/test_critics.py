@@ -23,7 +23,7 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, critics
 
 
 class NormExtractor(BaseFeaturesExtractor):
@@ -95,8 +95,14 @@ def loop_sum(policy, stack, obs):
 # Batched passes
 
 
+@pytest.fixture(params=["AMD", "another maker"])
+def processor(request, monkeypatch):
+    """As on a processor of this maker, which decides the order of the operands of products."""
+    monkeypatch.setattr(critics, "_FEW_ROWS", 16 if request.param == "AMD" else 0)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ensemble_equals_networks_one_by_one(architecture):
+def test_ensemble_equals_networks_one_by_one(architecture, processor):
     """Values and gradients of the online critics."""
     policy = make_policy(architecture)
     policy.critics.eval()  # no dropout
@@ -120,7 +126,7 @@ def test_ensemble_equals_networks_one_by_one(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stack_equals_networks_one_by_one(architecture):
+def test_stack_equals_networks_one_by_one(architecture, processor):
     """The weighted sum, with a stack that has been full for a while, at several batch sizes."""
     policy = make_policy(architecture)
     stack = []
@@ -140,13 +146,33 @@ def test_stack_equals_networks_one_by_one(architecture):
 
 @pytest.mark.parametrize("batch_size", [1, 8, 256, 5000])
 @pytest.mark.parametrize("memory_size", [1, 2, 60])
-def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size):
+def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor):
     """Whatever way of evaluation is chosen for these sizes: the same sums, to float precision."""
     policy = make_policy("mlp", memory_size=memory_size, net_arch=[32, 32])
     for i in range(memory_size + 7):
         push(policy, seed=i, kl_coef=20.0, ent_coef=0.4)
     obs = sample_obs(policy.observation_space, batch_size)
     assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "windows", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", "", True),
+        ("vendor_id\t: GenuineIntel\n", "", False),
+        (None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
+        (None, "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", False),
+        (None, "arm", False),
+    ],
+)
+def test_maker_of_the_processor(cpuinfo, windows, expected, tmp_path, monkeypatch):
+    """What Linux and Windows say of themselves."""
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr(critics, "Path", {"/proc/cpuinfo": path}.__getitem__)
+    monkeypatch.setattr("platform.processor", lambda: windows)
+    assert critics._is_amd() is expected
 
 
 def test_batches_do_not_mix_observations():
