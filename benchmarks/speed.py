@@ -2,8 +2,9 @@
 What StaQ costs: ``python -m benchmarks.speed``.
 
 One thread, and times are CPU times of that thread: what else runs on the machine takes no part of them (it may still
-take some of the caches and of the memory's bandwidth). The entries are measured in turn, once per repetition; the
-report gives medians. No training is needed: stacks are filled with random critics and replay buffers with random data.
+take some of the caches and of the memory's bandwidth). With ``--device cuda`` times end when the GPU has done all that
+was asked of it, so nothing else should run there. The entries are measured in turn, once per repetition; the report
+gives medians. No training is needed: stacks are filled with random critics and replay buffers with random data.
 """
 
 import argparse
@@ -41,7 +42,7 @@ KL_COEF, ENT_COEF = 20.0, 0.4
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; what costs much is measured in part and scaled up."""
+    """How much is measured, and where; what costs much is measured in part and scaled up."""
 
     memory_sizes: tuple[int, ...] = (1, 10, 30, 100, 300)
     n_envs: tuple[int, ...] = (1, 8)
@@ -55,6 +56,7 @@ class Sizes:
     interval_buffer_size: int = 100_000  # ... and the replay then
     iteration: int = ITERATION
     batch_size: int = BATCH_SIZE
+    device: str = "cpu"
 
 
 QUICK = Sizes((1, 4), (1, 8), 1000, 8, 2, BATCH_SIZE, 20, False, interval_buffer_size=1000)
@@ -89,7 +91,7 @@ class ReferenceStack:
         params = {name: th.cat([entry[name].data for entry in entries]) for name in entries[0]}
         names = sorted({name.rpartition(".")[0] for name in params})
         self.layers = [(params[f"{name}.weight"].mT, params[f"{name}.bias"].unsqueeze(1)) for name in names]
-        self.weights = th.tensor(stack.weights.values)
+        self.weights = self.layers[0][0].new_tensor(stack.weights.values)
 
     @th.no_grad()
     def __call__(self, obs: th.Tensor) -> th.Tensor:
@@ -103,14 +105,21 @@ class ReferenceStack:
         return th.tensordot(self.weights, x.unflatten(0, (len(self.weights), -1)).mean(dim=1), dims=1)
 
 
-def cpu_seconds(action: Callable[[], Any]) -> float:
+def seconds_of(action: Callable[[], Any], device: str) -> float:
     """
     :param action: what to do
-    :return: the CPU time it took, in seconds
+    :param device: where it computes
+    :return: the seconds it took: of CPU time, or until another device has done what it was asked for
     """
-    start = time.process_time()
+    if device == "cpu":
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+    th.accelerator.synchronize()
+    start = time.perf_counter()
     action()
-    return time.process_time() - start
+    th.accelerator.synchronize()
+    return time.perf_counter() - start
 
 
 def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes, n_envs: int = 1, **kwargs: Any) -> Any:
@@ -124,7 +133,8 @@ def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes,
     """
     vec_env = DummyVecEnv([lambda: gym.make(env) if isinstance(env, str) else env()] * n_envs)
     common = dict(buffer_size=sizes.buffer_size, batch_size=BATCH_SIZE, policy_kwargs=dict(NETWORKS), learning_starts=0)
-    model = algo("MlpPolicy", vec_env, train_freq=1, gradient_steps=-1, device="cpu", seed=0, **{**common, **kwargs})
+    common.update(train_freq=1, gradient_steps=-1, device=sizes.device, seed=0)
+    model = algo("MlpPolicy", vec_env, **{**common, **kwargs})
     model.set_logger(Logger(folder=None, output_formats=[]))
     buffer, rng = model.replay_buffer, np.random.default_rng(0)
     buffer.full = True
@@ -172,7 +182,8 @@ def iteration_parts(model: StaQ, way: str, sizes: Sizes) -> dict[str, tuple[Call
     """
     evaluate, to_buffer = partial(update_cache, model), 1.0
     if way == "reference":  # acts with its own stack, and evaluates it at all stored states
-        reference, obs = ReferenceStack(model.policy.frozen_critics), th.randn(sizes.n_reevaluated, 17)
+        reference = ReferenceStack(model.policy.frozen_critics)
+        obs = th.randn(sizes.n_reevaluated, 17, device=sizes.device)
         model.policy.logit_sums = lambda obs: reference(obs.float())  # type: ignore[method-assign]
         evaluate = partial(lambda batches: [reference(batch) for batch in batches], obs.split(BATCH_SIZE))
         to_buffer = sizes.buffer_size / sizes.n_reevaluated
@@ -209,29 +220,36 @@ def measure_iteration(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     for repetition in range(repetitions):
         for case, actions in parts.items():
             for part, (action, factor) in actions.items():
-                rows.append((*case, part, factor * cpu_seconds(action), repetition))
+                rows.append((*case, part, factor * seconds_of(action, sizes.device), repetition))
     return pd.DataFrame(rows, columns=["way", "env", "M", "n_envs", "part", "seconds", "repetition"])
 
 
-def measure_machine(repetitions: int) -> pd.DataFrame:
+def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     """
+    :param sizes: how much is measured
     :param repetitions: how often
     :return: what the machine can do with one thread: GB/s of reading, GFLOP/s of large and of narrow matrix products
     """
-    block, large = th.randn(600, 256, 256), th.randn(1024, 1024)
-    weight = th.randn(4, 256, 256)  # stays in the cache
+    device = sizes.device
+    block = th.randn(600, 256, 256, device=device)
+    # A few weights stay in the cache of a CPU, but are too little work for a GPU
+    weight, size = (block[:4], 1024) if device == "cpu" else (block, 8192)
+    large = th.randn(size, size, device=device)
+    for warm_up in (lambda: block.sum(), lambda: large @ large):
+        warm_up()
     rows = []
     for repetition in range(repetitions):
         for batch_size in (1, 8, 64, BATCH_SIZE):
-            x = th.randn(4, batch_size, 256)
+            x = th.randn(len(weight), batch_size, 256, device=device)
             # The faster of the two orders of the operands
             products = (lambda x=x: th.bmm(weight, x.mT), lambda x=x: th.bmm(x, weight.mT))
-            seconds = min(cpu_seconds(lambda f=f: [f() for _ in range(50)]) for f in products) / 50
+            seconds = min(seconds_of(lambda f=f: [f() for _ in range(50)], device) for f in products) / 50
             flops = 2 * weight.numel() * batch_size
             rows.append((f"matmul with {batch_size} rows", "GFLOP/s", flops / seconds / 1e9, repetition))
-        seconds = cpu_seconds(lambda: block.sum())
+        seconds = seconds_of(lambda: [block.sum() for _ in range(10)], device) / 10
         rows.append(("reading", "GB/s", block.nbytes / seconds / 1e9, repetition))
-        rows.append(("large matmul", "GFLOP/s", 2 * 1024**3 / cpu_seconds(lambda: large @ large) / 1e9, repetition))
+        rate = 2 * size**3 / seconds_of(lambda: large @ large, device) / 1e9
+        rows.append(("large matmul", "GFLOP/s", rate, repetition))
     return pd.DataFrame(rows, columns=["what", "unit", "value", "repetition"])
 
 
@@ -247,11 +265,12 @@ def measure_acting(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     rows = []
     for repetition in range(repetitions):
         for batch_size in (1, 8, 64):
-            obs = th.randn(batch_size, 17)
+            obs = th.randn(batch_size, 17, device=sizes.device)
             for way, evaluate in {"StaQ": stack, "reference": ReferenceStack(stack)}.items():
                 evaluate(obs)
-                n_calls = max(1, 40 // batch_size)
-                seconds = cpu_seconds(lambda f=evaluate, x=obs, n=n_calls: [f(x) for _ in range(n)]) / n_calls
+                n_calls = max(1, 40 // batch_size) if sizes.device == "cpu" else 40
+                calls = partial(lambda f, x, n: [f(x) for _ in range(n)], evaluate, obs, n_calls)
+                seconds = seconds_of(calls, sizes.device) / n_calls
                 rows.append((way, batch_size, 1000 * seconds, n_bytes, n_bytes // 2 * batch_size, repetition))
     return pd.DataFrame(rows, columns=["way", "batch_size", "ms", "bytes", "flops", "repetition"])
 
@@ -278,7 +297,8 @@ def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     for repetition in range(repetitions):
         for name, env, model in models:
             before = model.num_timesteps
-            seconds = cpu_seconds(lambda m=model: m.learn(sizes.n_steps, reset_num_timesteps=False))
+            learn = partial(model.learn, sizes.n_steps, reset_num_timesteps=False)
+            seconds = seconds_of(learn, sizes.device)
             rows.append((name, env, model.n_envs, (model.num_timesteps - before) / seconds, repetition))
     return pd.DataFrame(rows, columns=["algo", "env", "n_envs", "steps_per_second", "repetition"])
 
@@ -292,12 +312,12 @@ def measure_gradient_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     n = sizes.n_gradient_steps
     staq = make(StaQ, "CartPole-v1", sizes, memory_size=1)
     dqn = make(DQN, "CartPole-v1", sizes)
-    obs = th.randn(4096, 4)
+    obs = th.randn(4096, 4, device=sizes.device)
     train = partial(staq._evaluate_policy, n, BATCH_SIZE)
     predict = partial(staq.policy.q_values, staq.policy.critics, obs)
 
     def in_bf16(action: Callable[[], Any]) -> None:
-        with th.autocast("cpu", dtype=th.bfloat16):
+        with th.autocast(sizes.device, dtype=th.bfloat16):
             action()
 
     def in_bf16_products(action: Callable[[], Any]) -> None:
@@ -326,7 +346,7 @@ def measure_gradient_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     rows = []
     for repetition in range(-1, repetitions):  # the first one is a warm-up
         for (what, how), (action, n_parts) in cases.items():
-            rows.append((what, how, 1000 * cpu_seconds(action) / n_parts, repetition))
+            rows.append((what, how, 1000 * seconds_of(action, sizes.device) / n_parts, repetition))
     table = pd.DataFrame(rows, columns=["what", "how", "ms", "repetition"])
     return table[table["repetition"] >= 0]
 
@@ -344,10 +364,12 @@ def measure_interval(sizes: Sizes, repetitions: int) -> pd.DataFrame:
         model = make(StaQ, CheapEnv, large, memory_size=memory_size, critic=critic, logit_cache=True)
         model._evaluate_policy(2, BATCH_SIZE)
         for repetition in range(repetitions):
-            seconds = sizes.interval / n * cpu_seconds(partial(model._evaluate_policy, n, BATCH_SIZE))
+            train = partial(model._evaluate_policy, n, BATCH_SIZE)
+            seconds = sizes.interval / n * seconds_of(train, sizes.device)
             rows.append((critic, "gradient steps", seconds, repetition))
             for part, subtracts in (("logits of the replay", True), ("the newest only", False)):
-                rows.append((critic, part, cpu_seconds(partial(update_cache, model, subtracts)), repetition))
+                update = partial(update_cache, model, subtracts)
+                rows.append((critic, part, seconds_of(update, sizes.device), repetition))
     return pd.DataFrame(rows, columns=["critic", "part", "seconds", "repetition"])
 
 
@@ -384,7 +406,7 @@ def run(folder: Path, sizes: Sizes, repetitions: int, note: str) -> Path:
     try:
         measurements = {
             "iteration": partial(measure_iteration, sizes, repetitions),
-            "machine": partial(measure_machine, repetitions),
+            "machine": partial(measure_machine, sizes, repetitions),
             "acting": partial(measure_acting, sizes, repetitions),
             "steps": partial(measure_steps, sizes, repetitions),
             "gradient_steps": partial(measure_gradient_steps, sizes, repetitions),
@@ -406,9 +428,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the report goes")
     parser.add_argument("--repetitions", type=int, default=3, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that everything runs")
+    parser.add_argument("--device", default="cpu", help="where the networks are, e.g. cuda")
     parser.add_argument("--note", default="", help="a sentence for the report: what else ran on the machine")
     args = parser.parse_args()
-    print(run(args.folder, QUICK if args.quick else Sizes(), args.repetitions, args.note))
+    sizes = replace(QUICK if args.quick else Sizes(), device=args.device)
+    print(run(args.folder, sizes, args.repetitions, args.note))
     return 0
 
 

@@ -66,10 +66,11 @@ def plot_iteration(iteration: pd.DataFrame) -> Figure:
             ax.text(x, total, f"{total:.0f}", ha="center", va="bottom")
         ax.set(title=case_name(way, n_envs), xlabel="M (frozen ensembles of two critics)")
         ax.grid(axis="x", visible=False)
-    axes[0].set_ylabel("time of one iteration (s, one thread)")
-    axes[0].legend(loc="upper left")
+    axes[0].set_ylabel("time of one iteration (s)")
+    axes[0].set_ylim(top=1.1 * axes[0].get_ylim()[1])  # room for the numbers
     figure.suptitle("One iteration: 5,000 environment steps and 5,000 gradient steps")
     figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(PARTS))
     return figure
 
 
@@ -88,7 +89,7 @@ def plot_acting(acting: pd.DataFrame, floors: dict[int, dict[str, float]]) -> Fi
     styles = {"floor": ("--", "floor: reading, or large matmul"), "narrow": (":", "floor: matmul of that batch size")}
     for name, (line, label) in styles.items():
         ax.plot(batch_sizes, [floor[name] for floor in floors.values()], color="0.3", linestyle=line, label=label)
-    ax.set(xscale="log", yscale="log", xlabel="batch (observations)", ylabel="time of one pass (ms, one thread)")
+    ax.set(xscale="log", yscale="log", xlabel="batch (observations)", ylabel="time of one pass (ms)")
     ax.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
     ax.set_title("A pass through the full stack")
     ax.legend()
@@ -203,16 +204,16 @@ def acting_section(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[str,
     rows = {}
     for batch_size, floor in acting_floors(acting, machine).items():
         reference, ours = milliseconds["reference", batch_size], milliseconds["StaQ", batch_size]
-        values = [reference, ours, floor["read"], floor["compute"]]
+        values = [reference, ours, floor["read"], floor["compute"]]  # a GPU takes fractions of a millisecond
         ratios = [ours / floor["floor"], ours / floor["narrow"], reference / ours]
-        rows[f"batch {batch_size}"] = [*(f"{v:.1f}" for v in values), *(f"{r:.2f}" for r in ratios)]
+        rows[f"batch {batch_size}"] = [*(f"{v:.3g}" for v in values), *(f"{r:.2f}" for r in ratios)]
     rates = {f"{what} ({unit})": [f"{value:.1f}"] for (what, unit), value in medians(machine, "value").items()}
     return [
         "## Acting",
         f"One pass through {2 * max(sizes['memory_sizes'])} critics. The floor is the larger of the times to read all "
         "weights once and to do the multiplications at the rate of a large matrix product. The narrow floor takes the "
-        "rate that the library reaches for products with as few rows as the batch has (256 x 256 weights that are in "
-        "the cache, the faster order of the operands).",
+        "rate that the library reaches for products with as few rows as the batch has (256 x 256 weights, on a CPU in "
+        "its cache, the faster order of the operands).",
         markdown_table(
             [
                 "", "reference (ms)", "StaQ (ms)", "read the weights (ms)", "multiply (ms)",
@@ -221,7 +222,7 @@ def acting_section(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[str,
             rows,
         ),
         "![Time of a pass over the batch size](acting.png)",
-        "What this machine does with one thread, measured in the same run:",
+        "What this machine does, measured in the same run:",
         markdown_table(["", "median"], rates),
     ]  # fmt: skip
 
@@ -320,11 +321,15 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
     sns.set_theme(style="whitegrid", context="notebook")
     save(plot_iteration(iteration), folder / "iteration.png")
     save(plot_acting(acting, acting_floors(acting, machine)), folder / "acting.png")
+    command = "python -m benchmarks.speed"
+    times = "CPU times of that thread, so that other programs take no part of them (but may take caches and bandwidth)"
+    if sizes["device"] != "cpu":
+        command += f" --device {sizes['device']}"
+        times = "networks on the device, times until it has done all that was asked of it"
     text = [
         "# What StaQ costs",
-        "`python -m benchmarks.speed` writes this page, its figures and its CSV files. One thread, float32; CPU times "
-        "of that thread, so that other programs take no part of them (but may take caches and bandwidth); medians of "
-        f"{repetitions} repetitions, interleaved. {note}".rstrip(),
+        f"`{command}` writes this page, its figures and its CSV files. One thread, float32; "
+        f"{times}; medians of {repetitions} repetitions, interleaved. {note}".rstrip(),
         *iteration_section(iteration, floors, sizes),
         *acting_section(acting, machine, sizes),
         *training_sections(tables["steps"], tables["gradient_steps"], floors, sizes),
