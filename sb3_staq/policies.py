@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +32,23 @@ CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": lambda values: values.mean(dim=0),
     "min": lambda values: values.amin(dim=0),
 }
+
+
+class DrawnActions(NamedTuple):
+    """Actions drawn from the policy, and the same with one of their groups varied over all its choices."""
+
+    inputs: th.Tensor  # what joint critics take, shape (batch, n_inputs)
+    varied_inputs: th.Tensor  # shape (batch, n_varied, n_inputs)
+    columns: th.Tensor  # of the varied choices, shape (batch, n_varied)
+    valid: th.Tensor  # whether the group has so many choices, same shape
+    probabilities: th.Tensor  # of the varied choices, 0 where there is none, same shape
+
+    def split(self, batch_size: int) -> "Iterator[DrawnActions]":
+        """
+        :param batch_size: number of actions per part
+        :return: its parts, views of it
+        """
+        return map(DrawnActions._make, zip(*(values.split(batch_size) for values in self), strict=True))
 
 
 class Sweep(NamedTuple):
@@ -195,32 +212,54 @@ class StaQPolicy(BasePolicy):
         return q_values.gather(2, chosen).sum(dim=2)
 
     @th.no_grad()
-    def expected_values(self, obs: PyTorchObs, log_pi: th.Tensor) -> tuple[th.Tensor, Sweep | None]:
+    def draw_actions(self, log_pi: th.Tensor) -> DrawnActions:
         """
-        ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. For joint ones, an action is sampled
-        at each state, and at half of the states (all, if there is one group only) one of its groups is swept: there the
-        expectation is exact in that group.
+        Actions for the expectations of joint critics. They depend on the policy only, so those of several batches can
+        be drawn at once.
+
+        :param log_pi: the policy at some observations, shape (batch, n_choices)
+        :return: an action for each
+        """
+        groups = self.action_groups
+        choices = groups.sample(log_pi)
+        varied, columns, valid = groups.sweep(choices)
+        return DrawnActions(
+            inputs=groups.inputs(groups.decode(choices)),
+            varied_inputs=groups.inputs(groups.decode(varied.flatten(0, 1))).unflatten(0, columns.shape),
+            columns=columns,
+            valid=valid,
+            probabilities=log_pi.gather(1, columns).exp() * valid,
+        )
+
+    @th.no_grad()
+    def expected_values(
+        self, obs: PyTorchObs, log_pi: th.Tensor, drawn: DrawnActions | None = None
+    ) -> tuple[th.Tensor, Sweep | None]:
+        """
+        ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. Joint ones are evaluated at an action
+        drawn at each state, and at half of the states (all, if there is one group only) one of its groups is swept:
+        there the expectation is exact in that group.
 
         :param obs: observations
         :param log_pi: the policy at these observations, shape (batch, n_choices)
+        :param drawn: for joint critics, actions from :meth:`draw_actions`
         :return: the expectation, shape (batch,), the critics reduced to one; and the sweep (None if there was none)
         """
-        obs, groups = self.preprocess(obs), self.action_groups
+        obs = self.preprocess(obs)
         reduce = CRITIC_REDUCTIONS[self.critic_reduction]
         if not isinstance(self.critics_target, JointCritics):
             return reduce(expected_value(log_pi, self.critics_target(obs))), None
-        choices = groups.sample(log_pi)
-        n = len(choices)
-        n_swept = n if len(groups.sizes) == 1 else (n + 1) // 2
-        varied, columns, valid = groups.sweep(choices[:n_swept])
-        rows = th.arange(n, device=choices.device)
+        assert drawn is not None
+        n = len(log_pi)
+        n_swept = n if len(self.action_groups.sizes) == 1 else (n + 1) // 2
+        columns, valid = drawn.columns[:n_swept], drawn.valid[:n_swept]
+        rows = th.arange(n, device=log_pi.device)
         rows = th.cat([rows[:n_swept].repeat_interleave(columns.shape[1]), rows[n_swept:]])
-        actions = groups.decode(th.cat([varied.flatten(0, 1), choices[n_swept:]]))
-        q_values = self.critics_target(obs, groups.inputs(actions), rows)
+        inputs = th.cat([drawn.varied_inputs[:n_swept].flatten(0, 1), drawn.inputs[n_swept:]])
+        q_values = self.critics_target(obs, inputs, rows)
         swept, sampled = q_values.split([columns.numel(), n - n_swept], dim=1)
         swept = swept.unflatten(1, columns.shape)
-        probabilities = log_pi[:n_swept].gather(1, columns).exp() * valid
-        expected = reduce(th.cat([(probabilities * swept).sum(dim=2), sampled], dim=1))
+        expected = reduce(th.cat([(drawn.probabilities[:n_swept] * swept).sum(dim=2), sampled], dim=1))
         of_swept = {key: x[:n_swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[:n_swept]
         return expected, Sweep(of_swept, columns, valid, swept.mean(dim=0))
 

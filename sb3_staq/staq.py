@@ -7,6 +7,7 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ from sb3_staq.mirror_descent import (
     soft_value,
     solve_ent_coef,
 )
-from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
+from sb3_staq.policies import CnnPolicy, DrawnActions, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.schedules import make_schedule, parse_auto, parse_relative
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
@@ -440,11 +441,11 @@ class StaQ(OffPolicyAlgorithm):
         """Train the critics towards the soft Q-function of the current policy."""
         policy = self.policy
         statistics: dict[str, list[th.Tensor]] = defaultdict(list)
-        for batch, log_pi in self._batches(gradient_steps, batch_size):
+        for batch, log_pi, drawn in self._batches(gradient_steps, batch_size):
             discounts = batch.discounts if batch.discounts is not None else self.gamma
             with th.no_grad():
                 # y = r + gamma V(s'),  V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s'))
-                next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi)
+                next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi, drawn)
                 next_values = soft_value(log_pi, next_q_values, self._current_ent_coef).unsqueeze(1)
                 targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
 
@@ -516,23 +517,28 @@ class StaQ(OffPolicyAlgorithm):
                 "stable. The policy is still that of the last update."
             )
 
-    def _batches(self, n_batches: int, batch_size: int) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
+    def _batches(
+        self, n_batches: int, batch_size: int
+    ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor, DrawnActions | None]]:
         """
-        Batches of transitions and ``log pi(.|s')`` at their next states. The policy is fixed between its updates, so
-        several batches are drawn and evaluated at once; but not from buffers whose samples may be no set of equals
-        (HER's end with the relabelled transitions).
+        Batches of transitions, ``log pi(.|s')`` at their next states and, for joint critics, actions drawn from that.
+        The policy is fixed between its updates, so several batches are drawn and evaluated at once; but not from
+        buffers whose samples may be no set of equals (HER's end with the relabelled transitions).
         """
         assert self.replay_buffer is not None
+        draw = self.policy.draw_actions if self.critic == "joint" else None
         if not LogitCache.supports(self.replay_buffer):
             for _ in range(n_batches):
                 samples, _ = self._sample(batch_size)
-                yield samples, self._next_log_policy(samples, None)
+                log_pi = self._next_log_policy(samples, None)
+                yield samples, log_pi, draw(log_pi) if draw is not None else None
             return
         n_at_once = max(1, MIN_UPDATE_STATES // batch_size)
         for first in range(0, n_batches, n_at_once):
             samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
             log_pi = self._next_log_policy(samples, cache_index)
-            yield from zip(split_samples(samples, batch_size), log_pi.split(int(batch_size)), strict=True)
+            drawn = draw(log_pi).split(int(batch_size)) if draw is not None else repeat(None)
+            yield from zip(split_samples(samples, batch_size), log_pi.split(int(batch_size)), drawn, strict=False)
 
     def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
         """A batch of transitions, and where the logit cache has its next states (None without a cache)."""

@@ -75,7 +75,7 @@ def cache_error(model):
 def sampled_error(model, n_batches=5):
     """The same for what gradient steps get: log-probabilities at the next states of a batch."""
     errors = []
-    for batch, actual in model._batches(n_batches, 64):
+    for batch, actual, _ in model._batches(n_batches, 64):
         logits = model.policy.frozen_critics.weights.scale * slow_logit_sums(model.policy, batch.next_observations)
         direct = slow_log_policy(model.policy, logits)
         if model.optimize_memory_usage:
@@ -106,7 +106,7 @@ def test_batches_are_parts_of_few_samples(buffer, cached, monkeypatch):
     flat = flat or stored.observations[:30].reshape(60, -1)
     rewards = stored.rewards[:30].reshape(60)
     known = {tuple(row) for row in rows(flat, rewards, stored.actions[:30].reshape(60, -1))}
-    for batch, log_pi in batches:
+    for batch, log_pi, _ in batches:
         assert log_pi.shape == (200, model.policy.action_groups.n_choices)
         assert (batch.discounts is not None) == (buffer == "n_step")
         if buffer != "n_step":  # whose rewards are sums
@@ -147,7 +147,7 @@ def test_samples_of_ones_own_buffer_stay_whole():
 
     model = make_model(RandomObsEnv(), replay_buffer_class=DoubledBuffer).learn(60)
     assert model._n_updates == 40
-    assert [len(batch.rewards) for batch, _ in model._batches(3, 16)] == [32] * 3
+    assert [len(batch.rewards) for batch, *_ in model._batches(3, 16)] == [32] * 3
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
 
     n_swept = 30_000 * len(groups.sizes)
     n = n_swept if len(groups.sizes) == 1 else 2 * n_swept
-    values, sweep = policy.expected_values(obs.expand(n, -1), log_pi.expand(n, -1))
+    many, log_pis = obs.expand(n, -1), log_pi.expand(n, -1)
+    values, sweep = policy.expected_values(many, log_pis, policy.draw_actions(log_pis))
     for part in (values, values[:n_swept], values[n_swept:]):
         assert len(part) == 0 or (part.mean() - expected).abs() < 5 * part.std() / len(part) ** 0.5 + 1e-5
     assert len(sweep.q_values) == n_swept
@@ -195,6 +196,27 @@ def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
         assert values.std() < 1e-5
 
 
+@pytest.mark.parametrize("action_space", ACTION_SPACES)
+def test_actions_of_a_batch_are_drawn_from_its_policy(action_space):
+    """Those of several batches are drawn at once."""
+    space, kwargs = ACTION_SPACES[action_space]
+    model = make_model(RandomObsEnv(action_space=space), critic="joint", **kwargs).learn(100)
+    batches = list(model._batches(3, 50))
+    assert len(batches) == 3
+    assert not th.equal(batches[0][1], batches[1][1])
+    for _, log_pi, drawn in batches:
+        for row in range(50):
+            columns = drawn.columns[row][drawn.valid[row]]
+            assert th.equal(drawn.probabilities[row][drawn.valid[row]], log_pi[row, columns].exp())
+            assert (drawn.probabilities[row][~drawn.valid[row]] == 0).all()
+            # The drawn action is one of the varied ones, which differ in one group only: in up to two components of its
+            # one-hot code, or of an action of the axis grid
+            same = (drawn.varied_inputs[row] == drawn.inputs[row]).all(dim=1) & drawn.valid[row]
+            assert same.sum() == 1
+            n_different = (drawn.varied_inputs[row][drawn.valid[row]] != drawn.inputs[row]).sum(dim=1)
+            assert n_different.max() <= (1 if action_space == "box_factored" else 2)
+
+
 def test_minimum_is_of_expected_values():
     policy = make_policy(action_space="discrete", critic_reduction="min", n_critics=3)
     groups = policy.action_groups
@@ -204,7 +226,7 @@ def test_minimum_is_of_expected_values():
     with th.no_grad():
         q_values = th.stack([slow_values(net, obs, inputs.expand(6, -1, -1)) for net in members(policy.critics_target)])
     expected = (log_pi.exp() * q_values).sum(dim=2).amin(dim=0)
-    values, _ = policy.expected_values(obs, log_pi)
+    values, _ = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
     assert relative_error(values, expected) < 1e-5
 
 
@@ -214,7 +236,7 @@ def test_main_effects_loss(action_space):
     policy = make_policy(action_space=action_space)
     obs = sample_obs(policy.observation_space, 23)
     log_pi = log_policy(th.randn(23, policy.action_groups.n_choices), policy.action_groups.sizes)
-    _, sweep = policy.expected_values(obs, log_pi)
+    _, sweep = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
     (net,) = members(policy.main_effects)
     with th.no_grad():
         effects = net(obs)
@@ -262,7 +284,7 @@ def test_training_fits_the_main_effects(action_space, logit_cache):
     assert len(model.policy.frozen_critics) == 4
     batch = model.replay_buffer.sample(200)
     log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.action_groups.sizes)
-    _, sweep = model.policy.expected_values(batch.next_observations, log_pi)
+    _, sweep = model.policy.expected_values(batch.next_observations, log_pi, model.policy.draw_actions(log_pi))
     loss = model.policy.main_effects_loss(sweep).item()
     centred = sweep.valid * sweep.q_values
     centred = centred - sweep.valid * centred.sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)

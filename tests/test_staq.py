@@ -168,7 +168,7 @@ def test_hindsight_experience_replay_in_every_batch():
     )
     model.learn(400)  # random flips do not reach the goal, but do reach that of the relabelled last transition
     real_goals = {tuple(goal) for goal in model.replay_buffer.observations["desired_goal"][:, 0]}
-    batches = [batch for batch, _ in model._batches(20, 50)]
+    batches = [batch for batch, *_ in model._batches(20, 50)]
     assert [len(batch.rewards) for batch in batches] == [50] * 20
     shares = [
         np.mean([tuple(goal) not in real_goals for goal in batch.observations["desired_goal"].numpy()])
