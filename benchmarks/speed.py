@@ -235,8 +235,7 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     # A few weights stay in the cache of a CPU, but are too little work for a GPU
     weight, size = (block[:4], 1024) if device == "cpu" else (block, 8192)
     large = th.randn(size, size, device=device)
-    for warm_up in (lambda: block.sum(), lambda: large @ large):
-        warm_up()
+    _ = block.sum(), large @ large  # warm-up
     rows = []
     for repetition in range(repetitions):
         for batch_size in (1, 8, 64, BATCH_SIZE):

@@ -27,7 +27,10 @@ SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
 def _is_amd() -> bool:
     """Whether the processor is one of AMD's: what Linux says, or else what Windows says."""
     cpuinfo = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+    if not cpuinfo.exists():
+        return "AuthenticAMD" in platform.processor()
+    with cpuinfo.open() as file:  # the first processor is enough: of hundreds it is a long file, and import waits
+        return "AuthenticAMD" in file.read(200)
 
 
 # Activations per layer and chunk of a pass through the stack: 2 MB, so that they stay in the processor's cache; a GPU
