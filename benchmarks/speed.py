@@ -27,11 +27,10 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.speed_report import write_report
+from benchmarks.speed_report import FOLDER, write_report
 from sb3_staq import StaQ
 from sb3_staq.critics import FrozenCritics
 
-FOLDER = Path(__file__).parent / "results" / "speed"
 MUJOCO = "HalfCheetah-v4"
 OTHER_MUJOCO = ("Hopper-v4", "Walker2d-v4")
 NETWORKS = {"net_arch": [256, 256]}

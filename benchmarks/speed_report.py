@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import markdown_table, save
 
+FOLDER = Path(__file__).parent / "results" / "speed"
 PARTS = ("collect", "logits of the replay", "critic steps", "policy update")
 COLORS = dict(zip(PARTS, sns.color_palette("colorblind", len(PARTS)), strict=True))
 HATCHES = dict(zip(PARTS, ("", "//", "..", ""), strict=True))
@@ -326,6 +327,8 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
     if sizes["device"] != "cpu":
         command += f" --device {sizes['device']}"
         times = "networks on the device, times until it has done all that was asked of it"
+    if folder != FOLDER:
+        command += f" --folder {folder}"
     text = [
         "# What StaQ costs",
         f"`{command}` writes this page, its figures and its CSV files. One thread, float32; "

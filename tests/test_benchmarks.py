@@ -380,7 +380,7 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     path = speed.run(tmp_path, speed.QUICK, repetitions=1, note="A note.")
     text = path.read_text()
-    assert "A note." in text and "nan" not in text
+    assert "A note." in text and f"--folder {tmp_path}`" in text and "nan" not in text
     assert "reference, 1 environment, M = 4" in text and "floor, 8 environments, M = 4" in text
     assert "HalfCheetah-v4: SAC" in text and "two policy updates that are 100 steps apart" in text
     for figure in ("iteration.png", "acting.png"):
