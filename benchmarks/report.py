@@ -1,7 +1,6 @@
 """Markdown and figures from the result files of a suite, and from nothing else."""
 
 from collections.abc import Iterable, Mapping
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ LABELS = {
 }
 # An algorithm looks the same in all figures: colours that colour-blind people can tell apart, and dashes beside
 COLORS = dict(zip(LABELS.values(), sns.color_palette("colorblind", len(LABELS)), strict=True))
-DASHES = dict(zip(LABELS.values(), cycle(["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1)]), strict=False))
+STYLES = ["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1)]
+DASHES = dict(zip(LABELS.values(), STYLES, strict=True))
 
 # Evaluations at the end of a training whose mean is reported
 N_LAST = 5
@@ -158,7 +158,13 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
         env = suite.envs[env_id]
         for algo, value in env.published.items():
             label = LABELS[algo]
-            ax.axhline(value, color=COLORS[label], linewidth=1.5, linestyle=":", label=f"{label}, published")
+            ax.axhline(
+                value,
+                color=COLORS[label],
+                linewidth=1.5,
+                linestyle=":",
+                label=f"{label}, published ({suite.published_steps:,} steps)",
+            )
         if env.reference not in env.published.values():
             ax.axhline(env.reference, color="0.4", linewidth=1, linestyle=":", label="reference")
         n_seeds = curves[curves["env"] == env_id].groupby("algo")["seed"].nunique()
@@ -241,7 +247,7 @@ def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> l
                 f"{group['step'].mean() / (60 * minutes):,.0f}",
             ]
         for algo, value in suite.envs[env_id].published.items():
-            rows[f"{LABELS[algo]}, published"] = ["", f"{value:,.0f}", *[""] * 6]
+            rows[f"{LABELS[algo]}, published"] = ["", f"{value:,.0f}", "", "", f"{suite.published_steps:,}", "", "", ""]
         columns = [
             "",
             "each seed",
@@ -413,7 +419,7 @@ def plot_stability(measures: pd.DataFrame) -> Figure:
             orient="h",
             ax=ax,
         )
-        ax.set(title=name, xlabel="score (less is better)", ylabel="")
+        ax.set(title=name, xlabel="in scores (less is better)", ylabel="")
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(4))
     share_legend(figure, axes)

@@ -53,7 +53,7 @@ def plot_iteration(iteration: pd.DataFrame) -> Figure:
     :return: the figure: the parts of an iteration over M, one panel per way and number of environments
     """
     seconds = medians(iteration[iteration["env"] == "synthetic"], "seconds").droplevel("env")
-    cases = list(seconds.index.droplevel(["M", "part"]).unique())[::-1]
+    cases = sorted(seconds.index.droplevel(["M", "part"]).unique(), key=lambda case: (case[0] == "StaQ", case))
     figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.8), sharey=True)
     for ax, (way, n_envs) in zip(axes, cases, strict=True):
         parts = seconds.xs((way, n_envs), level=("way", "n_envs")).unstack("part")
@@ -69,7 +69,7 @@ def plot_iteration(iteration: pd.DataFrame) -> Figure:
         ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("time of one iteration (s)")
     axes[0].set_ylim(top=1.1 * axes[0].get_ylim()[1])  # room for the numbers
-    figure.suptitle("One iteration: 5,000 environment steps and 5,000 gradient steps")
+    figure.suptitle("One iteration: 5,000 environment steps (which take no time themselves) and 5,000 gradient steps")
     figure.tight_layout()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(PARTS))
     return figure

@@ -47,6 +47,7 @@ class Suite:
     :param envs: environments by id
     :param hyperparams: by algorithm, what replaces entries of RL Zoo3's hyperparameters
     :param published_source: where published returns come from
+    :param published_steps: ... and after how many environment steps
     """
 
     name: str
@@ -57,6 +58,7 @@ class Suite:
     envs: dict[str, Environment]
     hyperparams: dict[str, dict[str, Any]] = field(default_factory=dict)
     published_source: str = ""
+    published_steps: int = 0
 
 
 def load_suites(path: Path = SUITES_FILE) -> dict[str, Suite]:

@@ -381,7 +381,7 @@ def plot_floors(floors: pd.DataFrame) -> Figure:
     x = np.geomspace(1e-11, 1, 2)
     for ax, column, slope, line, reference, name in [
         (axes[0], "logit_floor", 1, "--", "$\\beta^M$", "logits, ent_coef $\\xi$"),
-        (axes[1], "q_floor", 2, ":", "$\\beta^{2M}$", "soft Q-function of $\\pi$"),
+        (axes[1], "q_floor", 2, ":", "proportional to $\\beta^{2M}$", "soft Q-function of $\\pi$"),
     ]:
         for rule, filled in (("truncated", True), ("weight_corrected", False)):
             for beta, color, marker in zip(betas, palette, "osD", strict=True):
@@ -392,7 +392,7 @@ def plot_floors(floors: pd.DataFrame) -> Figure:
                 ax.plot(rows["beta^M"], rows[column], label=label, **style)
         ax.plot(x, x**slope, color="0.45", linestyle=line, linewidth=2, label=reference)
         ax.set(xscale="log", yscale="log", ylim=(1e-16, 3), xlabel="$\\beta^M$ (weight of the deleted Q-function)")
-        ax.set_title(f"What is left: {name}")
+        ax.set_title(f"Error after convergence: {name}")
     axes[0].set_ylabel("distance to $Q^*$, relative (sup norm)")
     # The panels share all but their last entry
     handles, labels = axes[0].get_legend_handles_labels()

@@ -56,7 +56,7 @@ def main() -> None:
     for i, weight in enumerate([r"$1$", r"$\beta$", r"$\beta^2$", "", r"$\beta^{M-1}$"]):
         ax.text(3.95 + 0.7 * i, 2.05, weight, ha="center", fontsize=9, color=BLUE)
     arrow(ax, (7.1, 3.4), (7.75, 3.4))
-    box(ax, 7.8, 3.05, 2.0, 0.75, "$Q_{k-M}$ is deleted,\nits weight subtracted", GREY, alpha=0.08)
+    box(ax, 7.8, 3.05, 2.0, 0.75, "$Q_{k-M}$ is deleted,\nits term is subtracted", GREY, alpha=0.08)
 
     arrow(ax, (5.35, 1.95), (5.35, 1.3))
     ax.text(5.5, 1.62, r"weighted sum $\times$ scale = logits $\xi_{k+1}$", fontsize=9, color=GREY, va="center")

@@ -205,8 +205,8 @@ def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     kl, normalised_entropy, action_gap, by_age = axes = figure.subplots(2, 2, sharex=True).flat
     updates = data["policy_update"].to_numpy()
     for column, style, color, label in [
-        ("kl", "-", blue, r"KL($\pi_{k+1}$ || $\pi_k$): the update"),
-        ("lost_kl", "--", orange, r"KL($\pi_{k+1}$ || deleted critic kept): the loss"),
+        ("kl", "-", blue, r"kl: KL($\pi_{k+1}$ || $\pi_k$), the update"),
+        ("lost_kl", "--", orange, r"lost_kl: KL($\pi_{k+1}$ || deleted critic kept)"),
     ]:
         kl.plot(updates, data[column].where(data[column] > 0), style, color=color, label=label)
     kl.set(title="Change of the policy", ylabel="KL divergence (nats)", yscale="log")
@@ -215,7 +215,9 @@ def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     normalised_entropy.plot(updates, data["entropy"], color=blue)
     normalised_entropy.set(title="Entropy", ylabel="relative to the uniform policy", ylim=(-0.02, 1.02))
     action_gap.plot(updates, data["action_gap"], color=blue)
-    action_gap.set(title="Action gap of the policy's mean Q-function", ylabel="best less second best (scaled reward)")
+    action_gap.set(
+        title="Action gap of the mean Q-function (action_gap)", ylabel="best less second best (scaled reward)"
+    )
 
     shares = np.zeros((max(map(len, data["shares"])), len(data)))
     for column, numbers in zip(shares.T, data["shares"], strict=True):
@@ -225,7 +227,7 @@ def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     bottom = np.clip(shares[shares > 0].min(initial=top), 1e-4 * top, 0.1 * top)
     mesh = by_age.pcolormesh(*edges, np.ma.masked_equal(shares, 0), norm=LogNorm(bottom, top), cmap="viridis")
     figure.colorbar(mesh, ax=by_age, label="share of the logits", extend="min")
-    by_age.set(title="Share of the logits by age of the critic", ylabel="age (policy updates)")
+    by_age.set(title="Share of the logits by age of the critic (shares)", ylabel="age (policy updates)")
     for ax in axes[:3]:
         ax.grid(alpha=0.3)
     for ax in axes[2:]:

@@ -130,7 +130,9 @@ def test_suites_are_valid(suite: Suite) -> None:
     for env in suite.envs.values():
         assert env.steps % env.eval_freq == 0 and env.steps // env.eval_freq >= 8
         assert env.random < env.reference
-        assert set(env.published) <= set(suite.algos) and bool(env.published) <= bool(suite.published_source)
+        assert set(env.published) <= set(suite.algos) and bool(env.published) <= bool(
+            suite.published_source and suite.published_steps
+        )
 
 
 def package_of(env_id: str) -> str:
@@ -216,12 +218,14 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
         "CartPole-v1": Environment(80, 10, 0, 80),
         "MinAtar/Breakout-v1": Environment(80, 20, 0, 80, published={"sac": 1234.0}),
     }
-    suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, published_source="somewhere")
+    suite = Suite(
+        "tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, published_source="somewhere", published_steps=5000
+    )
     fake_results(tmp_path, suite, last_seed_is_done=False)
     folder = tmp_path / "results" / "tiny"
     text = report.write_report(suite, folder).read_text()
     assert "8 complete trainings" in text and "StaQ on CartPole-v1 (2 of 3)" in text
-    assert "| SAC, published |  | 1,234 |" in text and "Published: somewhere." in text
+    assert "| SAC, published |  | 1,234 |  |  | 5,000 |" in text and "Published: somewhere." in text
     for figure in ("curves.png", "wall_clock.png", "aggregate.png", "stability.png"):
         assert figure in text and (folder / figure).stat().st_size > 10_000
     _, finals = report.load_results(suite, folder)
