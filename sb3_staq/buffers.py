@@ -80,8 +80,8 @@ class LogitCache:
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """
-        Tells whether somebody else has written to the buffer (where it writes next and what it wrote last) or loaded
-        another stack.
+        Tells whether somebody else has written to the buffer (where it writes next and what it wrote last) or changed
+        the stack.
         """
         buffer = self.replay_buffer
         last = (buffer.pos - 1) % buffer.buffer_size
@@ -89,7 +89,7 @@ class LogitCache:
         if isinstance(observations, dict):
             observations = next(iter(observations.values()))
         written = buffer.pos, buffer.full, buffer.actions[last].tobytes(), observations[last].tobytes()
-        return *written, self.frozen_critics.n_loads
+        return *written, self.frozen_critics.n_changes
 
     @property
     def in_sync(self) -> bool:
@@ -98,8 +98,8 @@ class LogitCache:
 
     def sync(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> None:
         """
-        Make sure that all transitions in the buffer have their sums: after loading a buffer or a stack, or filling the
-        buffer by hand, the whole stack is evaluated at all stored next states.
+        Make sure that all transitions in the buffer have their sums: after loading a buffer or a stack, changing one
+        by hand or an interrupted update, the whole stack is evaluated at all stored next states.
 
         :param logit_sums: the weighted sums at observations
         """
@@ -158,7 +158,8 @@ class LogitCache:
         deleted: Callable[[PyTorchObs], th.Tensor] | None,
     ) -> None:
         """
-        Follow a policy update at all stored next states.
+        Follow a policy update at all stored next states. The sums are in sync with the changed stack at the end only:
+        after an interruption it is evaluated at all of them.
 
         :param update: what the update does to the weighted sums
         :param newest: Q-values of the pushed critics at observations
@@ -166,6 +167,7 @@ class LogitCache:
         """
         for obs, sums in self._batches():
             sums.copy_(update.apply(sums, newest(obs), deleted(obs) if deleted is not None else None))
+        self._synced = self._fingerprint()
 
     def _batches(self) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """All stored next observations and the views of their sums, in large batches."""

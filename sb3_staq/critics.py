@@ -329,7 +329,7 @@ class FrozenCritics(nn.ModuleList):
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
         head = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self.n_choices = template.net.n_choices
-        self.n_loads = 0  # what has been computed with the stack is void once another one is loaded
+        self.n_changes = 0  # pushes and loads: what has been computed with the stack before is void
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
         self._weigh()
 
@@ -364,6 +364,7 @@ class FrozenCritics(nn.ModuleList):
         :return: what this does to the weighted sum (nothing by way of deletion if the weight of the deleted entry was
             negligible), and the deleted entry (None if none was deleted)
         """
+        self.n_changes += 1
         update = self.weights.push(kl_coef, ent_coef)
         deleted = None
         if update.deletes:
@@ -450,7 +451,7 @@ class FrozenCritics(nn.ModuleList):
             for name, param in self[i].net.named_parameters():
                 self._blocks[name][slot].copy_(param.data)
         self._link_all()
-        self.n_loads += 1
+        self.n_changes += 1
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """As of any module, but with copies: saving a view would save the whole block, unused slots included."""
@@ -465,7 +466,7 @@ class FrozenCritics(nn.ModuleList):
         if extra_state is not None:
             self._resize(list(extra_state["slots"]))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.n_loads += 1
+        self.n_changes += 1
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":
         super()._apply(fn, recurse)

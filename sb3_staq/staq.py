@@ -644,7 +644,7 @@ class StaQ(OffPolicyAlgorithm):
             self._logit_cache.sync(self.policy.logit_sums)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_logit_sums = None
-        if self._logit_cache is not None:
+        if self._logit_cache is not None and self._logit_cache.replay_buffer is replay_buffer:
             next_logit_sums = self._logit_cache.append(self.policy.logit_sums)
             if not dones.any():  # else new episodes have started
                 self._last_logit_sums = next_logit_sums

@@ -17,6 +17,7 @@ from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_staq import StaQ
@@ -564,6 +565,41 @@ def test_an_interrupted_sample_leaves_the_buffer_as_it_was():
         model._sample(8)
     assert model.replay_buffer.next_observations.keys() == arrays.keys()
     assert all(model.replay_buffer.next_observations[key] is array for key, array in arrays.items())
+
+
+@pytest.mark.parametrize("by", ["interruption", "hand"])
+def test_an_update_that_the_cache_missed_leads_to_a_rebuild(by, monkeypatch):
+    """Ctrl-C while the cache follows a policy update, or critics that are pushed by hand, and then going on."""
+    model = make_cached(buffer_size=200).learn(100)
+    if by == "hand":
+        model.policy.push_critics(1.0, 0.1)
+    else:
+
+        def interrupted(self, update, newest, deleted):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(LogitCache, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(50, reset_num_timesteps=False)
+        monkeypatch.undo()
+    assert not model._logit_cache.in_sync
+    assert cache_error(model) > 1e-2
+    model.learn(30, reset_num_timesteps=False)
+    assert cache_error(model) < 1e-4
+
+
+def test_transitions_for_another_buffer():
+    """What is collected for it does not touch the cache, and the actions are still those of the policy."""
+    # So greedy that the actions are known
+    greedy = dict(kl_coef=1e-7, ent_coef=1e-7, exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    model = make_cached(**greedy).learn(100)
+    before = model._logit_cache.sums.clone()
+    other = ReplayBuffer(50, model.observation_space, model.action_space, device="cpu")
+    train_freq = TrainFreq(50, TrainFrequencyUnit.STEP)
+    model.collect_rollouts(model.env, model._init_callback(None), train_freq, other)
+    assert other.full and th.equal(model._logit_cache.sums, before)
+    expected, _ = model.policy.predict(other.observations[:, 0], deterministic=True)
+    assert np.array_equal(other.actions[:, 0, 0], expected)
 
 
 def test_message_at_verbose_says_which_evaluation_is_used(capsys):
