@@ -260,7 +260,7 @@ class Ensemble(nn.Module, Generic[Net]):
 
     def __init__(self, nets: list[Net]):
         super().__init__()
-        self.net = nets[0]
+        self.net = copy.deepcopy(nets[0])  # a features extractor may hold a module of the user's
         self.params = dict(self.net.named_parameters())
         for name, param in self.params.items():
             param.data = th.stack([net.get_parameter(name).data for net in nets])
