@@ -222,7 +222,11 @@ def _batched_layer(
         x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
         return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
     in_dims = (0, 0 if x_is_batched else None)
-    return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
+    try:
+        return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
+    except RuntimeError:  # recurrent layers, writing in place, branches on values: no vmap, so one after the other
+        copies = [{leaf: param[i] for leaf, param in params.items()} for i in range(len(next(iter(params.values()))))]
+        return th.stack([functional_call(layer, p, (x[i] if x_is_batched else x,)) for i, p in enumerate(copies)])
 
 
 def batched_forward(

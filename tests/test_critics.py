@@ -38,6 +38,19 @@ class NormExtractor(BaseFeaturesExtractor):
         return self.net(obs)
 
 
+class RecurrentExtractor(BaseFeaturesExtractor):
+    """What PyTorch cannot batch over networks: a recurrent layer, and writing in place."""
+
+    def __init__(self, observation_space, features_dim=5):
+        super().__init__(observation_space, features_dim)
+        self.gru = nn.GRU(2, 5, batch_first=True)
+
+    def forward(self, obs):
+        features = th.zeros(len(obs), 5)
+        features += self.gru(obs.unflatten(1, (2, 2)))[1][0]
+        return features
+
+
 BOX = spaces.Box(-1, 1, (4,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 DICT = spaces.Dict(img=IMAGE, vec=spaces.Box(-2, 2, (3,), np.float64), kind=spaces.Discrete(4))
@@ -50,6 +63,7 @@ ARCHITECTURES = {
     "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
     "three_critics": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=3)),
     "extractor": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=NormExtractor)),
+    "recurrent": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=RecurrentExtractor)),
     "layer_norm": (MlpPolicy, BOX, dict(net_arch=[16, 8], layer_norm=True)),
     "discrete": (MlpPolicy, spaces.Discrete(5), dict(net_arch=[8])),
     "multi_discrete": (MlpPolicy, spaces.MultiDiscrete([3, 4]), dict(net_arch=[8])),
