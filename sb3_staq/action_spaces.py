@@ -134,8 +134,8 @@ class ActionGroups(nn.Module):
 
     def sweep(self, choices: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        Vary one group of each action over all its choices; the actions of the batch take turns in which group, from a
-        random one on.
+        Vary one group of each action over all its choices; pairs of successive actions take turns in which group, from
+        a random one on.
 
         :param choices: shape (batch, number of groups)
         :return: the varied choices, shape (batch, max(sizes), number of groups); the columns of the varied group's
@@ -144,7 +144,7 @@ class ActionGroups(nn.Module):
         """
         device = choices.device
         first = th.randint(len(self.sizes), (1,), device=device)  # a batch may have fewer actions than groups
-        group = (first + th.arange(len(choices), device=device)) % len(self.sizes)
+        group = (first + th.arange(len(choices), device=device) // 2) % len(self.sizes)
         last = self._last[group].unsqueeze(1)
         options = th.arange(max(self.sizes), device=device).expand(len(choices), -1)
         valid = options <= last

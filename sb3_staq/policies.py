@@ -237,7 +237,7 @@ class StaQPolicy(BasePolicy):
     ) -> tuple[th.Tensor, Sweep | None]:
         """
         ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. Joint ones are evaluated at an action
-        drawn at each state, and at half of the states (all, if there is one group only) one of its groups is swept:
+        drawn at each state, and at every other state (all, if there is one group only) one of its groups is swept:
         there the expectation is exact in that group.
 
         :param obs: observations
@@ -250,18 +250,21 @@ class StaQPolicy(BasePolicy):
         if not isinstance(self.critics_target, JointCritics):
             return reduce(expected_value(log_pi, self.critics_target(obs))), None
         assert drawn is not None
-        n = len(log_pi)
-        n_swept = n if len(self.action_groups.sizes) == 1 else (n + 1) // 2
-        columns, valid = drawn.columns[:n_swept], drawn.valid[:n_swept]
-        rows = th.arange(n, device=log_pi.device)
-        rows = th.cat([rows[:n_swept].repeat_interleave(columns.shape[1]), rows[n_swept:]])
-        inputs = th.cat([drawn.varied_inputs[:n_swept].flatten(0, 1), drawn.inputs[n_swept:]])
-        q_values = self.critics_target(obs, inputs, rows)
-        swept, sampled = q_values.split([columns.numel(), n - n_swept], dim=1)
-        swept = swept.unflatten(1, columns.shape)
-        expected = reduce(th.cat([(drawn.probabilities[:n_swept] * swept).sum(dim=2), sampled], dim=1))
-        of_swept = {key: x[:n_swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[:n_swept]
-        return expected, Sweep(of_swept, columns, valid, swept.mean(dim=0))
+        # Every other one, not half of the batch: replay buffers like HER's end a batch with transitions of another kind
+        swept, sampled = slice(None, None, 2), slice(1, None, 2)
+        if len(self.action_groups.sizes) == 1:
+            swept, sampled = slice(None), slice(0)
+        columns = drawn.columns[swept]
+        rows = th.arange(len(log_pi), device=log_pi.device)
+        inputs = th.cat([drawn.varied_inputs[swept].flatten(0, 1), drawn.inputs[sampled]])
+        rows_of_inputs = th.cat([rows[swept].repeat_interleave(columns.shape[1]), rows[sampled]])
+        q_values = self.critics_target(obs, inputs, rows_of_inputs)
+        q_swept = q_values[:, : columns.numel()].unflatten(1, columns.shape)
+        expected = q_values.new_empty(len(q_values), len(log_pi))
+        expected[:, swept] = (drawn.probabilities[swept] * q_swept).sum(dim=2)
+        expected[:, sampled] = q_values[:, columns.numel() :]
+        of_swept = {key: x[swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[swept]
+        return reduce(expected), Sweep(of_swept, columns, drawn.valid[swept], q_swept.mean(dim=0))
 
     def main_effects_loss(self, sweep: Sweep) -> th.Tensor:
         """

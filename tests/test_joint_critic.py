@@ -124,7 +124,7 @@ def test_sweep_varies_one_group(action_space):
     offsets = np.cumsum([0, *groups.sizes])
     first = offsets.tolist().index(columns[0, 0].item())
     for i in range(len(choices)):
-        group = (first + i) % n_groups  # taken in turn
+        group = (first + i // 2) % n_groups  # pairs take turns
         size = groups.sizes[group]
         assert valid[i].tolist() == [True] * size + [False] * (max(groups.sizes) - size)
         assert columns[i, :size].tolist() == list(range(offsets[group], offsets[group + 1]))
@@ -181,8 +181,8 @@ def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
     n = n_swept if len(groups.sizes) == 1 else 2 * n_swept
     many, log_pis = obs.expand(n, -1), log_pi.expand(n, -1)
     values, sweep = policy.expected_values(many, log_pis, policy.draw_actions(log_pis))
-    for part in (values, values[:n_swept], values[n_swept:]):
-        assert len(part) == 0 or (part.mean() - expected).abs() < 5 * part.std() / len(part) ** 0.5 + 1e-5
+    for part in (values, values[::2], values[1::2]):  # of many groups, every other one is swept
+        assert (part.mean() - expected).abs() < 5 * part.std() / len(part) ** 0.5 + 1e-5
     assert len(sweep.q_values) == n_swept
     columns = groups.columns(choices)
     for column in range(groups.n_choices):
@@ -215,6 +215,24 @@ def test_actions_of_a_batch_are_drawn_from_its_policy(action_space):
             assert same.sum() == 1
             n_different = (drawn.varied_inputs[row][drawn.valid[row]] != drawn.inputs[row]).sum(dim=1)
             assert n_different.max() <= (1 if action_space == "box_factored" else 2)
+
+
+@pytest.mark.parametrize("n", [7, 8])
+def test_every_other_state_is_swept(n):
+    """Not a part of the batch: those of HER are ordered, with the relabelled transitions at the end."""
+    policy = make_policy(action_space="box_factored")
+    obs = sample_obs(policy.observation_space, n)
+    log_pi = log_policy(th.randn(n, policy.action_groups.n_choices), policy.action_groups.sizes)
+    drawn = policy.draw_actions(log_pi)
+    values, sweep = policy.expected_values(obs, log_pi, drawn)
+    assert th.equal(sweep.obs, obs[::2])
+    with th.no_grad():
+        nets = members(policy.critics_target)
+        swept = th.stack([slow_values(net, obs[::2], drawn.varied_inputs[::2]) for net in nets])
+        sampled = th.stack([slow_values(net, obs[1::2], drawn.inputs[1::2].unsqueeze(1)) for net in nets])
+    assert relative_error(sweep.q_values, swept.mean(dim=0)) < 1e-5
+    assert relative_error(values[::2], (drawn.probabilities[::2] * swept).sum(dim=2).mean(dim=0)) < 1e-5
+    assert relative_error(values[1::2], sampled.squeeze(2).mean(dim=0)) < 1e-5
 
 
 def test_minimum_is_of_expected_values():
