@@ -280,6 +280,22 @@ class StaQPolicy(BasePolicy):
         mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
         return (sweep.valid * (error - mean_error).square()).sum() / sweep.valid.sum()
 
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """
+        :param action: actions of a Box
+        :return: what is stored of them: scaled from [low, high] to [-1, 1], -1 where the bounds are equal
+        """
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        :param scaled_action: stored actions of a Box
+        :return: the actions, rounding errors at the bounds cut off
+        """
+        bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        return np.clip(super().unscale_action(scaled_action), *bounds)
+
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
         :param obs: observations as environments and replay buffers give them (images channel-first)

@@ -35,6 +35,8 @@ SPACES = {
     "box_factored": (UNEVEN_BOX, dict(action_grid="factored", action_bins=4)),
     "box_axis": (UNEVEN_BOX, dict(action_grid="axis")),
     "box_joint": (UNEVEN_BOX, dict(action_grid="joint", action_bins=3)),
+    "box_rounding": (spaces.Box(-1.0, -0.4, (2,), np.float32), dict(action_grid="factored", action_bins=2)),
+    "box_fixed": (spaces.Box(np.float32([-1, 0.5]), np.float32([2, 0.5])), dict(action_grid="factored", action_bins=3)),
     "box_2d": (spaces.Box(-2.0, 1.0, (2, 2), np.float32), dict(action_grid="factored", action_bins=2)),
 }
 
@@ -86,6 +88,8 @@ def test_expected_choices():
         "box_factored": (4, 4, 4),
         "box_axis": (7,),
         "box_joint": (27,),
+        "box_rounding": (2, 2),
+        "box_fixed": (3, 3),
         "box_2d": (2, 2, 2, 2),
     }
     axis = make_action_groups(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
