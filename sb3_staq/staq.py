@@ -687,7 +687,6 @@ class StaQ(OffPolicyAlgorithm):
         if reset_num_timesteps:
             self._last_policy_update = None
         self._last_logit_sums = None
-        self.policy_update_hooks = []
         self._setup_logit_cache()
         return total_timesteps, callback
 
@@ -700,14 +699,17 @@ class StaQ(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfStaQ:
-        return super().learn(
-            total_timesteps=int(total_timesteps),
-            callback=callback,
-            log_interval=log_interval,  # type: ignore[arg-type]
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        try:
+            return super().learn(
+                total_timesteps=int(total_timesteps),
+                callback=callback,
+                log_interval=log_interval,  # type: ignore[arg-type]
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        finally:
+            self.policy_update_hooks = []
 
     def save(
         self,
