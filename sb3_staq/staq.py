@@ -296,6 +296,8 @@ class StaQ(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        # NumPy's numbers, which SB3 does not take everywhere, become Python's
+        vars(self).update({name: x.item() for name, x in vars(self).items() if isinstance(x, np.generic)})
         check_arguments(self)
         self.logit_rule = make_logit_rule(self.logit_rule, self.memory_size)
         relative_kl_coef = parse_relative(self.kl_coef)

@@ -135,6 +135,7 @@ def test_arguments_out_of_range(case):
         dict(logit_cache=False, critic_reduction="mean"),
         dict(action_grid="axis", action_bins=2),
         dict(policy_kwargs=None, stats_window_size=1, n_steps=2, seed=None),
+        dict(train_freq=np.int64(2), learning_rate=np.float32(1e-3), stats_window_size=np.int64(3), seed=np.int64(1)),
     ],
     ids=readable,
 )
