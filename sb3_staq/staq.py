@@ -156,7 +156,7 @@ class StaQ(OffPolicyAlgorithm):
     :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
         update, instead of evaluating the whole stack in every target: "auto" (wherever it is right, so not with HER,
         VecNormalize or custom weights, and costs less, so not with a short stack and frequent policy updates), True or
-        False
+        False. It takes 4 bytes per stored transition and choice.
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -589,7 +589,7 @@ class StaQ(OffPolicyAlgorithm):
         actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
         if not deterministic:
             actions = self._explore(actions)
-        return actions if is_vectorized else actions[0], state
+        return actions if is_vectorized else actions.squeeze(axis=0), state
 
     def _explore(self, actions: np.ndarray) -> np.ndarray:
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
@@ -620,10 +620,14 @@ class StaQ(OffPolicyAlgorithm):
         return actions, self.policy.scale_action(actions) if is_box else actions
 
     def _known_logit_sums(self) -> th.Tensor | None:
-        """The sums at the last observations, where the cache has just evaluated the current stack there."""
+        """
+        The sums at the last observations, where the cache has just evaluated the current stack there; None where a
+        subclass has its own way to act.
+        """
         if self._last_logit_sums is None or self._logit_cache is None or not self._logit_cache.in_sync:
             return None
-        return self._last_logit_sums
+        own_ways = [getattr(type(self.policy), name) is getattr(StaQPolicy, name) for name in ("_predict", "logits")]
+        return self._last_logit_sums if type(self).predict is StaQ.predict and all(own_ways) else None
 
     def _store_transition(
         self,

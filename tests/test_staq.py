@@ -13,6 +13,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import (
+    SMALL,
     RandomObsEnv,
     grow,
     make_model,
@@ -361,6 +362,55 @@ def test_custom_policies(policy_kwargs, tmp_path):
 
 
 # When policy updates come
+
+
+class BackboneExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space, backbone):
+        super().__init__(observation_space, 3)
+        self.backbone = backbone
+
+    def forward(self, obs):
+        return self.backbone(obs)
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_modules_in_the_policy_arguments_stay_as_they_are(critic, tmp_path):
+    """A pretrained network, say: all critics start from it, and nothing changes it."""
+    backbone = nn.Linear(4, 3)
+    before = backbone.weight.detach().clone()
+    extractor = dict(features_extractor_class=BackboneExtractor, features_extractor_kwargs=dict(backbone=backbone))
+    model = make_model(critic=critic, policy_kwargs=extractor)
+    assert all(th.equal(net.features_extractor.backbone.weight, before) for net in members(model.policy.critics))
+    assert_trained(model.learn(50), 50, 3)
+    assert th.equal(backbone.weight, before)
+    model.save(tmp_path / "model")
+    obs = th.ones(3, 4)
+    assert th.equal(StaQ.load(tmp_path / "model").policy.logits(obs), model.policy.logits(obs))
+
+
+class NeverZero(MlpPolicy):
+    """Never takes the first action."""
+
+    def _predict(self, observation, deterministic=True):
+        logits = self.logits(observation)
+        return 1 + logits[:, 1:].argmax(dim=1, keepdim=True)
+
+
+class AlwaysTwo(StaQ):
+    def predict(self, observation, *args, **kwargs):
+        return np.full(len(observation), 2), None
+
+
+@pytest.mark.parametrize("logit_cache", [True, False])
+def test_subclasses_that_act_in_their_own_way(logit_cache):
+    """... do so in training, too, although the logit cache has logits of its own."""
+    own_ways = dict(logit_cache=logit_cache, exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    model = make_model(RandomObsEnv(), NeverZero, **own_ways).learn(150)
+    taken = model.replay_buffer.actions[model.learning_starts : 150]
+    assert set(taken.ravel()) == {1, 2}
+    arguments = {**SMALL, **own_ways, "policy_kwargs": dict(net_arch=[8])}
+    model = AlwaysTwo("MlpPolicy", RandomObsEnv(), **arguments).learn(150)
+    assert (model.replay_buffer.actions[model.learning_starts : 150] == 2).all()
 
 
 class UpdateSteps(BaseCallback):
@@ -880,7 +930,7 @@ def test_predict_shapes(kind):
         batch = np.stack([single] * 6)
     for predict, deterministic in itertools.product((model.predict, model.policy.predict), (True, False)):
         action, state = predict(single, deterministic=deterministic)
-        assert np.shape(action) == ()
+        assert isinstance(action, np.ndarray) and action.shape == ()
         assert state is None
         assert env.action_space.contains(np.int64(action))
         actions, _ = predict(batch, deterministic=deterministic)
