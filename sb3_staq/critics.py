@@ -75,6 +75,13 @@ def _named_layers(features_extractor: nn.Module, q_net: nn.Sequential) -> list[t
             f"features_extractor_class={type(features_extractor).__name__} has buffers (as BatchNorm has), which a "
             "stack of critics cannot hold; accepted: extractors without, e.g. with LayerNorm or GroupNorm instead"
         )
+    if len(list(features_extractor.parameters())) < len(
+        list(features_extractor.named_parameters(remove_duplicate=False))
+    ):
+        raise ValueError(
+            f"features_extractor_class={type(features_extractor).__name__} has a parameter under several names, which "
+            "a stack of critics cannot hold; accepted: extractors in which each parameter has one name"
+        )
     layers = {"features_extractor": features_extractor, **{f"q_net.{i}": layer for i, layer in enumerate(q_net)}}
     return [(layer, {leaf: f"{name}.{leaf}" for leaf, _ in layer.named_parameters()}) for name, layer in layers.items()]
 

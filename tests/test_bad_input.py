@@ -533,5 +533,19 @@ def test_networks_with_running_statistics():
         def forward(self, obs):
             return self.norm(super().forward(obs))
 
-    with pytest.raises(ValueError, match=r"features_extractor_class.*accepted: "):
+    with pytest.raises(ValueError, match=r"features_extractor_class.*buffers.*accepted: "):
         make_model(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_networks_with_shared_parameters(critic):
+    class TiedExtractor(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.first = self.second = nn.Linear(self.features_dim, self.features_dim)
+
+        def forward(self, obs):
+            return self.second(self.first(super().forward(obs)).relu())
+
+    with pytest.raises(ValueError, match=r"features_extractor_class=TiedExtractor.*several names.*accepted: "):
+        make_model(critic=critic, policy_kwargs=dict(features_extractor_class=TiedExtractor))
