@@ -12,7 +12,15 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.45"
 
 
 def box(
-    ax: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str, alpha: float = 0.15
+    ax: plt.Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str,
+    color: str,
+    alpha: float = 0.15,
+    fontsize: float = 10,
 ) -> None:
     """A rounded box with its text; x, y are the lower left corner."""
     style = "round,pad=0.02,rounding_size=0.08"
@@ -20,7 +28,7 @@ def box(
     ax.add_patch(
         FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="none", edgecolor=color, linewidth=1.4)
     )
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fontsize)
 
 
 def arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
@@ -42,7 +50,7 @@ def main() -> None:
     ax.set(xlim=(0, 10), ylim=(0, 4.6))
     ax.axis("off")
 
-    box(ax, 0.2, 2.75, 2.5, 1.25, "online critics $Q_k$\n(trained by TD learning:\npolicy evaluation)", ORANGE)
+    box(ax, 0.2, 2.75, 2.5, 1.25, "online critics $Q_k$\n(policy evaluation:\nTD learning under $\\pi_k$)", ORANGE)
     arrow(ax, (2.75, 3.4), (3.55, 3.4))
     ax.text(3.15, 3.55, "freeze", ha="center", fontsize=9, color=GREY)
 
@@ -50,7 +58,7 @@ def main() -> None:
     ax.text(5.35, 4.3, "stack of frozen critics (at most $M$)", ha="center", fontsize=10, color=BLUE)
     labels = ["$Q_k$", "$Q_{k-1}$", "$Q_{k-2}$", "…", "$Q_{k-M+1}$"]
     for i, label in enumerate(labels):
-        box(ax, 3.65 + 0.7 * i, 3.05, 0.6, 0.75, label, BLUE, alpha=0.35 * 0.7**i)
+        box(ax, 3.65 + 0.7 * i, 3.05, 0.6, 0.75, label, BLUE, alpha=0.35 * 0.7**i, fontsize=8.5)
         ax.add_patch(plt.Rectangle((3.8 + 0.7 * i, 2.25), 0.3, 0.65 * 0.7**i, color=BLUE, alpha=0.6))
     ax.text(3.6, 2.45, "weight", ha="right", fontsize=9, color=BLUE)
     for i, weight in enumerate([r"$1$", r"$\beta$", r"$\beta^2$", "", r"$\beta^{M-1}$"]):
