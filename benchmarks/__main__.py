@@ -11,6 +11,17 @@ from benchmarks.suites import FOLDER, SUITES_FILE, load_suites, make_cells
 RAY_ADDRESSES = '"auto" (the cluster of this machine), HOST:PORT (seen from a node) or ray://HOST:PORT (from elsewhere)'
 
 
+def positive(text: str) -> int:
+    """
+    :param text: a whole number above 0
+    :return: the number
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not accepted; accepted: a whole number >= 1")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """
     :return: parser of the command line
@@ -26,9 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--algos", nargs="+", help="some of the suite's algorithms")
     run.add_argument("--envs", nargs="+", help="some of the suite's environments")
     run.add_argument("--seeds", nargs="+", type=int, help="seeds instead of the suite's")
-    run.add_argument("--steps", type=int, help="environment steps of each training instead of the suite's")
+    run.add_argument("--steps", type=positive, help="environment steps of each training instead of the suite's")
     where = run.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    where.add_argument("--jobs", type=positive, default=1, help="cells at a time")
     where.add_argument("--ray", metavar="ADDRESS", help=f"run the cells on a Ray cluster instead: {RAY_ADDRESSES}")
     run.add_argument("--shared", action="store_true", help="the nodes share --folder, under the same path")
     run.add_argument("--fresh", action="store_true", help="replace results of other steps or hyperparameters")
@@ -60,6 +71,10 @@ def main() -> int:
         parser.error("--shared goes with --ray only")
     if args.ray is not None and importlib.util.find_spec("ray") is None:
         parser.error('--ray needs Ray: pip install "sb3-staq[ray]"')
+    cells = make_cells(suite, args.algos, args.envs, args.seeds, args.steps, args.folder.resolve())
+    for cell in cells:
+        if cell.steps < cell.eval_freq:
+            parser.error(f"--steps {cell.steps} ends before the first evaluation; accepted: at least {cell.eval_freq}")
     from benchmarks.runner import Runner, train_locally
 
     train = partial(train_locally, n_jobs=args.jobs)
@@ -71,7 +86,6 @@ def main() -> int:
         except ConnectionError as error:
             parser.error(f"--ray {args.ray!r}: {error}; accepted: {RAY_ADDRESSES}")
         train = partial(train_on_ray, shared=args.shared)
-    cells = make_cells(suite, args.algos, args.envs, args.seeds, args.steps, args.folder.resolve())
     try:
         return 0 if Runner(cells, train, args.fresh).run() else 1
     except KeyboardInterrupt:

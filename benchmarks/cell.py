@@ -53,12 +53,14 @@ class Progress:
     :param cpu_seconds: the processor's seconds of training
     :param evaluations: evaluations so far
     :param rng: states of the random number generators of Python, NumPy and PyTorch
+    :param settings: of the cell
     """
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     evaluations: list[Evaluation] = field(default_factory=list)
     rng: tuple[Any, Any, th.Tensor] | None = None
+    settings: dict[str, Any] | None = None
 
     def evaluation(self, step: int, returns: list[float], final: bool = False) -> Evaluation:
         """
@@ -185,8 +187,9 @@ class Recorder(BaseCallback):
                 self._schedule_evaluation()
         if time.perf_counter() - self._last_report > 0.5:
             self.send_report()
-        # Others end by themselves; long rollouts would go on far beyond the budget
-        return not (isinstance(self.model, OnPolicyAlgorithm) and self.num_timesteps >= self.cell.steps)
+        # Others end by themselves; long rollouts would go on far beyond the budget (complete ones are learnt from)
+        model, done = self.model, self.num_timesteps >= self.cell.steps
+        return not (done and isinstance(model, OnPolicyAlgorithm) and model.rollout_buffer.pos + 1 < model.n_steps)
 
     def _on_rollout_start(self) -> None:
         if len(self.progress.evaluations) > self._saved_evaluations:
@@ -278,12 +281,16 @@ def run_cell(cell: Cell, report: Report) -> None:
     th.set_num_threads(1)
     cell.working_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(cell.working_folder / "lock", timeout=30):
-        checkpoint = Checkpoints(cell).newest()
-        manager = cell.manager(str(checkpoint / "model.zip") if checkpoint else "")
-        model, _ = manager.setup_experiment()
-        progress = Progress()
+        checkpoint, settings = Checkpoints(cell).newest(), cell.settings()
+        progress = Progress(settings=settings)
         if checkpoint:
             progress = pickle.loads((checkpoint / "progress.pkl").read_bytes())
+            if progress.settings not in (settings, None):  # left behind by results of other settings that were deleted
+                shutil.rmtree(checkpoint.parent)
+                checkpoint, progress = None, Progress(settings=settings)
+        manager = cell.manager(str(checkpoint / "model.zip") if checkpoint else "")
+        model, _ = manager.setup_experiment()
+        if checkpoint:
             # New seeds: with those of the start, the environments would repeat their first episodes
             model.set_random_seed(cell.seed + model.num_timesteps)
             progress.restore_rng()

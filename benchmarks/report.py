@@ -1,6 +1,7 @@
 """Markdown and figures from the result files of a suite, and from nothing else."""
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,39 @@ LABELS = {
     "crossq": "CrossQ",
     "staq_additive": "StaQ, additive critics",
 }
-# An algorithm looks the same in all figures: colours that colour-blind people can tell apart, and dashes beside
-COLORS = dict(zip(LABELS.values(), sns.color_palette("colorblind", len(LABELS)), strict=True))
+# Dashes beside colours that colour-blind people can tell apart
 STYLES = ["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1)]
-DASHES = dict(zip(LABELS.values(), STYLES, strict=True))
+
+# Algorithms with fewer trainings in common are not compared over all environments
+MIN_RUNS = 2
 
 # Evaluations at the end of a training whose mean is reported
 N_LAST = 5
 
+# What all trainings of an algorithm in an environment should have in common
+SETTINGS = ("hyperparams_sha256", "steps", "eval_freq", "n_eval_episodes")
+
 # The measures of stability, in the order of tables and panels
 STABILITY = ("across time", "short-term risk", "long-term risk", "across runs", "across episodes")
+
+
+def label(algo: str) -> str:
+    """
+    :param algo: name of an algorithm in a suite
+    :return: what it is called in reports
+    """
+    base, _, variant = algo.partition("_")
+    return LABELS.get(algo) or (f"{label(base)}, {variant}" if variant else algo.upper())
+
+
+def styles(labels: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    :param labels: of the algorithms in a figure
+    :return: colours and dashes by label; those in ``LABELS`` look the same in all figures
+    """
+    names = list(dict.fromkeys([*LABELS.values(), *labels]))
+    colors = dict(zip(names, cycle(sns.color_palette("colorblind")), strict=False))
+    return colors, dict(zip(names, cycle(STYLES), strict=False))
 
 
 def write_report(suite: Suite, folder: Path) -> Path:
@@ -92,16 +116,17 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                 for evaluation in results.evaluations:
                     row = {
                         "env": env_id,
-                        "algo": LABELS[algo],
+                        "algo": label(algo),
                         "seed": results.metadata["seed"],
                         # With several environments, evaluations are a few steps late
+                        "asked": results.metadata["steps"],
                         "step": evaluation.step if evaluation.final else evaluation.step // freq * freq,
                         "seconds": evaluation.seconds,
                         "cpu_seconds": evaluation.cpu_seconds,
                         "return": evaluation.mean,
                         "score": statistics.normalise(evaluation.mean, env.random, env.reference),
                         "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
-                        "settings": results.metadata["hyperparams_sha256"],
+                        "settings": tuple(results.metadata[key] for key in SETTINGS),
                     }
                     (final if evaluation.final else training).append(row)
     return pd.DataFrame(training), pd.DataFrame(final)
@@ -113,10 +138,13 @@ def summary(suite: Suite, finals: pd.DataFrame) -> str:
     groups = finals.groupby(["env", "algo"], sort=False) if len(finals) else []
     for (env_id, algo), group in groups:
         if group["settings"].nunique() > 1:
-            lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters.**")
+            lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters, steps and evaluations.**")
+    for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items() if len(finals) else []:
+        if len(lengths) > 1:
+            lines.append(f"**{env_id}: trainings of {' and '.join(f'{n:,}' for n in sorted(lengths))} steps.**")
     n_seeds = len(suite.seeds)
     counts = {f"{algo} on {env_id}": len(group) for (env_id, algo), group in groups}
-    wanted = [f"{LABELS[algo]} on {env_id}" for env_id in suite.envs for algo in suite.algos]
+    wanted = [f"{label(algo)} on {env_id}" for env_id in suite.envs for algo in suite.algos]
     missing = [f"{name} ({counts.get(name, 0)} of {n_seeds})" for name in wanted if counts.get(name, 0) < n_seeds]
     if missing:
         lines.append(f"Seeds that the suite asks for and that are not complete: {', '.join(missing)}.")
@@ -137,7 +165,8 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
     n_columns = min(len(env_ids), 2 if len(env_ids) <= 4 else 3)
     n_rows = -(-len(env_ids) // n_columns)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=(5.5 * n_columns, 3.8 * n_rows + 0.8), squeeze=False)
-    algos = [LABELS[algo] for algo in suite.algos if LABELS[algo] in set(curves["algo"])]
+    algos = [label(algo) for algo in suite.algos if label(algo) in set(curves["algo"])]
+    colors, dashes = styles([*algos, *map(label, suite.algos)])
     for ax, env_id in zip(axes.flat, env_ids, strict=False):
         sns.lineplot(
             curves[curves["env"] == env_id],
@@ -147,8 +176,8 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
             style="algo",
             hue_order=algos,
             style_order=algos,
-            palette=COLORS,
-            dashes=DASHES,
+            palette=colors,
+            dashes=dashes,
             errorbar=("ci", 95),
             n_boot=500,
             seed=0,
@@ -157,14 +186,8 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
         )
         env = suite.envs[env_id]
         for algo, value in env.published.items():
-            label = LABELS[algo]
-            ax.axhline(
-                value,
-                color=COLORS[label],
-                linewidth=1.5,
-                linestyle=":",
-                label=f"{label}, published ({suite.published_steps:,} steps)",
-            )
+            name = f"{label(algo)}, published ({suite.published_steps:,} steps)"
+            ax.axhline(value, color=colors[label(algo)], linewidth=1.5, linestyle=":", label=name)
         if env.reference not in env.published.values():
             ax.axhline(env.reference, color="0.4", linewidth=1, linestyle=":", label="reference")
         n_seeds = curves[curves["env"] == env_id].groupby("algo")["seed"].nunique()
@@ -247,7 +270,7 @@ def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> l
                 f"{group['step'].mean() / (60 * minutes):,.0f}",
             ]
         for algo, value in suite.envs[env_id].published.items():
-            rows[f"{LABELS[algo]}, published"] = ["", f"{value:,.0f}", "", "", f"{suite.published_steps:,}", "", "", ""]
+            rows[f"{label(algo)}, published"] = ["", f"{value:,.0f}", "", "", f"{suite.published_steps:,}", "", "", ""]
         columns = [
             "",
             "each seed",
@@ -275,13 +298,13 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
     if not scores:
         return []
     thresholds = np.linspace(0.0, max(1.0, max(matrix.max() for matrix in scores.values())), 51)
-    means = statistics.bootstrap(scores, statistics.interquartile_mean)
+    means = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=10_000)
     profiles = statistics.bootstrap(scores, lambda matrix: statistics.performance_profile(matrix, thresholds))
     save(plot_aggregates(means, profiles, thresholds), folder / "aggregate.png")
     rows = {
         algo: [
             f"{mean[0]:.3f}",
-            f"{low[0]:.3f} to {high[0]:.3f}" if len(scores[algo]) > 1 else "(one seed)",
+            f"{low[0]:.3f} to {high[0]:.3f}",
             str(len(scores[algo])),
         ]
         for algo, (mean, (low, high)) in means.items()
@@ -290,8 +313,8 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
     return [
         "## All environments together",
         f"Final returns as scores (0: random actions, 1: the environment's reference, see `suites.yml`) over {n_envs} "
-        "environment(s), for algorithms with complete trainings on all of them. 95% intervals by stratified bootstrap "
-        "(rliable).",
+        f"environment(s), for algorithms with complete trainings on all of them by at least {MIN_RUNS} seeds, "
+        "which are those that count. 95% intervals by stratified bootstrap (rliable).",
         markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows),
         "![Interquartile mean scores and performance profiles](aggregate.png)",
     ]
@@ -300,13 +323,14 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
 def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
     """
     :param finals: final evaluations
-    :return: by algorithm, the scores of all seeds that are complete in all environments, shape (seeds, environments)
+    :return: by algorithm with at least ``MIN_RUNS`` seeds that are complete in all environments, their scores, shape
+        (seeds, environments)
     """
     n_envs = finals["env"].nunique()
     scores = {}
     for algo, group in finals.groupby("algo", sort=False):
         matrix = group.pivot(index="seed", columns="env", values="score").dropna()
-        if matrix.shape[1] == n_envs and len(matrix) > 0:
+        if matrix.shape[1] == n_envs and len(matrix) >= MIN_RUNS:
             scores[algo] = matrix.to_numpy()
     return scores
 
@@ -322,17 +346,18 @@ def plot_aggregates(
     :param thresholds: the scores at which the profiles are taken
     :return: the figure
     """
+    colors, dashes = styles(means)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
     for position, (algo, (mean, (low, high))) in enumerate(means.items()):
-        left.barh(position, high - low, left=low, height=0.6, color=COLORS[algo], alpha=0.45)
-        left.vlines(mean, position - 0.3, position + 0.3, color=COLORS[algo], linewidth=4)
+        left.barh(position, high - low, left=low, height=0.6, color=colors[algo], alpha=0.45)
+        left.vlines(mean, position - 0.3, position + 0.3, color=colors[algo], linewidth=4)
     left.set_yticks(range(len(means)), list(means))
     left.invert_yaxis()
     left.set_xlim(left=min(0.0, *(low[0] for _, (low, _) in means.values())))
     left.set(title="Interquartile mean of final scores", xlabel="score (0: random, 1: reference)")
     for algo, (shares, (low, high)) in profiles.items():
-        right.plot(thresholds, shares, color=COLORS[algo], dashes=DASHES[algo] or (1, 0), linewidth=2, label=algo)
-        right.fill_between(thresholds, low, high, color=COLORS[algo], alpha=0.15, linewidth=0)
+        right.plot(thresholds, shares, color=colors[algo], dashes=dashes[algo] or (1, 0), linewidth=2, label=algo)
+        right.fill_between(thresholds, low, high, color=colors[algo], alpha=0.15, linewidth=0)
     right.set(title="Performance profiles", xlabel="score s", ylabel="share of runs with a final score above s")
     right.set_ylim(-0.02, 1.02)
     share_legend(figure, [left, right])
@@ -414,7 +439,7 @@ def plot_stability(measures: pd.DataFrame) -> Figure:
             hue="algo",
             order=env_ids,
             hue_order=algos,
-            palette=COLORS,
+            palette=styles(algos)[0],
             saturation=1,
             orient="h",
             ax=ax,

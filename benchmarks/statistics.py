@@ -7,7 +7,6 @@ training, not over windows of it, and nothing is smoothed. All of them are losse
 input; the report gives them scores, see :func:`normalise`, so that environments can be compared.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from math import ceil
 from typing import TypeVar
@@ -111,10 +110,12 @@ def bootstrap(
     """
     from rliable.library import get_interval_estimates  # takes seconds
 
-    random_state = np.random.RandomState(0)  # the same report from the same results
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # rliable knows nothing else
-        points, intervals = get_interval_estimates(scores, function, reps=n_resamples, random_state=random_state)
+    state = np.random.get_state()
+    np.random.seed(0)  # the same report from the same results: rliable draws from the global generator
+    try:
+        points, intervals = get_interval_estimates(scores, function, reps=n_resamples)
+    finally:
+        np.random.set_state(state)
     return {name: (points[name], intervals[name]) for name in scores}
 
 

@@ -112,8 +112,10 @@ class Cell:
 
     @property
     def zoo_algo(self) -> str:
-        """Name of the algorithm in RL Zoo3."""
-        return self.algo.partition("_")[0]
+        """Name of the algorithm in RL Zoo3, some of which have an underscore themselves."""
+        from rl_zoo3.utils import ALGOS  # takes seconds
+
+        return self.algo if self.algo in ALGOS else self.algo.partition("_")[0]
 
     @property
     def results_file(self) -> Path:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,10 +15,12 @@ import pandas as pd
 import pytest
 import torch as th
 from rl_zoo3.utils import ALGOS
+from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
 from benchmarks import report, speed, speed_report, statistics
+from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
 from benchmarks.suites import Cell, Environment, Suite, load_suites, make_cells
@@ -115,8 +118,16 @@ def test_bootstrap_intervals() -> None:
     estimates = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
     assert estimates["certain"][0] == 0.5 and (estimates["certain"][1] == 0.5).all()
     assert estimates["uncertain"][0] == 0.5 and estimates["uncertain"][1].ravel().tolist() == [0.0, 1.0]
-    again = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
-    assert again["uncertain"][1].tolist() == estimates["uncertain"][1].tolist()
+
+    # The same results give the same intervals, and who draws random numbers beside does not notice
+    scores = {"some": np.random.default_rng(0).normal(size=(5, 3))}
+    np.random.seed(1)
+    first = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
+    number = np.random.rand()
+    second = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
+    assert first["some"][1].tolist() == second["some"][1].tolist()
+    np.random.seed(1)
+    assert np.random.rand() == number
 
 
 # Suites
@@ -179,6 +190,19 @@ def test_variants_differ_in_what_the_suite_says() -> None:
     assert (plain["critic"], variant["critic"]) == ("joint", "additive")
 
 
+def test_names_of_algorithms() -> None:
+    """Variants and algorithms that the package's own suites do not have; names of the zoo with an underscore."""
+    zoo_algos = {
+        algo: Cell("a", "b", algo, 0, 1, 1, 1).zoo_algo for algo in ("staq", "staq_long_memory", "ppo_lstm", "a2c")
+    }
+    assert zoo_algos == {"staq": "staq", "staq_long_memory": "staq", "ppo_lstm": "ppo_lstm", "a2c": "a2c"}
+    labels = [report.label(algo) for algo in ("staq", "staq_additive", "staq_long_memory", "a2c")]
+    assert labels == ["StaQ", "StaQ, additive critics", "StaQ, long_memory", "A2C"]
+    colors, dashes = report.styles(labels)
+    assert set(labels) <= set(colors) == set(dashes)
+    assert all(colors[name] == report.styles(["SAC"])[0][name] for name in report.LABELS.values())
+
+
 # Result files
 
 
@@ -201,7 +225,8 @@ def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
             evaluations.append(
                 Evaluation(cell.steps, cell.steps / 100, cell.steps / 200, list(rng.normal(cell.steps, 5, 20)), True)
             )
-        metadata = {"seed": cell.seed, "eval_freq": cell.eval_freq, "hyperparams_sha256": "same"}
+        common = {"steps": cell.steps, "eval_freq": cell.eval_freq, "n_eval_episodes": 10}
+        metadata = {"seed": cell.seed, **common, "hyperparams_sha256": "same"}
         Results(metadata, evaluations).write(cell.results_file)
 
 
@@ -243,6 +268,16 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
         file.write_text(file.read_text().replace("cpu_seconds", "unknown"))
         row = finals_row(report.write_report(suite, folder).read_text(), "CartPole-v1", "StaQ")
         assert row["of the processor"] == expected
+
+    # What does not belong together
+    assert "**" not in report.summary(suite, finals)
+    file = folder / "CartPole-v1" / "sac" / "seed_1.csv"
+    file.write_text(file.read_text().replace("# steps: 80", "# steps: 400"))
+    summary = report.summary(suite, report.load_results(suite, folder)[1])
+    assert (
+        "**SAC on CartPole-v1: not all seeds" in summary
+        and "**CartPole-v1: trainings of 80 and 400 steps.**" in summary
+    )
 
     # Without any complete training there are curves at least
     for path in folder.glob("*/*/seed_[01].csv"):
@@ -328,6 +363,47 @@ def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
     job = look_up(longer, fresh=False)
     assert job.state == "outdated" and "steps" in job.error and longer.results_file.exists()
     assert look_up(longer, fresh=True).state == "waiting" and not longer.results_file.exists()
+
+
+def test_checkpoints_of_other_settings_are_not_continued(tmp_path: Path) -> None:
+    """... when the results that told the settings have been deleted."""
+    cell = Cell("tiny", "CartPole-v1", "dqn", 0, 400, eval_freq=200, n_eval_episodes=2, folder=tmp_path)
+    other = replace(cell, hyperparams={"gamma": 0.5, "train_freq": 4, "gradient_steps": 1})
+    steps: dict[str, list[int]] = {"other": [], "again": [], "cell": []}
+    for name, which in (("other", other), ("again", other), ("cell", cell)):
+        cell_module.run_cell(which, lambda step, *_, name=name: steps[name].append(step))
+        which.results_file.unlink()
+    assert steps["other"][0] < 400 and steps["cell"][0] < 400
+    assert steps["again"] == [400]  # what is done is not repeated
+
+
+def test_on_policy_trainings_learn_from_all_rollouts_that_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_at: list[int] = []
+    train = PPO.train
+
+    def noted(self: PPO) -> None:
+        trained_at.append(self.num_timesteps)
+        train(self)
+
+    monkeypatch.setattr(PPO, "train", noted)
+    for steps in (512, 500):
+        hyperparams = {"n_envs": 2, "n_steps": 128, "n_epochs": 1}
+        cell = Cell("tiny", "CartPole-v1", "ppo", steps, steps, 250, 2, hyperparams, tmp_path)
+        cell_module.run_cell(cell, lambda *progress: None)
+        assert Results.read(cell.results_file).evaluations[-1].step == steps
+    assert trained_at == [256, 512, 256]
+
+
+@pytest.mark.parametrize("option", [["--jobs", "0"], ["--steps", "0"], ["--steps", "-5"], ["--steps", "7"]], ids=str)
+def test_numbers_out_of_range(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sys_argv = ["benchmarks", "run", "smoke", "--folder", str(tmp_path), *option]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr("sys.argv", sys_argv)
+        main()
+    assert error.value.code == 2
+    assert f"{option[0]}" in (message := capsys.readouterr().err) and option[1] in message and "accepted: " in message
 
 
 TINY_SUITE = """
