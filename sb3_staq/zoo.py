@@ -7,6 +7,7 @@ is used from a checkout.
 
 import argparse
 import functools
+import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -25,10 +26,15 @@ from rl_zoo3.utils import ALGOS
 from sb3_staq import StaQ
 from sb3_staq.minatar import register_envs
 
+# Arguments that decide the shape of the networks
+SHAPE_ARGUMENTS = ("n_critics", "action_grid", "action_bins", "critic")
+
 SCRIPTS = {
     "train": "rl_zoo3.train",
     "enjoy": "rl_zoo3.enjoy",
     "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "benchmark": "rl_zoo3.benchmark",
     "plot_train": "rl_zoo3.plots.plot_train",
     "plot_from_file": "rl_zoo3.plots.plot_from_file",
     "all_plots": "rl_zoo3.plots.all_plots",
@@ -54,7 +60,7 @@ def sample_staq_params(
 
     :param trial: Optuna trial
     :param n_actions: above 0 for a Box, whose search is around joint critics with an automatic ``ent_coef``
-    :param n_envs: not used
+    :param n_envs: number of environments, which share the gradient steps
     :param additional_args: tells whether HER is used, and its arguments
     :return: arguments for the constructor
     """
@@ -67,7 +73,8 @@ def sample_staq_params(
         "batch_size_pow": batch_size_pow,
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
         "train_freq": train_freq,
-        # One gradient step for so many environment steps
+        # One gradient step for so many environment steps; a rollout has as many of these as there are environments
+        "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
         "subsample_steps": trial.suggest_int("subsample_steps", 1, min(train_freq, 8)),
         "critic_reduction": trial.suggest_categorical("critic_reduction", ["mean", "min"]),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
@@ -83,13 +90,19 @@ def sample_staq_params(
         }
     else:
         hyperparams |= {
-            "kl_coef": trial.suggest_float("kl_coef", 0.1, 100.0, log=True),
-            "ent_coef": trial.suggest_float("ent_coef", 0.005, 5.0, log=True),
-            "memory_size": trial.suggest_int("memory_size", 10, 300, log=True),
-            "policy_update_interval": trial.suggest_int("policy_update_interval", 50, 5000, log=True),
-            "target_update_interval": trial.suggest_int("target_update_interval", 10, 2000, log=True),
+            "kl_coef": trial.suggest_float("kl_coef", 0.001, 100.0, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 0.001, 5.0, log=True),
+            # What is left of ent_coef at the end
+            "ent_coef_decay": trial.suggest_float("ent_coef_decay", 0.01, 1.0, log=True),
+            "memory_size": trial.suggest_int("memory_size", 5, 300, log=True),
+            "policy_update_interval": trial.suggest_int("policy_update_interval", 10, 5000, log=True),
+            "soft_targets": trial.suggest_categorical("soft_targets", [True, False]),
             "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0, 0.2),
         }
+        if hyperparams["soft_targets"]:
+            hyperparams["tau"] = trial.suggest_float("tau", 0.001, 0.08, log=True)
+        else:
+            hyperparams["target_update_interval"] = trial.suggest_int("target_update_interval", 10, 2000, log=True)
 
     # Display true values
     trial.set_user_attr("gamma", 1 - one_minus_gamma)
@@ -107,13 +120,21 @@ def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :return: arguments for the constructor
     """
     hyperparams = convert_offpolicy_params(sampled_params)
-    # Whatever the hyperparameter file has: soft updates at each gradient step, or hard ones at the interval
+    hyperparams["gradient_steps"] *= hyperparams.pop("n_envs")
+    # Whatever the hyperparameter file has: the cheaper evaluation of the stack; soft updates of the targets at each
+    # gradient step, or hard ones at the interval
+    hyperparams["logit_cache"] = "auto"
+    hyperparams.pop("soft_targets", None)
     if "tau" in hyperparams:
         hyperparams["target_update_interval"] = 1
     else:
         hyperparams["tau"] = 1.0
     if "kl_factor" in hyperparams:
-        hyperparams |= {"kl_coef": f"rel_{hyperparams.pop('kl_factor')}", "ent_coef": "auto", "critic": "joint"}
+        hyperparams |= {"kl_coef": f"rel_{hyperparams.pop('kl_factor')}", "ent_coef": "auto"}
+        hyperparams |= {"critic": "joint", "action_grid": "factored"}
+    else:
+        ent_coef = hyperparams["ent_coef"]
+        hyperparams["ent_coef"] = f"lin_{ent_coef}_{ent_coef * hyperparams.pop('ent_coef_decay')}"
     # A finished trial has the arguments of HER among all the others
     her_keys = {"n_sampled_goal", "goal_selection_strategy"} & hyperparams.keys()
     her_kwargs = {key: hyperparams.pop(key) for key in her_keys}
@@ -129,22 +150,30 @@ def register() -> None:
     ALGOS["staq"] = StaQ
     HYPERPARAMS_SAMPLER["staq"] = sample_staq_params
     HYPERPARAMS_CONVERTER["staq"] = convert_staq_params
-    _set_default_config()
+    _adapt_experiment_manager()
     register_envs()
 
 
-def _set_default_config() -> None:
-    # RL Zoo3 looks for the hyperparameters of all algorithms in its own folder, where ours are not
-    not_ours = str(Path(exp_manager.__file__).parent / "hyperparams" / "staq.yml")
-    original_init = exp_manager.ExperimentManager.__init__
+def _adapt_experiment_manager() -> None:
+    manager = exp_manager.ExperimentManager
+    original_init, original_load = manager.__init__, manager._load_pretrained_agent
 
+    # RL Zoo3 looks for the hyperparameters of all algorithms in its own folder, where ours are not
     @functools.wraps(original_init)
     def init(self: exp_manager.ExperimentManager, *args: Any, **kwargs: Any) -> None:
         original_init(self, *args, **kwargs)
-        if self.config == not_ours:
+        given = inspect.signature(original_init).bind(self, *args, **kwargs).arguments.get("config")
+        if self.algo == "staq" and given is None:
             self.config = str(default_config())
 
-    exp_manager.ExperimentManager.__init__ = init  # type: ignore[method-assign]
+    # It continues a training with the networks of the saved model, whose shapes other algorithms have in policy_kwargs
+    @functools.wraps(original_load)
+    def load(self: exp_manager.ExperimentManager, hyperparams: dict[str, Any], env: Any) -> Any:
+        if self.algo == "staq":
+            hyperparams = {name: value for name, value in hyperparams.items() if name not in SHAPE_ARGUMENTS}
+        return original_load(self, hyperparams, env)
+
+    manager.__init__, manager._load_pretrained_agent = init, load  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -191,26 +191,47 @@ def her_kwargs_of(trial: optuna.trial.BaseTrial) -> dict:
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("her", [False, True])
+@pytest.mark.parametrize("n_envs", [1, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_converter_agrees_with_sampler(env, her, seed):
+def test_converter_agrees_with_sampler(env, her, n_envs, seed):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     trial = study.ask()
     additional_args = {"using_her_replay_buffer": her, "her_kwargs": {}}
     n_actions = {"CartPole-v1": 0, "Pendulum-v1": 1}[env]  # as RL Zoo3 counts: components of a Box
-    sampled = HYPERPARAMS_SAMPLER["staq"](trial, n_actions=n_actions, n_envs=1, additional_args=additional_args)
+    sampled = HYPERPARAMS_SAMPLER["staq"](trial, n_actions=n_actions, n_envs=n_envs, additional_args=additional_args)
     assert HYPERPARAMS_CONVERTER["staq"](trial.params) == sampled
     assert ("replay_buffer_kwargs" in sampled) == her
     if her:
         assert sampled.pop("replay_buffer_kwargs") == her_kwargs_of(trial)
-    model = StaQ("MlpPolicy", env, **sampled)
+    # What a hyperparameter file might have and would not go with the search
+    model = StaQ("MlpPolicy", env, **{"logit_cache": False, "action_grid": "joint", "action_bins": 30, **sampled})
+    assert model.logit_cache == "auto"
     if n_actions:
+        assert model.action_grid == "factored" and model.critic == "joint"
         assert model.kl_coef == f"rel_{trial.params['kl_factor']}" and model.ent_coef == "auto"
-        assert (model.tau, model.target_update_interval) == (trial.params["tau"], 1)
     else:
-        assert (model.tau, model.target_update_interval) == (1.0, trial.params["target_update_interval"])
+        first, last = model.ent_coef_schedule(1.0), model.ent_coef_schedule(0.0)
+        assert first == pytest.approx(trial.params["ent_coef"])
+        assert last == pytest.approx(trial.params["ent_coef"] * trial.params["ent_coef_decay"])
+    soft, hard = (trial.params.get(name) for name in ("tau", "target_update_interval"))
+    assert (soft is None) != (hard is None)
+    assert (model.tau, model.target_update_interval) == (soft or 1.0, hard or 1)
     assert model.gamma == pytest.approx(1 - trial.params["one_minus_gamma"])
     assert model.batch_size == 2 ** trial.params["batch_size_pow"]
-    assert 1 <= model.gradient_steps <= model.train_freq.frequency
+    # Up to one gradient step per environment step
+    per_rollout = model.train_freq.frequency // trial.params["subsample_steps"]
+    assert model.gradient_steps == max(per_rollout, 1) * n_envs <= model.train_freq.frequency * n_envs
+
+
+def test_continued_trainings_keep_the_shapes_of_their_networks(tmp_path: Path):
+    """... as RL Zoo3 does for other algorithms by dropping policy_kwargs; everything else is that of the file."""
+    StaQ("MlpPolicy", "Pendulum-v1", action_bins=7, memory_size=3, n_critics=3).save(tmp_path / "agent.zip")
+    arguments = dict(trained_agent=str(tmp_path / "agent.zip"), eval_freq=-1, verbose=0)
+    manager = ExperimentManager(SimpleNamespace(), "staq", "Pendulum-v1", str(tmp_path), **arguments)
+    model, hyperparams = manager.setup_experiment()
+    assert (model.action_bins, model.n_critics) == (7, 3) and hyperparams["action_bins"] == 5
+    assert model.memory_size == hyperparams["memory_size"] == 4
+    model.get_env().close()
 
 
 def test_registered_once():
