@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.utils import LinearSchedule
@@ -16,6 +17,8 @@ from sb3_staq import StaQ
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+EVAL_SEED = 1_000_000  # far from that of the training
 
 
 def plot_learning_curve(folder: Path, title: str) -> Path:
@@ -69,8 +72,8 @@ def main() -> None:
         seed=args.seed,
     )
     evaluation = EvalCallback(
-        Monitor(gym.make("CartPole-v1")),
-        eval_freq=args.steps // 20,
+        make_vec_env("CartPole-v1", seed=EVAL_SEED),
+        eval_freq=max(1, args.steps // 20),
         n_eval_episodes=10,
         log_path=str(args.folder),
         best_model_save_path=str(args.folder),
@@ -80,7 +83,7 @@ def main() -> None:
     model.save(args.folder / "staq_cartpole.zip")
 
     model = StaQ.load(args.folder / "staq_cartpole.zip")
-    mean, std = evaluate_policy(model, Monitor(gym.make("CartPole-v1")), n_eval_episodes=20)
+    mean, std = evaluate_policy(model, make_vec_env("CartPole-v1", seed=EVAL_SEED), n_eval_episodes=20)
     figure = plot_learning_curve(args.folder, f"StaQ on CartPole-v1, seed {args.seed}")
     print(f"Model:          {args.folder / 'staq_cartpole.zip'} ({len(model.policy.frozen_critics)} frozen critics)")
     print(f"Learning curve: {figure}")

@@ -82,7 +82,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
             raise ValueError(f"model={self.model!r} is not accepted; accepted: a StaQ model, which has policy updates")
 
     def _on_training_start(self) -> None:
-        lines = _complete_lines(self.path) if self.path.exists() else []
+        lines = _complete_lines(self.path) if self.path.exists() and self.path.stat().st_size > 0 else []
         known = [line for line in lines if int(line.split(",")[0]) <= self.model._n_policy_updates]
         with atomic_write(self.path) as file:
             file.write("".join([HEADER, *known]).encode())

@@ -223,6 +223,7 @@ def test_nothing_to_choose(tmp_path):
 def test_training_that_goes_on(tmp_path):
     """From an old checkpoint: what came after it is written anew; a new model begins a new file."""
     path = tmp_path / "log.csv"
+    path.touch()
     model = make_model(RandomObsEnv())
     checkpoints = CheckpointCallback(60, str(tmp_path))
     model.learn(90, callback=CallbackList([PolicyUpdateDiagnostics(path), checkpoints]))
