@@ -286,6 +286,8 @@ def measure_steps(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     # For a Box these are the settings of the MuJoCo tasks
     defaults = {"batch_size": None, "policy_kwargs": None}
     cases += [("StaQ, default arguments", MUJOCO, StaQ, n_envs, defaults) for n_envs in sizes.n_envs]
+    # What of that is due to their batches
+    cases += [("SAC, batches of 128", MUJOCO, SAC, max(sizes.n_envs), {"batch_size": 128})]
     for env in OTHER_MUJOCO:
         cases += [("SAC", env, SAC, 1, {}), ("StaQ, default arguments", env, StaQ, max(sizes.n_envs), defaults)]
     cases += [("DQN", "CartPole-v1", DQN, 1, {})]
