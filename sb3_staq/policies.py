@@ -260,7 +260,7 @@ class StaQPolicy(BasePolicy):
         rows_of_inputs = th.cat([rows[swept].repeat_interleave(columns.shape[1]), rows[sampled]])
         q_values = self.critics_target(obs, inputs, rows_of_inputs)
         q_swept = q_values[:, : columns.numel()].unflatten(1, columns.shape)
-        expected = q_values.new_empty(len(q_values), len(log_pi))
+        expected = log_pi.new_empty(len(q_values), len(log_pi))
         expected[:, swept] = (drawn.probabilities[swept] * q_swept).sum(dim=2)
         expected[:, sampled] = q_values[:, columns.numel() :]
         of_swept = {key: x[swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[swept]
