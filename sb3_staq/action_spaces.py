@@ -265,7 +265,7 @@ def make_action_groups(space: spaces.Space, action_grid: str = "factored", actio
                 f"action_space={space} holds {space.dtype}, which SB3's replay buffers, where actions are scaled to "
                 "[-1, 1], cannot store; accepted: a Box of floats, or MultiDiscrete"
             )
-        return _make_box_groups(int(np.prod(space.shape)), action_grid, action_bins)
+        return _make_box_groups(int(np.prod(space.shape)), action_grid, int(action_bins))
     supported = ", ".join(supported.__name__ for supported in SUPPORTED_ACTION_SPACES)
     raise ValueError(f"action_space={space} is not supported by StaQ; supported: {supported}")
 

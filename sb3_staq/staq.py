@@ -296,9 +296,10 @@ class StaQ(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        # NumPy's numbers, which SB3 does not take everywhere, become Python's
-        vars(self).update({name: x.item() for name, x in vars(self).items() if isinstance(x, np.generic)})
         check_arguments(self)
+        for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
+            value = getattr(self, name)
+            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
         self.logit_rule = make_logit_rule(self.logit_rule, self.memory_size)
         relative_kl_coef = parse_relative(self.kl_coef)
         self._kl_coef_is_relative = relative_kl_coef is not None

@@ -219,8 +219,11 @@ def test_buffer_of_another_agent():
 def test_too_many_joint_choices():
     """The error counts them and says what is accepted."""
     space = spaces.Box(-1, 1, (6,), np.float32)
-    with pytest.raises(ValueError, match=r"action_grid='joint'.*action_bins=5.*15625.*4096"):
-        make_model(OneStepEnv(space), action_grid="joint", action_bins=5)
+    for bins in (5, np.int64(5)):
+        with pytest.raises(ValueError, match=r"action_grid='joint'.*action_bins=5.*15625.*4096"):
+            make_model(OneStepEnv(space), action_grid="joint", action_bins=bins)
+    with pytest.raises(ValueError, match=r"action_bins=4 and 32 dimensions has 18446744073709551616 choices"):
+        make_model(OneStepEnv(spaces.Box(-1, 1, (32,))), action_grid="joint", action_bins=np.int64(4))
 
 
 class GridEnv(RandomObsEnv):
