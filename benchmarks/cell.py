@@ -246,9 +246,10 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, seed: int) -> list[float]:
     return np.asarray(returns, dtype=float).tolist()
 
 
-def make_metadata(cell: Cell, n_envs: int) -> dict[str, Any]:
+def make_metadata(cell: Cell, settings: dict[str, Any], n_envs: int) -> dict[str, Any]:
     """
     :param cell: the cell
+    :param settings: of the cell
     :param n_envs: number of environments of the training
     :return: what the header of its result file says
     """
@@ -263,7 +264,7 @@ def make_metadata(cell: Cell, n_envs: int) -> dict[str, Any]:
         "env": cell.env_id,
         "algo": cell.algo,
         "seed": cell.seed,
-        **cell.settings(),
+        **settings,
         "n_final_episodes": N_FINAL_EPISODES,
         "n_envs": n_envs,
         "versions": versions,
@@ -284,10 +285,12 @@ def run_cell(cell: Cell, report: Report) -> None:
         checkpoint, settings = Checkpoints(cell).newest(), cell.settings()
         progress = Progress(settings=settings)
         if checkpoint:
-            progress = pickle.loads((checkpoint / "progress.pkl").read_bytes())
-            if progress.settings not in (settings, None):  # left behind by results of other settings that were deleted
+            saved = pickle.loads((checkpoint / "progress.pkl").read_bytes())
+            if saved.settings in (settings, None):  # None: an older checkpoint
+                progress = saved
+            else:  # left behind by results of other settings that were deleted
                 shutil.rmtree(checkpoint.parent)
-                checkpoint, progress = None, Progress(settings=settings)
+                checkpoint = None
         manager = cell.manager(str(checkpoint / "model.zip") if checkpoint else "")
         model, _ = manager.setup_experiment()
         if checkpoint:
@@ -295,7 +298,7 @@ def run_cell(cell: Cell, report: Report) -> None:
             model.set_random_seed(cell.seed + model.num_timesteps)
             progress.restore_rng()
             truncate_last_episodes(model)
-        results = Results(make_metadata(cell, manager.n_envs), list(progress.evaluations))
+        results = Results(make_metadata(cell, settings, manager.n_envs), list(progress.evaluations))
         results.write(cell.results_file)
 
         recorder = Recorder(manager, cell, results, progress, report)

@@ -118,8 +118,8 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                         "env": env_id,
                         "algo": label(algo),
                         "seed": results.metadata["seed"],
-                        # With several environments, evaluations are a few steps late
                         "asked": results.metadata["steps"],
+                        # With several environments, evaluations are a few steps late
                         "step": evaluation.step if evaluation.final else evaluation.step // freq * freq,
                         "seconds": evaluation.seconds,
                         "cpu_seconds": evaluation.cpu_seconds,
@@ -166,7 +166,7 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Fig
     n_rows = -(-len(env_ids) // n_columns)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=(5.5 * n_columns, 3.8 * n_rows + 0.8), squeeze=False)
     algos = [label(algo) for algo in suite.algos if label(algo) in set(curves["algo"])]
-    colors, dashes = styles([*algos, *map(label, suite.algos)])
+    colors, dashes = styles(map(label, suite.algos))
     for ax, env_id in zip(axes.flat, env_ids, strict=False):
         sns.lineplot(
             curves[curves["env"] == env_id],

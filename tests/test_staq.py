@@ -361,9 +361,6 @@ def test_custom_policies(policy_kwargs, tmp_path):
     assert th.equal(StaQ.load(tmp_path / "model").policy.logits(obs), model.policy.logits(obs))
 
 
-# When policy updates come
-
-
 class BackboneExtractor(BaseFeaturesExtractor):
     def __init__(self, observation_space, backbone):
         super().__init__(observation_space, 3)
@@ -411,6 +408,9 @@ def test_subclasses_that_act_in_their_own_way(logit_cache):
     arguments = {**SMALL, **own_ways, "policy_kwargs": dict(net_arch=[8])}
     model = AlwaysTwo("MlpPolicy", RandomObsEnv(), **arguments).learn(150)
     assert (model.replay_buffer.actions[model.learning_starts : 150] == 2).all()
+
+
+# When policy updates come
 
 
 class UpdateSteps(BaseCallback):
