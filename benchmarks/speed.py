@@ -145,11 +145,18 @@ def make(algo: type[OffPolicyAlgorithm], env: str | type[gym.Env], sizes: Sizes,
         for param in model.policy.critics.parameters():
             param.data = 0.05 * th.randn_like(param)
         for _ in range(model.memory_size):
-            model.policy.push_critics(KL_COEF, ENT_COEF)
-        if model._logit_cache is not None:  # which values it holds does not matter here
-            model._logit_cache._synced = model._logit_cache._fingerprint()
+            push_critics(model)
     model._setup_learn(10**6)
     return model
+
+
+def push_critics(model: StaQ) -> None:
+    """
+    :param model: its stack gets a new entry, and its cache, whose values do not matter here, need not be evaluated anew
+    """
+    model.policy.push_critics(KL_COEF, ENT_COEF)
+    if model._logit_cache is not None:
+        model._logit_cache._synced = model._logit_cache._fingerprint()
 
 
 def collect(model: Any, n_steps: int) -> None:
@@ -191,7 +198,7 @@ def iteration_parts(model: StaQ, way: str, sizes: Sizes) -> dict[str, tuple[Call
         "collect": (partial(collect, model, sizes.n_collect), ITERATION / sizes.n_collect),
         "logits of the replay": (evaluate, to_buffer),
         "critic steps": (train, ITERATION / sizes.n_gradient_steps),
-        "policy update": (partial(model.policy.push_critics, KL_COEF, ENT_COEF), 1.0),
+        "policy update": (partial(push_critics, model), 1.0),
     }
 
 
