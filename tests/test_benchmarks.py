@@ -471,6 +471,14 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     assert (memory["zip"] - memory["parameters"]).between(0, 2.1 * memory["parameters"][1]).all()
 
 
+def test_no_part_of_an_iteration_leaves_work_to_the_next_one() -> None:
+    """Else the next repetition would evaluate the whole replay anew and count that as collecting."""
+    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=4, action_grid="axis")
+    for part, (action, _) in speed.iteration_parts(model, "StaQ", speed.QUICK).items():
+        action()
+        assert model._logit_cache is not None and model._logit_cache.in_sync, part
+
+
 def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
     model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=3, action_grid="axis")
     obs = th.randn(9, 17)
