@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,41 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
 
 
 # Runs
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_fused_loss_of_qrdqn_is_its_loss(has_compiler: bool, tmp_path: Path) -> None:
+    """In a process of its own, as a compiler is looked for once. Without one, QR-DQN trains with the loss as it is."""
+    if has_compiler and not shutil.which("g++"):
+        pytest.skip("there is no C++ compiler")
+    code = """
+import torch as th
+from sb3_contrib import QRDQN
+from sb3_contrib.common.utils import quantile_huber_loss
+from sb3_contrib.qrdqn import qrdqn
+from benchmarks.cell import fuse_quantile_loss
+
+def train():
+    model = QRDQN("MlpPolicy", "CartPole-v1", learning_starts=100, policy_kwargs=dict(n_quantiles=30), seed=0)
+    model.learn(200)
+    return model.policy.state_dict()
+
+before = train()
+fuse_quantile_loss()
+assert qrdqn.quantile_huber_loss is not quantile_huber_loss
+for name, value in train().items():
+    th.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-6)
+current, target = th.randn(16, 170, requires_grad=True), 3 * th.randn(16, 170)
+losses = [loss(current, target, sum_over_quantiles=True) for loss in (qrdqn.quantile_huber_loss, quantile_huber_loss)]
+th.testing.assert_close(*losses)
+th.testing.assert_close(*(th.autograd.grad(loss, current)[0] for loss in losses))
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    if not has_compiler:
+        environment["CXX"] = "/nonexistent"
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    assert ("InvalidCxxCompiler" in finished.stderr) == (not has_compiler), finished.stderr
 
 
 class Interrupted(Exception):
