@@ -252,7 +252,7 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             # The fastest way: either order of the operands, all weights at once or in parts whose results stay in the
             # cache
             orders = (lambda weight, x: th.bmm(weight, x.mT), lambda weight, x: th.bmm(x, weight.mT))
-            parts = [list(zip(weight.split(size), x.split(size), strict=True)) for size in (len(block), 32)]
+            parts = [list(zip(weight.split(k), x.split(k), strict=True)) for k in (len(block), 32)]
             ways = [lambda f=f, p=p, n=n: [f(*pair) for _ in range(n) for pair in p] for f in orders for p in parts]
             seconds = min(seconds_of(way, device) for way in ways) / n
             flops = 2 * weight.numel() * batch_size
