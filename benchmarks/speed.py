@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.speed_report import FOLDER, write_report
 from sb3_staq import StaQ
-from sb3_staq.critics import FrozenCritics
+from sb3_staq.critics import FrozenCritics, empty_block
 
 MUJOCO = "HalfCheetah-v4"
 OTHER_MUJOCO = ("Hopper-v4", "Walker2d-v4")
@@ -237,7 +237,7 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     :return: what the machine can do with one thread: GB/s of reading, GFLOP/s of large and of narrow matrix products
     """
     device = sizes.device
-    block = th.randn(600, 256, 256, device=device)
+    block = empty_block(th.empty(0, 256, 256, device=device), 600).normal_()
     size = 1024 if device == "cpu" else 8192
     large = th.randn(size, size, device=device)
     _ = block.sum(), large @ large  # warm-up
@@ -249,9 +249,13 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             in_cache = batch_size == BATCH_SIZE and device == "cpu"
             weight, n = (block[:4], 50) if in_cache else (block, 10)
             x = th.randn(len(weight), batch_size, 256, device=device)
-            # The fastest way: either order of the operands, all weights at once or in parts whose results stay in the
-            # cache
-            orders = (lambda weight, x: th.bmm(weight, x.mT), lambda weight, x: th.bmm(x, weight.mT))
+            # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, all of them at
+            # once or in parts whose results stay in the cache
+            orders = (
+                lambda weight, x: th.bmm(weight, x.mT),
+                lambda weight, x: th.bmm(x, weight.mT),
+                lambda weight, x: th.bmm(x, weight),
+            )
             parts = [list(zip(weight.split(k), x.split(k), strict=True)) for k in (len(block), 32)]
             ways = [lambda f=f, p=p, n=n: [f(*pair) for _ in range(n) for pair in p] for f in orders for p in parts]
             seconds = min(seconds_of(way, device) for way in ways) / n

@@ -5,8 +5,11 @@ batched pass serves them all. The frozen stack goes one step further: for each l
 the parameters of all its entries, and the parameters of the entries in the ``nn.ModuleList`` are views of it.
 """
 
+import contextlib
 import copy
 import inspect
+import math
+import mmap
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +43,7 @@ _GPU_CHUNK_ELEMENTS = 2**25
 # Batches of up to so many rows take the weights as the left operand of a product: with MKL, PyTorch's library, that is
 # up to three times as fast on AMD's processors, but half as fast on Intel's
 _FEW_ROWS = 8 if _is_amd() else 0
+_LARGE_PAGE = 2**21
 # Critics whose weight is at most this share of the sum of the weights are left out. With n of them left out, the sum S
 # changes by at most n * 2^-32 * sum(weights) * max|Q|, and so a logit by that times the scale: n * 2^-32 * max|Q| /
 # ent_coef in a full stack. For n = 256 this is the resolution of a float, 2^-24.
@@ -193,7 +197,9 @@ _BatchedLinear.forward.__signature__ = inspect.signature(_BatchedLinear.forward)
 
 def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     """N linear layers in one product with the weights on the left: shapes as above, output (N, n_outputs, batch)."""
-    return th.baddbmm(bias.unsqueeze(2), weight, x.contiguous().mT)  # rows that lie apart would make it slow
+    # Rows that lie apart, or a single one with strides that leave open how it lies, would make it slow
+    x = x.flatten(1).unflatten(1, x.shape[1:])
+    return th.baddbmm(bias.unsqueeze(2), weight, x.mT)
 
 
 def _batched_layer(
@@ -319,6 +325,25 @@ class JointCritics(Ensemble[JointQNetwork]):
         return x.squeeze(-1)
 
 
+def empty_block(like: th.Tensor, n: int) -> th.Tensor:
+    """
+    Memory for the parameters of n entries. A pass over few observations takes about as long as it takes to read the
+    stack, and a processor reads large pages faster: so on Linux the kernel is asked for them.
+
+    :param like: a tensor of the same type and device, shape (any, *shape)
+    :param n: the number of entries
+    :return: uninitialised, shape (n, *shape)
+    """
+    shape = (n, *like.shape[1:])
+    n_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or n_bytes < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return th.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
 class FrozenCritics(nn.ModuleList):
     """
     The stack of frozen critics, oldest first: ``self[i]`` is the ensemble that one policy update pushed.
@@ -420,7 +445,7 @@ class FrozenCritics(nn.ModuleList):
         if self.weights.logit_rule != "exact":
             new_capacity = min(new_capacity, max(self.weights.memory_size, n_entries))
         for name, block in self._blocks.items():
-            self._blocks[name] = block.new_empty(new_capacity, *block.shape[1:])
+            self._blocks[name] = empty_block(block, new_capacity)
             self._blocks[name][:capacity].copy_(block)
         self._link_all()
 

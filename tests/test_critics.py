@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import mmap
 import pickle
 
 import numpy as np
@@ -377,6 +378,31 @@ def round_trip(policy, kind):
     return policy
 
 
+@pytest.fixture(params=["usual", "large", "large, refused"])
+def pages(request, monkeypatch):
+    """How the memory of the stack is asked for: stacks of these tests would be too small for large pages."""
+    if request.param == "usual":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+        yield
+        return
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("this system has no way to ask for large pages")
+    asked = []
+
+    class Memory(mmap.mmap):
+        def madvise(self, *args):
+            asked.append(args)
+            if request.param == "large, refused":
+                raise OSError("invalid argument")
+            return super().madvise(*args)
+
+    monkeypatch.setattr(mmap, "mmap", Memory)
+    monkeypatch.setattr(critics, "_LARGE_PAGE", 1)
+    yield
+    assert set(asked) == {(mmap.MADV_HUGEPAGE,)}
+
+
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("n_entries", [1, 3, 5, 8])
 @pytest.mark.parametrize("kind", ["push", "dtype", "device", "deepcopy", "pickle", "state_dict"])
 def test_block_and_entries_share_memory(kind, n_entries):
