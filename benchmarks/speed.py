@@ -249,8 +249,8 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             in_cache = batch_size == BATCH_SIZE and device == "cpu"
             weight, n = (block[:4], 50) if in_cache else (block, 10)
             x = th.randn(len(weight), batch_size, 256, device=device)
-            # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, all of them at
-            # once or in parts whose results stay in the cache
+            # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, at once or in
+            # parts whose results stay in the cache
             orders = (
                 lambda weight, x: th.bmm(weight, x.mT),
                 lambda weight, x: th.bmm(x, weight.mT),
