@@ -313,8 +313,8 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
     return [
         "## All environments together",
         f"Final returns as scores (0: random actions, 1: the environment's reference, see `suites.yml`) over {n_envs} "
-        f"environment(s), for algorithms with complete trainings on all of them by at least {MIN_RUNS} seeds, "
-        "which are those that count. 95% intervals by stratified bootstrap (rliable).",
+        f"environment(s) with at least {MIN_RUNS} seeds, for algorithms with complete trainings on all of them by at "
+        "least as many, which are those that count. 95% intervals by stratified bootstrap (rliable).",
         markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows),
         "![Interquartile mean scores and performance profiles](aggregate.png)",
     ]
@@ -324,8 +324,10 @@ def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
     """
     :param finals: final evaluations
     :return: by algorithm with at least ``MIN_RUNS`` seeds that are complete in all environments, their scores, shape
-        (seeds, environments)
+        (seeds, environments); an environment with fewer seeds of every algorithm is only a first look, and left out
     """
+    n_seeds = finals.groupby("env")["seed"].nunique()
+    finals = finals[finals["env"].map(n_seeds) >= MIN_RUNS]
     n_envs = finals["env"].nunique()
     scores = {}
     for algo, group in finals.groupby("algo", sort=False):

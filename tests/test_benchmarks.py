@@ -258,6 +258,9 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     scores = report.score_matrices(finals)
     assert list(scores) == ["StaQ", "SAC"] and scores["SAC"].shape == (2, 2)
     np.testing.assert_allclose(scores["SAC"], 1.0, atol=0.1)
+    first_look = finals[(finals["seed"] == 0) & (finals["env"] == finals["env"].iloc[0])].assign(env="Other-v0")
+    with_it = report.score_matrices(pd.concat([finals, first_look]))
+    assert {algo: matrix.tolist() for algo, matrix in with_it.items()} == {a: m.tolist() for a, m in scores.items()}
 
     # The last five evaluations of the two complete trainings, of eight each, and the time that their files state
     last = finals_row(text, "CartPole-v1", "StaQ")
