@@ -8,6 +8,7 @@ gives medians. No training is needed: stacks are filled with random critics and 
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -230,6 +231,29 @@ def measure_iteration(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["way", "env", "M", "n_envs", "part", "seconds", "repetition"])
 
 
+def multiply(
+    weight: th.Tensor,
+    x: th.Tensor,
+    n: int,
+    product: Callable[[th.Tensor, th.Tensor], th.Tensor],
+    part_size: int,
+    reads_ahead: bool,
+) -> None:
+    """
+    :param weight: matrices of weights
+    :param x: rows for each matrix
+    :param n: how often all are multiplied
+    :param product: of some of the matrices and their rows
+    :param part_size: how many are multiplied at once
+    :param reads_ahead: whether these are read once beforehand
+    """
+    for _ in range(n):
+        for weights, rows in zip(weight.split(part_size), x.split(part_size), strict=True):
+            if reads_ahead:
+                weights.sum()
+            product(weights, rows)
+
+
 def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     """
     :param sizes: how much is measured
@@ -250,15 +274,14 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             weight, n = (block[:4], 50) if in_cache else (block, 10)
             x = th.randn(len(weight), batch_size, 256, device=device)
             # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, at once or in
-            # parts whose results stay in the cache
-            orders = (
+            # parts whose results stay in the cache, with or without reading the weights of a part beforehand
+            products = (
                 lambda weight, x: th.bmm(weight, x.mT),
                 lambda weight, x: th.bmm(x, weight.mT),
                 lambda weight, x: th.bmm(x, weight),
             )
-            parts = [list(zip(weight.split(k), x.split(k), strict=True)) for k in (len(block), 32)]
-            ways = [lambda f=f, p=p, n=n: [f(*pair) for _ in range(n) for pair in p] for f in orders for p in parts]
-            seconds = min(seconds_of(way, device) for way in ways) / n
+            ways = itertools.product(products, (len(block), 32, 4), (False, True))
+            seconds = min(seconds_of(partial(multiply, weight, x, n, *way), device) for way in ways) / n
             flops = 2 * weight.numel() * batch_size
             rows.append((f"matmul with {batch_size} rows", "GFLOP/s", flops / seconds / 1e9, repetition))
         seconds = seconds_of(lambda: [block.sum() for _ in range(10)], device) / 10

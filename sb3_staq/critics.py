@@ -40,9 +40,16 @@ def _is_amd() -> bool:
 # needs much work at a time
 _CHUNK_ELEMENTS = 2**19
 _GPU_CHUNK_ELEMENTS = 2**25
-# Batches of up to so many rows take the weights as the left operand of a product: with MKL, PyTorch's library, that is
-# up to three times as fast on AMD's processors, but half as fast on Intel's
-_FEW_ROWS = 8 if _is_amd() else 0
+# MKL, PyTorch's library for products, is slow on AMD's processors in cases that can be avoided (on Intel's the first
+# way takes twice as long):
+_ON_AMD = _is_amd()
+# - products with up to so many rows: with the weights as the left operand they are up to three times as fast;
+_FEW_ROWS = 4
+# - results of fewer columns than this, and than rows: computed transposed, up to twice as fast;
+_NARROW = 48
+# - weights that come from memory: in parts of so many bytes, each read once beforehand, so that it lies in the cache,
+#   up to a third less time
+_READ_AHEAD = 2**20
 _LARGE_PAGE = 2**21
 # Critics whose weight is at most this share of the sum of the weights are left out. With n of them left out, the sum S
 # changes by at most n * 2^-32 * sum(weights) * max|Q|, and so a logit by that times the scale: n * 2^-32 * max|Q| /
@@ -167,18 +174,56 @@ class JointQNetwork(nn.Module):
         self.layers = _named_layers(features_extractor, self.q_net)
 
 
+def _avoids_slow_products(x: th.Tensor) -> bool:
+    return _ON_AMD and x.device.type == "cpu"
+
+
+def _is_narrow(n_rows: int, n_columns: int) -> bool:
+    return n_columns < min(n_rows, _NARROW)
+
+
+def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """As :func:`_linear`, with the weights on the left: output (N, n_outputs, batch)."""
+    # Rows that lie apart, or a single one with strides that leave open how it lies, would make it slow
+    x = x.flatten(1).unflatten(1, x.shape[1:])
+    return th.baddbmm(bias.unsqueeze(2), weight, x.mT)
+
+
+def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """
+    N linear layers in one product.
+
+    :param x: shape (N, batch, n_inputs)
+    :param weight: shape (N, n_outputs, n_inputs)
+    :param bias: shape (N, n_outputs)
+    :return: shape (N, batch, n_outputs)
+    """
+    n_rows, n_outputs = x.shape[1], weight.shape[1]
+    if _avoids_slow_products(x) and (n_rows <= _FEW_ROWS or _is_narrow(n_rows, n_outputs)):
+        return _weights_first(x, weight, bias).mT
+    return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def _linear_from_memory(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """As :func:`_linear`, without gradients, for weights that are not in the cache."""
+    n = max(1, _READ_AHEAD // weight[0].nbytes)
+    if not _avoids_slow_products(x) or x.shape[1] <= _FEW_ROWS or len(weight) <= n:
+        return _linear(x, weight, bias)
+    outputs = x.new_empty(*x.shape[:2], weight.shape[1])
+    for y, b, x_part, w in zip(outputs.split(n), bias.split(n), x.split(n), weight.split(n), strict=True):
+        w.sum()  # reads it
+        th.baddbmm(b.unsqueeze(1), x_part, w.mT, out=y)
+    return outputs
+
+
 class _BatchedLinear(th.autograd.Function):
-    """
-    N linear layers in one product: inputs (N, batch, n_inputs), weights (N, n_outputs, n_inputs), biases
-    (N, n_outputs).
-    Autograd's own gradient of the weights comes out transposed, so that each step would copy it.
-    """
+    """As :func:`_linear`. Autograd's own gradient of the weights comes out transposed: each step would copy it."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:  # type: ignore[override]
-        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: th.Tensor) -> None:
@@ -188,18 +233,13 @@ class _BatchedLinear(th.autograd.Function):
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x = th.bmm(grad, weight) if ctx.needs_input_grad[0] else None
-        return grad_x, th.bmm(grad.mT, x), grad.sum(dim=1)
+        transposed = _avoids_slow_products(x) and _is_narrow(*weight.shape[1:])
+        grad_weight = th.bmm(x.mT, grad).mT if transposed else th.bmm(grad.mT, x)
+        return grad_x, grad_weight, grad.sum(dim=1)
 
 
 # PyTorch asks for it in each call, and to find it anew takes as long as a small product
 _BatchedLinear.forward.__signature__ = inspect.signature(_BatchedLinear.forward)  # type: ignore[attr-defined]
-
-
-def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """N linear layers in one product with the weights on the left: shapes as above, output (N, n_outputs, batch)."""
-    # Rows that lie apart, or a single one with strides that leave open how it lies, would make it slow
-    x = x.flatten(1).unflatten(1, x.shape[1:])
-    return th.baddbmm(bias.unsqueeze(2), weight, x.mT)
 
 
 def _batched_layer(
@@ -225,11 +265,9 @@ def _batched_layer(
         if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
-        if x.shape[1] <= _FEW_ROWS:
-            return _weights_first(x, weight, bias).mT
-        if th.is_grad_enabled() and not th.is_autocast_enabled(x.device.type):
-            return _BatchedLinear.apply(x, weight, bias)
-        return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+        if th.is_autocast_enabled(x.device.type):
+            return _linear(x, weight, bias)
+        return (_BatchedLinear.apply if th.is_grad_enabled() else _linear_from_memory)(x, weight, bias)
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
         one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
         x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
@@ -369,6 +407,7 @@ class FrozenCritics(nn.ModuleList):
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in head)
         self._weigh()
 
+    @th.no_grad()
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
         The weighted sum ``S`` of the stack, without gradients.

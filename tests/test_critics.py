@@ -112,8 +112,9 @@ def loop_sum(policy, stack, obs):
 
 @pytest.fixture(params=["AMD", "another maker"])
 def processor(request, monkeypatch):
-    """As on a processor of this maker, which decides the order of the operands of products."""
-    monkeypatch.setattr(critics, "_FEW_ROWS", 16 if request.param == "AMD" else 0)
+    """As on a processor of this maker, which decides how products are computed; two small networks are one part."""
+    monkeypatch.setattr(critics, "_ON_AMD", request.param == "AMD")
+    monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
