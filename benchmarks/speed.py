@@ -25,12 +25,13 @@ from gymnasium import spaces
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.speed_report import FOLDER, write_report
 from sb3_staq import StaQ
-from sb3_staq.critics import FrozenCritics, empty_block
+from sb3_staq.critics import CriticEnsemble, FrozenCritics, empty_block
+from sb3_staq.mirror_descent import expected_value, soft_value
 
 MUJOCO = "HalfCheetah-v4"
 OTHER_MUJOCO = ("Hopper-v4", "Walker2d-v4")
@@ -49,13 +50,12 @@ class Sizes:
     buffer_size: int = 50_000
     n_collect: int = 160  # environment steps, of ITERATION
     n_gradient_steps: int = 50  # of ITERATION
-    n_reevaluated: int = 2 * BATCH_SIZE  # states, of the buffer
+    n_reevaluated: int = 16 * BATCH_SIZE  # states, of the buffer; the first ones, in fresh memory, take longer
     n_steps: int = 500  # of a training beside SAC or DQN
     compile: bool = True  # whether to try torch.compile
     interval: int = 100  # steps between policy updates where these are frequent
     interval_buffer_size: int = 100_000  # ... and the replay then
     iteration: int = ITERATION
-    batch_size: int = BATCH_SIZE
     device: str = "cpu"
 
 
@@ -254,13 +254,61 @@ def multiply(
             product(weights, rows)
 
 
+@th.no_grad()
+def bare_gradient_step(model: StaQ, samples: ReplayBufferSamples, log_pi: th.Tensor) -> None:
+    """
+    A gradient step by its operations alone, one after the other and in place where possible: what autograd, sampling
+    and logging add is left out. This is about the least that PyTorch's operations allow.
+
+    :param model: its critics, additive ones of a single group with two hidden layers, are trained
+    :param samples: a batch of transitions
+    :param log_pi: log-probabilities of the choices at its next states
+    """
+    policy = model.policy
+    obs, next_obs = samples.observations.float(), samples.next_observations.float()
+    zero_slope_below_0 = th.ops.aten.threshold_backward.grad_input  # of a ReLU, in place
+
+    def forward(ensemble: CriticEnsemble, obs: th.Tensor) -> list[th.Tensor]:
+        """Inputs of the layers (n_critics, batch, n_inputs), then outputs (n_critics, n_choices, batch)."""
+        w1, b1, w2, b2, w3, b3 = ensemble.params.values()
+        x = obs.expand(len(w1), -1, -1)
+        hidden_1 = th.baddbmm(b1.unsqueeze(1), x, w1.mT).relu_()
+        hidden_2 = th.baddbmm(b2.unsqueeze(1), hidden_1, w2.mT).relu_()
+        return [x, hidden_1, hidden_2, th.baddbmm(b3.unsqueeze(2), w3, hidden_2.mT)]
+
+    next_q_values = forward(policy.critics_target, next_obs)[-1].mean(dim=0).T
+    next_values = soft_value(log_pi, expected_value(log_pi, next_q_values), model._current_ent_coef)
+    targets = samples.rewards + (1 - samples.dones) * model.gamma * next_values.unsqueeze(1)
+
+    x, hidden_1, hidden_2, q_values = forward(policy.critics, obs)
+    chosen = policy.action_groups.encode(samples.actions).T.expand(len(q_values), 1, -1)
+    td_error = q_values.gather(1, chosen) - targets.T
+    grad = th.zeros_like(q_values).scatter_(1, chosen, 2 / len(obs) * td_error).mT
+
+    w1, b1, w2, b2, w3, b3 = policy.critics.params.values()
+    w3.grad, b3.grad = th.bmm(grad.mT, hidden_2), grad.sum(dim=1)
+    grad = th.bmm(grad, w3)
+    zero_slope_below_0(grad, hidden_2, 0, grad_input=grad)
+    w2.grad, b2.grad = th.bmm(grad.mT, hidden_1), grad.sum(dim=1)
+    grad = th.bmm(grad, w2)
+    zero_slope_below_0(grad, hidden_1, 0, grad_input=grad)
+    w1.grad, b1.grad = th.bmm(x.mT, grad).mT.contiguous(), grad.sum(dim=1)
+    policy.optimizer.step()
+    policy.update_targets(model.tau)
+
+
 def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
     """
     :param sizes: how much is measured
     :param repetitions: how often
-    :return: what the machine can do with one thread: GB/s of reading, GFLOP/s of large and of narrow matrix products
+    :return: what the machine can do with one thread: GB/s of reading, GFLOP/s of large and of narrow matrix products,
+        milliseconds of the operations of a gradient step
     """
     device = sizes.device
+    model = make(StaQ, CheapEnv, sizes, memory_size=1, action_grid="axis")
+    samples, log_pi, _ = next(model._batches(1, BATCH_SIZE))
+    step = partial(bare_gradient_step, model, samples, log_pi)
+    step()
     block = empty_block(th.empty(0, 256, 256, device=device), 600).normal_()
     size = 1024 if device == "cpu" else 8192
     large = th.randn(size, size, device=device)
@@ -284,6 +332,8 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             seconds = min(seconds_of(partial(multiply, weight, x, n, *way), device) for way in ways) / n
             flops = 2 * weight.numel() * batch_size
             rows.append((f"matmul with {batch_size} rows", "GFLOP/s", flops / seconds / 1e9, repetition))
+        seconds = seconds_of(lambda: [step() for _ in range(sizes.n_gradient_steps)], device) / sizes.n_gradient_steps
+        rows.append(("operations of a gradient step", "ms", 1000 * seconds, repetition))
         seconds = seconds_of(lambda: [block.sum() for _ in range(10)], device) / 10
         rows.append(("reading", "GB/s", block.nbytes / seconds / 1e9, repetition))
         rate = 2 * size**3 / seconds_of(lambda: large @ large, device) / 1e9

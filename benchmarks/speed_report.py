@@ -118,8 +118,9 @@ def acting_floors(acting: pd.DataFrame, machine: pd.DataFrame) -> dict[int, dict
 
 def iteration_floors(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[str, Any]) -> dict[int, dict[str, float]]:
     """
-    The least that an iteration with a full stack can take: only its matrix products, at the rates that the library
-    reaches for products of their shapes, and reading the weights.
+    The least that an iteration with a full stack can take: in acting and for the cache only the matrix products, at the
+    rates that the library reaches for products of their shapes, and reading the weights; in gradient steps only their
+    operations.
 
     :param acting: measurements
     :param machine: measurements
@@ -128,14 +129,12 @@ def iteration_floors(acting: pd.DataFrame, machine: pd.DataFrame, sizes: dict[st
     """
     rates = medians(machine, "value").droplevel("unit")
     flops_per_state = 2 * acting["bytes"].iloc[0] / 4 / max(sizes["memory_sizes"])  # of an ensemble
-    # Forward passes of the critics and of the targets, and a backward pass that costs two
-    gradient_step = 4 * sizes["batch_size"] * flops_per_state / rates[f"matmul with {sizes['batch_size']} rows"] / 1e9
     cache = 2 * sizes["buffer_size"] * flops_per_state / rates["large matmul"] / 1e9
     return {
         n_envs: {
             "collect": sizes["iteration"] / n_envs * floor["narrow"] / 1000,
             "logits of the replay": cache,
-            "critic steps": sizes["iteration"] * gradient_step,
+            "critic steps": sizes["iteration"] * rates["operations of a gradient step"] / 1000,
             "policy update": 0.0,
         }
         for n_envs, floor in acting_floors(acting, machine).items()
@@ -186,7 +185,8 @@ def iteration_section(iteration: pd.DataFrame, floors: dict[int, dict[str, float
         "The reference way is our own compact one: one environment, each layer of all critics in one batched matrix "
         "product, and the whole replay through the whole stack at each iteration. Its gradient steps are ours. The "
         "floors are the matrix products alone, at the rates below for products of their shapes, and the reading of the "
-        "weights: what the machine forbids to undercut.",
+        "weights; of gradient steps, their operations one after the other, without autograd, sampling and logging. "
+        "This is what PyTorch and the machine forbid to undercut.",
         "![Time of one iteration over M](iteration.png)",
         *tables,
         f"Training (logits of the replay and critic steps) at M = {largest} over that at M = {smallest}: "

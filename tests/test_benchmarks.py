@@ -526,6 +526,22 @@ def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
     th.testing.assert_close(speed.ReferenceStack(model.policy.frozen_critics)(obs), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_operations_of_a_gradient_step_are_a_gradient_step() -> None:
+    model, other = (speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=1, action_grid="axis") for _ in range(2))
+    other.policy.load_state_dict(model.policy.state_dict())
+    batch = next(model._batches(1, speed.BATCH_SIZE))
+    other._batches = lambda *_: [batch]  # type: ignore[method-assign]
+    other._evaluate_policy(1, speed.BATCH_SIZE)
+    before = {name: value.clone() for name, value in model.policy.critics.params.items()}
+    speed.bare_gradient_step(model, *batch[:2])
+    for name, expected in other.policy.critics.params.items():
+        th.testing.assert_close(model.policy.critics.params[name].grad, expected.grad, rtol=1e-4, atol=1e-6)
+        th.testing.assert_close(model.policy.critics.params[name], expected, rtol=0, atol=1e-5)
+        target = model.policy.critics_target.params[name]
+        th.testing.assert_close(target, other.policy.critics_target.params[name], rtol=0, atol=1e-5)
+        assert (expected - before[name]).abs().mean() > 1e-4
+
+
 def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
     acting = pd.DataFrame({"batch_size": [1, 8], "bytes": [10**9] * 2, "flops": [5 * 10**8, 4 * 10**9]})
     rates = {"reading": 20.0, "large matmul": 50.0, "matmul with 1 rows": 5.0, "matmul with 8 rows": 40.0}
@@ -535,8 +551,8 @@ def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
     assert floors[8] == pytest.approx({"read": 50.0, "compute": 80.0, "floor": 80.0, "narrow": 100.0})
 
     # 10**9 bytes are 250 million parameters, 2.5 million in each of 100 entries: 5 million operations per state
-    machine.loc[len(machine)] = ["matmul with 200 rows", "", 10.0, 0]
-    sizes = {"memory_sizes": (1, 100), "n_envs": (1, 8), "buffer_size": 1000, "iteration": 500, "batch_size": 200}
+    machine.loc[len(machine)] = ["operations of a gradient step", "", 400.0, 0]
+    sizes = {"memory_sizes": (1, 100), "n_envs": (1, 8), "buffer_size": 1000, "iteration": 500}
     parts = speed_report.iteration_floors(acting, machine, sizes)
     others = {"logits of the replay": 0.2, "critic steps": 200.0, "policy update": 0.0}
     assert parts[1] == pytest.approx({"collect": 50.0, **others})
