@@ -169,6 +169,7 @@ def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor)
         push(policy, seed=i, kl_coef=20.0, ent_coef=0.4)
     obs = sample_obs(policy.observation_space, batch_size)
     assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
+    assert not policy.frozen_critics(policy.preprocess(obs).requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
