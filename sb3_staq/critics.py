@@ -8,6 +8,7 @@ the parameters of all its entries, and the parameters of the entries in the ``nn
 import contextlib
 import copy
 import inspect
+import itertools
 import math
 import mmap
 import platform
@@ -45,8 +46,6 @@ _GPU_CHUNK_ELEMENTS = 2**25
 _ON_AMD = _is_amd()
 # - products with up to so many rows: with the weights as the left operand they are up to three times as fast;
 _FEW_ROWS = 4
-# - results of fewer columns than this, and than rows: computed transposed, up to twice as fast;
-_NARROW = 48
 # - weights that come from memory: in parts of so many bytes, each read once beforehand, so that it lies in the cache,
 #   up to a third less time
 _READ_AHEAD = 2**20
@@ -178,10 +177,6 @@ def _avoids_slow_products(x: th.Tensor) -> bool:
     return _ON_AMD and x.device.type == "cpu"
 
 
-def _is_narrow(n_rows: int, n_columns: int) -> bool:
-    return n_columns < min(n_rows, _NARROW)
-
-
 def _weights_first(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     """As :func:`_linear`, with the weights on the left: output (N, n_outputs, batch)."""
     # Rows that lie apart, or a single one with strides that leave open how it lies, would make it slow
@@ -198,8 +193,7 @@ def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     :param bias: shape (N, n_outputs)
     :return: shape (N, batch, n_outputs)
     """
-    n_rows, n_outputs = x.shape[1], weight.shape[1]
-    if _avoids_slow_products(x) and (n_rows <= _FEW_ROWS or _is_narrow(n_rows, n_outputs)):
+    if _avoids_slow_products(x) and x.shape[1] <= _FEW_ROWS:
         return _weights_first(x, weight, bias).mT
     return th.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
@@ -216,30 +210,51 @@ def _linear_from_memory(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.
     return outputs
 
 
-class _BatchedLinear(th.autograd.Function):
-    """As :func:`_linear`. Autograd's own gradient of the weights comes out transposed: each step would copy it."""
+class _BatchedMLP(th.autograd.Function):
+    """
+    N networks of linear layers, each as :func:`_linear`, with ReLUs between them. This is one node of autograd's graph
+    instead of two per layer, without fresh memory for the ReLUs; and autograd's own gradients of the weights come out
+    transposed, so that each step would copy them.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:  # type: ignore[override]
-        return _linear(x, weight, bias)
+    def forward(x: th.Tensor, *params: th.Tensor) -> tuple[th.Tensor, ...]:  # type: ignore[override]
+        """Weights and biases in turn; returned are the outputs of all layers, since derivatives need them."""
+        outputs: list[th.Tensor] = []
+        for weight, bias in zip(params[::2], params[1::2], strict=True):
+            outputs.append(_linear(outputs[-1].relu_() if outputs else x, weight, bias))
+        return tuple(outputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: th.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: tuple[th.Tensor, ...]) -> None:
+        x, *params = inputs
+        ctx.save_for_backward(x, *output[:-1], *params[::2])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        grad_x = th.bmm(grad, weight) if ctx.needs_input_grad[0] else None
-        transposed = _avoids_slow_products(x) and _is_narrow(*weight.shape[1:])
-        grad_weight = th.bmm(x.mT, grad).mT if transposed else th.bmm(grad.mT, x)
-        return grad_x, grad_weight, grad.sum(dim=1)
+    def backward(ctx: Any, *grads: th.Tensor | None) -> tuple[th.Tensor | None, ...]:  # type: ignore[override]
+        n = len(grads)
+        inputs, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        grads_x: list[th.Tensor | None] = [None, *grads]  # of the input of each layer, and of the last output
+        grads_params: list[th.Tensor | None] = [None] * (2 * n)
+        for i in reversed(range(n)):
+            grad, x, weight = grads_x[i + 1], inputs[i], weights[i]
+            if grad is None:
+                continue
+            if i < n - 1:
+                grad = th.ops.aten.threshold_backward(grad, inputs[i + 1], 0)
+            grads_params[2 * i] = th.bmm(grad.mT, x)
+            grads_params[2 * i + 1] = grad.sum(dim=1)
+            if i > 0 or ctx.needs_input_grad[0]:
+                grad, own = th.bmm(grad, weight), grads_x[i]
+                grads_x[i] = grad if own is None else grad + own
+        return grads_x[0], *grads_params
 
 
 # PyTorch asks for it in each call, and to find it anew takes as long as a small product
-_BatchedLinear.forward.__signature__ = inspect.signature(_BatchedLinear.forward)  # type: ignore[attr-defined]
+_BatchedMLP.forward.__signature__ = inspect.signature(_BatchedMLP.forward)  # type: ignore[attr-defined]
 
 
 def _batched_layer(
@@ -267,7 +282,7 @@ def _batched_layer(
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if th.is_autocast_enabled(x.device.type):
             return _linear(x, weight, bias)
-        return (_BatchedLinear.apply if th.is_grad_enabled() else _linear_from_memory)(x, weight, bias)
+        return _BatchedMLP.apply(x, weight, bias)[0] if th.is_grad_enabled() else _linear_from_memory(x, weight, bias)
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
         one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
         x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
@@ -278,6 +293,23 @@ def _batched_layer(
     except RuntimeError:  # recurrent layers, writing in place, branches on values: no vmap, so one after the other
         copies = [{leaf: param[i] for leaf, param in params.items()} for i in range(len(next(iter(params.values()))))]
         return th.stack([functional_call(layer, p, (x[i] if x_is_batched else x,)) for i, p in enumerate(copies)])
+
+
+def _batched_layers(
+    layers: Sequence[tuple[nn.Module, Mapping[str, str]]], all_params: Mapping[str, th.Tensor], x: th.Tensor
+) -> th.Tensor:
+    """As :func:`_batched_layer`, for one layer after the other; x of two dimensions is shared by all copies."""
+    if th.is_grad_enabled() and not th.is_autocast_enabled(x.device.type):
+        expected = zip(layers, itertools.cycle([nn.Linear, nn.ReLU]), strict=False)
+        mlp = list(itertools.takewhile(lambda pair: isinstance(pair[0][0], pair[1]), expected))
+        n = len(mlp) - (len(mlp) % 2 == 0)  # it ends with a linear layer
+        if n > 1:
+            params = [all_params[names[leaf]] for _, names in layers[:n:2] for leaf in ("weight", "bias")]
+            x = x if x.dim() == 3 else x.expand(len(params[0]), -1, -1)
+            x, layers = _BatchedMLP.apply(x, *params)[-1], layers[n:]
+    for layer, names in layers:
+        x = _batched_layer(layer, names, all_params, x, x_is_batched=x.dim() == 3)
+    return x
 
 
 def batched_forward(
@@ -293,17 +325,16 @@ def batched_forward(
         there and what follows is done once.
     :return: shape (N, batch, n_choices), or (batch, n_choices) with weights
     """
-    x: Any = obs
-    x_is_batched = False
-    for i, (layer, names) in enumerate(net.layers):
-        if weights is not None and i == net.output_index:
-            weight, bias = params[names["weight"]], params[names["bias"]]
-            x = x if x_is_batched else x.expand(len(weights), -1, -1)
-            x = th.tensordot(weights, _weights_first(x, weight, bias), dims=1).mT
-        else:
-            x = _batched_layer(layer, names, params, x, x_is_batched)
-        x_is_batched = x_is_batched or bool(names)
-    return x
+    (extractor, names), *layers = net.layers
+    x = _batched_layer(extractor, names, params, obs, x_is_batched=False)
+    if weights is None:
+        return _batched_layers(layers, params, x)
+    n_hidden = net.output_index - 1
+    x = _batched_layers(layers[:n_hidden], params, x)
+    x = x if x.dim() == 3 else x.expand(len(weights), -1, -1)
+    _, names = layers[n_hidden]
+    x = th.tensordot(weights, _weights_first(x, params[names["weight"]], params[names["bias"]]), dims=1).mT
+    return _batched_layers(layers[n_hidden + 1 :], params, x)
 
 
 class Ensemble(nn.Module, Generic[Net]):
@@ -358,9 +389,7 @@ class JointCritics(Ensemble[JointQNetwork]):
         if rows is not None:
             features = features.index_select(-2, rows)  # extracted once for all actions of an observation
         x = th.cat([features, actions.expand(*features.shape[:-1], -1)], dim=-1)
-        for layer, names in layers:
-            x = _batched_layer(layer, names, self.params, x, x_is_batched=x.dim() == 3)
-        return x.squeeze(-1)
+        return _batched_layers(layers, self.params, x).squeeze(-1)
 
 
 def empty_block(like: th.Tensor, n: int) -> th.Tensor:

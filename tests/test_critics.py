@@ -23,6 +23,7 @@ from helpers import (
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
+from torch.func import functional_call
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, critics
 
@@ -139,6 +140,35 @@ def test_ensemble_equals_networks_one_by_one(architecture, processor):
     for name, param in policy.critics.net.named_parameters():
         expected = th.stack([net.get_parameter(name).grad for net in nets])
         assert relative_error(param.grad, expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("n_hidden", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [3, 40])
+def test_derivatives_of_any_order(n_hidden, batch_size, processor):
+    """Of values by observations and parameters, and of these derivatives: as those of ordinary networks."""
+    policy = make_policy("mlp", net_arch=[12] * n_hidden)
+    randomise(policy.critics, seed=0)
+    obs = policy.preprocess(sample_obs(policy.observation_space, batch_size))
+
+    def derivatives(critics, params):
+        x = obs.clone().requires_grad_()
+        first = th.autograd.grad(critics(x).square().sum(), [x, *params], create_graph=True)
+        loss = sum(grad.square().sum() for grad in first)
+        return [*first, *th.autograd.grad(loss, [x, *params])]
+
+    batched = derivatives(policy.critics, list(policy.critics.params.values()))
+    nets = members(policy.critics)
+    params = [
+        th.stack([net.get_parameter(name).data for net in nets]).requires_grad_() for name in policy.critics.params
+    ]
+
+    def one_by_one(x):
+        copies = [dict(zip(policy.critics.params, values, strict=True)) for values in zip(*params, strict=True)]
+        return th.stack([functional_call(nets[0], copy, (x,)) for copy in copies])
+
+    for actual, expected in zip(batched, derivatives(one_by_one, params), strict=True):
+        assert expected.abs().max() > 0
+        assert relative_error(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
