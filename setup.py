@@ -54,7 +54,7 @@ setup(
         "requests",
         "gymnasium>=0.29.1,<2.0",
         "torch>=2.8,<3.0",
-        "numpy>=1.20,<3.0",
+        "numpy>=2.0,<3.0",
     ],
     extras_require={
         **extras,

@@ -321,13 +321,16 @@ def measure_machine(sizes: Sizes, repetitions: int) -> pd.DataFrame:
             in_cache = batch_size == BATCH_SIZE and device == "cpu"
             weight, n = (block[:4], 50) if in_cache else (block, 10)
             x = th.randn(len(weight), batch_size, 256, device=device)
-            # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, at once or in
-            # parts whose results stay in the cache, with or without reading the weights of a part beforehand
-            products = (
+            # The fastest way: either order of the operands, weights stored as PyTorch does or transposed, or single dot
+            # products; at once or in parts whose results stay in the cache, with or without reading the weights of a
+            # part beforehand
+            products: list[Callable[[th.Tensor, th.Tensor], Any]] = [
                 lambda weight, x: th.bmm(weight, x.mT),
                 lambda weight, x: th.bmm(x, weight.mT),
                 lambda weight, x: th.bmm(x, weight),
-            )
+            ]
+            if batch_size <= 8 and device == "cpu":  # for more it takes many times as long
+                products.append(lambda weight, x: np.vecdot(weight.numpy()[:, :, None], x.numpy()[:, None]))
             ways = itertools.product(products, (len(block), 32, 4), (False, True))
             seconds = min(seconds_of(partial(multiply, weight, x, n, *way), device) for way in ways) / n
             flops = 2 * weight.numel() * batch_size

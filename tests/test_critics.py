@@ -23,6 +23,7 @@ from helpers import (
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.func import functional_call
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, critics
@@ -113,9 +114,10 @@ def loop_sum(policy, stack, obs):
 
 @pytest.fixture(params=["AMD", "another maker"])
 def processor(request, monkeypatch):
-    """As on a processor of this maker, which decides how products are computed; two small networks are one part."""
+    """As on a processor of this maker, which decides how products are computed, with sizes for small networks."""
     monkeypatch.setattr(critics, "_ON_AMD", request.param == "AMD")
-    monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)
+    monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)  # two networks
+    monkeypatch.setattr(critics, "_DOT_INPUTS", range(9, 33))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -200,6 +202,53 @@ def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor)
     obs = sample_obs(policy.observation_space, batch_size)
     assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
     assert not policy.frozen_critics(policy.preprocess(obs).requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_products_of_few_rows(batch_size, n_threads, processor, request, monkeypatch):
+    """Those whose weights come from memory are NumPy's only where these are the faster ones."""
+    policy = make_policy("mlp", net_arch=[32, 32])
+    push(policy, seed=0)
+    calls = []
+    vecdot = np.vecdot
+    monkeypatch.setattr(np, "vecdot", lambda *args: calls.append(args) or vecdot(*args))
+    th.set_num_threads(n_threads)
+    try:
+        policy.logit_sums(sample_obs(policy.observation_space, batch_size))
+    finally:
+        th.set_num_threads(1)
+    are_numpys = request.node.callspec.params["processor"] == "AMD" and n_threads == 1 and batch_size <= 4
+    assert len(calls) == (2 if are_numpys else 0)  # the first layer has fewer inputs
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the number of observations is fixed
+@pytest.mark.parametrize(
+    "export",
+    [
+        pytest.param(th.jit.trace, id="trace"),
+        pytest.param(lambda module, args: th.export.export(module, args).module(), id="export"),
+        pytest.param(lambda module, args: th.compile(module, backend="eager", fullgraph=True), id="compile"),
+    ],
+)
+def test_exported_policy(export, processor):
+    """SB3's ways to use a policy elsewhere: the exported module gives the same logits at other observations."""
+    policy = make_policy("mlp", net_arch=[32, 32])
+    for i in range(5):
+        push(policy, seed=i)
+
+    class Logits(th.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, obs):
+            return self.policy.logits(obs)
+
+    obs = sample_obs(policy.observation_space, 2).split(1)
+    exported = export(Logits(), (obs[0],))
+    for x in obs:
+        assert relative_error(exported(x), policy.logits(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -466,11 +515,11 @@ def test_block_and_entries_share_memory(kind, n_entries):
 
 
 def live_tensor_bytes():
-    """Bytes of all distinct storages of all tensors that are alive."""
+    """Bytes of all distinct storages of all tensors that are alive; PyTorch's compiler keeps some without memory."""
     gc.collect()
     storages = {}
     for obj in gc.get_objects():
-        if issubclass(type(obj), th.Tensor):
+        if issubclass(type(obj), th.Tensor) and type(obj) is not FakeTensor:
             storage = obj.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
