@@ -50,6 +50,9 @@ _FEW_ROWS = 4
 # - the same where weights of so many inputs come from memory: one dot product after the other, which NumPy computes in
 #   one thread, reads them at almost the speed of memory, up to a fifth faster;
 _DOT_INPUTS = range(128, 321)
+# - one product of a shared input, of more components than this, and the weights of all critics: one product for each
+#   critic is up to four times as fast;
+_FEW_INPUTS = 64
 # - weights that come from memory: in parts of so many bytes, each read once beforehand, so that it lies in the cache,
 #   up to a third less time
 _READ_AHEAD = 2**20
@@ -303,7 +306,8 @@ def _batched_layer(
     # The frequent cases, without the cost of vmap's dispatch
     if isinstance(layer, nn.Linear):
         weight, bias = params["weight"], params["bias"]
-        if not x_is_batched and len(weight) > len(x):  # more copies than rows: all of them in one product
+        many_inputs = _avoids_slow_products(x) and x.shape[1] > _FEW_INPUTS
+        if not x_is_batched and len(weight) > len(x) and not many_inputs:  # more copies than rows: all in one product
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
         x = x if x_is_batched else x.expand(len(weight), -1, -1)
         if th.is_autocast_enabled(x.device.type):

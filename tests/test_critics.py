@@ -118,6 +118,7 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(critics, "_ON_AMD", request.param == "AMD")
     monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)  # two networks
     monkeypatch.setattr(critics, "_DOT_INPUTS", range(9, 33))
+    monkeypatch.setattr(critics, "_FEW_INPUTS", 6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
