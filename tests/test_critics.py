@@ -116,8 +116,8 @@ def loop_sum(policy, stack, obs):
 def processor(request, monkeypatch):
     """As on a processor of this maker, which decides how products are computed, with sizes for small networks."""
     monkeypatch.setattr(critics, "_ON_AMD", request.param == "AMD")
+    monkeypatch.setattr(critics, "_NUMPY_IS_FASTER", request.param == "AMD")
     monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)  # two networks
-    monkeypatch.setattr(critics, "_DOT_INPUTS", range(9, 33))
     monkeypatch.setattr(critics, "_FEW_INPUTS", 6)
 
 
@@ -205,22 +205,63 @@ def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor)
     assert not policy.frozen_critics(policy.preprocess(obs).requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 5])
-@pytest.mark.parametrize("n_threads", [1, 2])
-def test_products_of_few_rows(batch_size, n_threads, processor, request, monkeypatch):
-    """Those whose weights come from memory are NumPy's only where these are the faster ones."""
-    policy = make_policy("mlp", net_arch=[32, 32])
+@pytest.mark.parametrize(
+    ("width", "batch_size", "n_threads", "expected"),
+    [
+        # The first layer has too few inputs; the output layer has few outputs
+        (128, 1, 1, ["vecdot", "vecdot"]),
+        (300, 3, 1, ["vecdot", "vecdot"]),
+        (64, 3, 1, []),
+        (400, 3, 1, []),
+        (64, 4, 1, ["matmul", "matmul"]),
+        (128, 5, 1, ["matmul", "matmul"]),
+        (300, 7, 1, ["matmul", "matmul"]),
+        (300, 64, 1, ["matmul", "matmul"]),
+        (400, 32, 1, ["matmul", "matmul"]),
+        (400, 33, 1, ["matmul"]),
+        (700, 6, 1, ["matmul"]),
+        (32, 8, 1, []),
+        (128, 65, 1, []),
+        (128, 1, 2, []),
+        (128, 8, 2, []),
+    ],
+)
+def test_products_by_numpy(width, batch_size, n_threads, expected, processor, request, monkeypatch):
+    """Only where they are the faster ones, and with the same results."""
+    monkeypatch.setattr(critics, "_READ_AHEAD", 2**22)  # all at once
+    policy = make_policy("mlp", net_arch=[width, width])
     push(policy, seed=0)
+    obs = sample_obs(policy.observation_space, batch_size)
     calls = []
-    vecdot = np.vecdot
-    monkeypatch.setattr(np, "vecdot", lambda *args: calls.append(args) or vecdot(*args))
+    for name in ("matmul", "vecdot"):
+        function = getattr(np, name)
+        monkeypatch.setattr(
+            np, name, lambda *args, f=function, **kwargs: calls.append(f.__name__) or f(*args, **kwargs)
+        )
     th.set_num_threads(n_threads)
     try:
-        policy.logit_sums(sample_obs(policy.observation_space, batch_size))
+        sums = policy.logit_sums(obs)
     finally:
         th.set_num_threads(1)
-    are_numpys = request.node.callspec.params["processor"] == "AMD" and n_threads == 1 and batch_size <= 4
-    assert len(calls) == (2 if are_numpys else 0)  # the first layer has fewer inputs
+    assert calls == (expected if request.node.callspec.params["processor"] == "AMD" else [])
+    assert relative_error(sums, slow_logit_sums(policy, obs)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "expected"),
+    [
+        ({"Build Dependencies": {"blas": {"name": "scipy-openblas"}}}, "AVX512", True),
+        ({"Build Dependencies": {"blas": {"name": "scipy-openblas"}}}, "AVX2", False),
+        ({"Build Dependencies": {"blas": {"name": "mkl-sdl"}}}, "AVX512", False),
+        ({"Build Dependencies": {"lapack": {"name": "openblas"}}}, "AVX512", False),
+        ({}, "AVX512", False),
+    ],
+)
+def test_kernels_of_numpy(config, capability, expected, monkeypatch):
+    """What NumPy and PyTorch say of themselves."""
+    monkeypatch.setattr(np, "show_config", lambda mode: config if mode == "dicts" else None)
+    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert critics._numpy_has_fast_kernels() is expected
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the number of observations is fixed
@@ -234,7 +275,7 @@ def test_products_of_few_rows(batch_size, n_threads, processor, request, monkeyp
 )
 def test_exported_policy(export, processor):
     """SB3's ways to use a policy elsewhere: the exported module gives the same logits at other observations."""
-    policy = make_policy("mlp", net_arch=[32, 32])
+    policy = make_policy("mlp", net_arch=[128, 128])
     for i in range(5):
         push(policy, seed=i)
 
