@@ -186,7 +186,7 @@ def iteration_section(iteration: pd.DataFrame, floors: dict[int, dict[str, float
         "product, and the whole replay through the whole stack at each iteration. Its gradient steps are ours. The "
         "floors are the matrix products alone, at the rates below for products of their shapes, and the reading of the "
         "weights; of gradient steps, their operations one after the other, without autograd, sampling and logging. "
-        "This is what PyTorch and the machine forbid to undercut.",
+        "This is what PyTorch, NumPy and the machine forbid to undercut.",
         "![Time of one iteration over M](iteration.png)",
         *tables,
         f"Training (logits of the replay and critic steps) at M = {largest} over that at M = {smallest}: "
