@@ -28,7 +28,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.speed_report import FOLDER, write_report
+from benchmarks.speed_report import FOLDER, REPETITIONS, write_report
 from sb3_staq import StaQ
 from sb3_staq.critics import CriticEnsemble, FrozenCritics, _linear_by_numpy, empty_block
 from sb3_staq.mirror_descent import expected_value, soft_value
@@ -530,7 +530,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What StaQ costs.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the report goes")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that everything runs")
     parser.add_argument("--device", default="cpu", help="where the networks are, e.g. cuda")
     parser.add_argument("--note", default="", help="a sentence for the report: what else ran on the machine")

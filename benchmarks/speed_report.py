@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.report import markdown_table, save
 
 FOLDER = Path(__file__).parent / "results" / "speed"
+REPETITIONS = 3
 PARTS = ("collect", "logits of the replay", "critic steps", "policy update")
 COLORS = dict(zip(PARTS, sns.color_palette("colorblind", len(PARTS)), strict=True))
 HATCHES = dict(zip(PARTS, ("", "//", "..", ""), strict=True))
@@ -329,6 +330,8 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
         times = "networks on the device, times until it has done all that was asked of it"
     if folder != FOLDER:
         command += f" --folder {folder}"
+    if repetitions != REPETITIONS:
+        command += f" --repetitions {repetitions}"
     text = [
         "# What StaQ costs",
         f"`{command}` writes this page, its figures and its CSV files. One thread, float32; "
