@@ -326,6 +326,11 @@ class _BatchedMLP(th.autograd.Function):
 _BatchedMLP.forward.__signature__ = inspect.signature(_BatchedMLP.forward)  # type: ignore[attr-defined]
 
 
+def _for_each(x: th.Tensor, n_copies: int) -> th.Tensor:
+    """The input of each copy of a layer: of two dimensions it is shared by all."""
+    return x if x.dim() == 3 else x.expand(n_copies, -1, -1)
+
+
 def _batched_layer(
     layer: nn.Module, names: Mapping[str, str], all_params: Mapping[str, th.Tensor], x: Any, x_is_batched: bool
 ) -> th.Tensor:
@@ -346,10 +351,10 @@ def _batched_layer(
     # The frequent cases, without the cost of vmap's dispatch
     if isinstance(layer, nn.Linear):
         weight, bias = params["weight"], params["bias"]
-        many_inputs = _avoids_slow_products(x) and x.shape[1] > _FEW_INPUTS
-        if not x_is_batched and len(weight) > len(x) and not many_inputs:  # more copies than rows: all in one product
+        # More copies than rows: all in one product
+        if not x_is_batched and len(weight) > len(x) and not (_avoids_slow_products(x) and x.shape[1] > _FEW_INPUTS):
             return th.addmm(bias.flatten(), x, weight.flatten(0, 1).mT).unflatten(1, bias.shape).transpose(0, 1)
-        x = x if x_is_batched else x.expand(len(weight), -1, -1)
+        x = _for_each(x, len(weight))
         if th.is_autocast_enabled(x.device.type):
             return _linear(x, weight, bias)
         return _BatchedMLP.apply(x, weight, bias)[0] if th.is_grad_enabled() else _linear_from_memory(x, weight, bias)
@@ -375,8 +380,7 @@ def _batched_layers(
         n = len(mlp) - (len(mlp) % 2 == 0)  # it ends with a linear layer
         if n > 1:
             params = [all_params[names[leaf]] for _, names in layers[:n:2] for leaf in ("weight", "bias")]
-            x = x if x.dim() == 3 else x.expand(len(params[0]), -1, -1)
-            x, layers = _BatchedMLP.apply(x, *params)[-1], layers[n:]
+            x, layers = _BatchedMLP.apply(_for_each(x, len(params[0])), *params)[-1], layers[n:]
     for layer, names in layers:
         x = _batched_layer(layer, names, all_params, x, x_is_batched=x.dim() == 3)
     return x
@@ -400,8 +404,7 @@ def batched_forward(
     if weights is None:
         return _batched_layers(layers, params, x)
     n_hidden = net.output_index - 1
-    x = _batched_layers(layers[:n_hidden], params, x)
-    x = x if x.dim() == 3 else x.expand(len(weights), -1, -1)
+    x = _for_each(_batched_layers(layers[:n_hidden], params, x), len(weights))
     _, names = layers[n_hidden]
     x = _weighted_linear(weights, x, params[names["weight"]], params[names["bias"]])
     return _batched_layers(layers[n_hidden + 1 :], params, x)
