@@ -328,10 +328,10 @@ def write_report(folder: Path, sizes: dict[str, Any], repetitions: int, note: st
     if sizes["device"] != "cpu":
         command += f" --device {sizes['device']}"
         times = "networks on the device, times until it has done all that was asked of it"
-    if folder != FOLDER:
-        command += f" --folder {folder}"
     if repetitions != REPETITIONS:
         command += f" --repetitions {repetitions}"
+    if folder != FOLDER:
+        command += f" --folder {folder}"
     text = [
         "# What StaQ costs",
         f"`{command}` writes this page, its figures and its CSV files. One thread, float32; "
