@@ -93,34 +93,34 @@ def logit_scale(logit_rule: str, kl_coef: float, ent_coef: float, memory_size: i
 
 class PolicyUpdate(NamedTuple):
     """
-    What one policy update does to the weighted sum: ``S <- decay * S + Q_new - deleted_weight * Q_deleted``. The
-    numbers are NaN for custom weights, which follow no such recursion.
+    What one policy update does to the weighted sum: ``S <- decay * S + Q_new - sum_i w_i * Q_i`` over what it deletes.
+
+    The numbers are NaN for custom weights, which follow no such recursion.
     """
 
     decay: float
-    deletes: bool
-    deleted_weight: float
+    # The weights of the deleted Q-functions, oldest first: one for a full stack, more if it has been made smaller
+    deleted_weights: tuple[float, ...] = ()
 
-    def apply(self, total: th.Tensor, q_new: th.Tensor, q_deleted: th.Tensor | None = None) -> th.Tensor:
+    def apply(self, total: th.Tensor, q_new: th.Tensor, q_deleted: Sequence[th.Tensor] = ()) -> th.Tensor:
         """
-        One step of the recursion.
+        Do one step of the recursion.
 
         :param total: the weighted sum ``S_k``, any shape
         :param q_new: ``Q_k``, same shape
-        :param q_deleted: ``Q_{k-M}``, same shape; needed only if ``deletes``
+        :param q_deleted: the deleted Q-functions, oldest first, each of the same shape
         :return: ``S_{k+1}``
         """
         assert not math.isnan(self.decay), "custom weights follow no recursion: evaluate the sum"
         total = self.decay * total + q_new
-        if self.deletes:
-            assert q_deleted is not None, "this update deletes a Q-function: its values are needed"
-            total = total - self.deleted_weight * q_deleted
+        for weight, values in zip(self.deleted_weights, q_deleted, strict=True):
+            total = total - weight * values
         return total
 
 
 class StackWeights:
     """
-    The weights of the stacked Q-functions, oldest first, and the scale of their sum.
+    The EPMD weights of the stacked Q-functions, oldest first, and the scale of their sum.
 
     A Q-function enters with weight 1 and shrinks by the ``beta`` of each later update, so a weight is the product of
     the betas that were in force since its push; custom weights depend on its age alone. Kept in double precision on the
@@ -141,78 +141,112 @@ class StackWeights:
         return len(self.values)
 
     @property
-    def full(self) -> bool:
-        """Whether the next push deletes the oldest Q-function."""
-        return self.logit_rule != "exact" and len(self.values) >= self.memory_size
+    def total(self) -> float:
+        """The sum of the weights."""
+        return sum(self.values)
 
     @property
     def recursive(self) -> bool:
         """Whether the weighted sum follows the recursion; custom weights change as a whole at every push."""
         return isinstance(self.logit_rule, str)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next push deletes the oldest Q-function."""
+        return self.n_deleted > 0
+
+    @property
+    def n_deleted(self) -> int:
+        """How many of the oldest Q-functions the next push deletes."""
+        return 0 if self.logit_rule == "exact" else max(0, len(self) + 1 - self.memory_size)
+
     def push(self, kl_coef: float, ent_coef: float) -> PolicyUpdate:
         """
         Make room for one more Q-function under the given coefficients.
 
+        :param kl_coef: weight of the KL term
+        :param ent_coef: weight of the entropy term
         :return: what the update does to the weighted sum
         """
-        deletes = self.full
+        n_deleted = self.n_deleted
         self.ent_coef = ent_coef
         if not isinstance(self.logit_rule, str):
-            self.values = list(self.logit_rule[len(self) :: -1])  # by age, as many as there are, oldest first
+            n_kept = min(len(self) + 1, self.memory_size)
+            self.values = list(self.logit_rule[:n_kept][::-1])
             self.scale = 1.0
-            return PolicyUpdate(math.nan, deletes, math.nan)
+            return PolicyUpdate(math.nan, (math.nan,) * n_deleted)
         beta = decay_rate(kl_coef, ent_coef)
-        self.values = [beta * value for value in self.values]
-        deleted_weight = self.values.pop(0) if deletes else 0.0
-        self.values.append(1.0)
+        decayed = [beta * value for value in self.values]
+        self.values = [*decayed[n_deleted:], 1.0]
         self.scale = logit_scale(self.logit_rule, kl_coef, ent_coef, self.memory_size)
-        return PolicyUpdate(beta, deletes, deleted_weight)
+        return PolicyUpdate(beta, tuple(decayed[:n_deleted]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the policy's value, in types that ``torch.load(weights_only=True)`` accepts."""
+        """Give everything that decides the policy's value."""
         return {"values": list(self.values), "scale": self.scale, "ent_coef": self.ent_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` gave."""
         self.values = list(state["values"])
         self.scale = state["scale"]
         self.ent_coef = state.get("ent_coef")  # states saved before it belonged to them have none
 
 
-def log_policy(logits: th.Tensor, group_sizes: Sequence[int]) -> th.Tensor:
+def averaged_updates(n_updates: int, window: float, size: int) -> range:
     """
-    Log-probabilities of a product policy: one softmax per group of choices.
+    Which policy updates the average over a growing window takes its Q-functions from.
 
-    :param logits: shape (..., sum(group_sizes))
-    :param group_sizes: the number of choices of each group
+    They are evenly thinned: every ``stride``-th update, where the stride doubles as soon as there would be more than
+    ``size``. So one that is left out is never needed again.
+
+    :param n_updates: number of policy updates so far, counted from 1
+    :param window: the share of them that the window covers, in (0, 1]
+    :param size: the largest number of Q-functions in the average
+    :return: the updates, oldest first; with ``size`` of at least 2 there are at least half of ``size`` once the window
+        covers as many
+    """
+    covered = max(1, round(window * n_updates))
+    stride = 1
+    while covered > stride * size:
+        stride *= 2
+    last = n_updates - n_updates % stride
+    return range(last, n_updates - covered, -stride)[::-1]
+
+
+def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
+    """
+    Log-probabilities of a product policy: one softmax per branch.
+
+    :param logits: shape (..., sum(branch_sizes))
+    :param branch_sizes: the number of bins of each branch
     :return: same shape
     """
-    if len(set(group_sizes)) == 1:
-        return logits.unflatten(-1, (-1, group_sizes[0])).log_softmax(dim=-1).flatten(-2)
-    return th.cat([th.log_softmax(group, dim=-1) for group in logits.split(list(group_sizes), dim=-1)], dim=-1)
+    if len(set(branch_sizes)) == 1:
+        return logits.unflatten(-1, (-1, branch_sizes[0])).log_softmax(dim=-1).flatten(-2)
+    return th.cat([th.log_softmax(branch, dim=-1) for branch in logits.split(list(branch_sizes), dim=-1)], dim=-1)
 
 
 def entropy(log_pi: th.Tensor) -> th.Tensor:
-    """Entropy in nats, summed over the groups: shape (..., sum(group_sizes)) -> (...)."""
+    """Entropy in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
     return -(log_pi.exp() * log_pi).sum(dim=-1)
 
 
-def max_entropy(group_sizes: Sequence[int]) -> float:
+def max_entropy(branch_sizes: Sequence[int]) -> float:
     """Entropy in nats of the uniform policy; its reciprocal normalises an entropy to [0, 1]."""
-    return sum(math.log(size) for size in group_sizes)
+    return sum(math.log(size) for size in branch_sizes)
 
 
 def kl_divergence(log_pi: th.Tensor, log_other: th.Tensor) -> th.Tensor:
-    """``KL(pi || other)`` in nats, summed over the groups: shape (..., sum(group_sizes)) -> (...)."""
+    """``KL(pi || other)`` in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
     return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1).clamp(min=0)  # rounding can leave less
 
 
 def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     """
-    ``E_{a~pi}[Q(s,a)]``: exact, a sum over all choices.
+    ``E_{a~pi}[Q(s,a)]``: exact, a sum over all bins.
 
-    :param log_pi: log-probabilities, shape (..., sum(group_sizes))
-    :param q_values: (additive) Q-values of the choices, same shape
+    :param log_pi: log-probabilities, shape (..., sum(branch_sizes))
+    :param q_values: (additive) Q-values of the bins, same shape
     :return: shape (...)
     """
     return (log_pi.exp() * q_values).sum(dim=-1)
@@ -222,7 +256,7 @@ def soft_value(log_pi: th.Tensor, expected_q: th.Tensor, ent_coef: float) -> th.
     """
     ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``.
 
-    :param log_pi: log-probabilities, shape (..., sum(group_sizes))
+    :param log_pi: log-probabilities, shape (..., sum(branch_sizes))
     :param expected_q: ``E_{a~pi}[Q(s,a)]``, see :func:`expected_value`, shape (...)
     :param ent_coef: weight of the entropy
     :return: shape (...)
@@ -231,23 +265,46 @@ def soft_value(log_pi: th.Tensor, expected_q: th.Tensor, ent_coef: float) -> th.
 
 
 def solve_ent_coef(
-    q_values: th.Tensor, group_sizes: Sequence[int], target_entropy: float, lowest: float, highest: float
+    q_values: th.Tensor, branch_sizes: Sequence[int], target_entropy: float, lowest: float, highest: float
 ) -> float:
     """
     The ``ent_coef`` with which ``softmax(q_values / ent_coef)`` has the wanted mean entropy. The entropy grows with
     ``ent_coef``, so its root is bracketed and halved down to 0.1%.
 
-    :param q_values: values of the choices at some states, shape (batch, sum(group_sizes))
-    :param group_sizes: the number of choices of each group
+    :param q_values: values of the bins at some states, shape (batch, sum(branch_sizes))
+    :param branch_sizes: the number of bins of each branch
     :param target_entropy: wanted mean over the states, as a share of the largest entropy, in (0, 1)
     :param lowest: least value to return, above 0
     :param highest: largest value to return
     """
-    target = target_entropy * max_entropy(group_sizes)
+    target = target_entropy * max_entropy(branch_sizes)
     while highest > 1.001 * lowest:
         middle = math.sqrt(lowest * highest)
-        if entropy(log_policy(q_values / middle, group_sizes)).mean().item() < target:
+        if entropy(log_policy(q_values / middle, branch_sizes)).mean().item() < target:
             lowest = middle
         else:
             highest = middle
     return math.sqrt(lowest * highest)
+
+
+def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
+    """
+    Give the memory that the paper's theorem asks for, but no more than the weights' resolution needs.
+
+    :param gamma: discount factor
+    :param kl_coef: weight of the KL term
+    :param ent_coef: weight of the entropy term, above 0
+    :return: number of Q-functions
+    :raise ValueError: if ``ent_coef`` is 0: no Q-function would ever fade
+    """
+    if ent_coef == 0:
+        raise ValueError("Invalid memory_size='auto': with ent_coef=0 no critic ever fades; expected an integer >= 1")
+    if kl_coef == 0:
+        return 1
+    log_beta = -math.log1p(ent_coef / kl_coef)
+    beta = decay_rate(kl_coef, ent_coef)
+    bound = math.ceil(-24 * math.log(2) / log_beta)
+    if gamma < 1:
+        log_ratio = 2 * math.log1p(-gamma) + math.log1p(-beta) - math.log(gamma**2 * (3 + beta) + 1 - beta)
+        bound = min(bound, math.floor(log_ratio / log_beta) + 1)
+    return max(1, bound)

@@ -2,8 +2,8 @@
 
 import io
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -22,42 +22,38 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_staq.action_spaces import make_action_groups
-from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQNetwork, QNetwork
+from sb3_staq.action_spaces import Branches, make_branches
+from sb3_staq.main_effects import (
+    SampledActions,
+    StateActionCritics,
+    StateActionQNetwork,
+    Sweep,
+    expected_q_values,
+)
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
+from sb3_staq.q_networks import CriticEnsemble, QNetwork
+from sb3_staq.q_stack import FrozenCritics, in_parts
 from sb3_staq.save_util import atomic_write
 
 CRITICS = ("additive", "joint")
+EVAL_POLICIES = ("average", "last")
+# Arguments of the algorithm that belong to the policy
+POLICY_ARGUMENTS = (
+    "n_critics",
+    "critic_reduction",
+    "memory_size",
+    "logit_rule",
+    "action_grid",
+    "action_bins",
+    "critic",
+    "eval_policy",
+    "average_window",
+    "average_size",
+)
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": lambda values: values.mean(dim=0),
     "min": lambda values: values.amin(dim=0),
 }
-
-
-class DrawnActions(NamedTuple):
-    """Actions drawn from the policy, and the same with one of their groups varied over all its choices."""
-
-    inputs: th.Tensor  # what joint critics take, shape (batch, n_inputs)
-    varied_inputs: th.Tensor  # shape (batch, n_varied, n_inputs)
-    columns: th.Tensor  # of the varied choices, shape (batch, n_varied)
-    valid: th.Tensor  # whether the group has so many choices, same shape
-    probabilities: th.Tensor  # of the varied choices, 0 where there is none, same shape
-
-    def split(self, batch_size: int) -> "Iterator[DrawnActions]":
-        """
-        :param batch_size: number of actions per part
-        :return: its parts, views of it
-        """
-        return map(DrawnActions._make, zip(*(values.split(batch_size) for values in self), strict=True))
-
-
-class Sweep(NamedTuple):
-    """Q-values of actions of which one group is varied over all its choices."""
-
-    obs: PyTorchObs  # preprocessed, of n_swept states
-    columns: th.Tensor  # of the varied choices, shape (n_swept, n_varied)
-    valid: th.Tensor  # whether the group has so many choices, same shape
-    q_values: th.Tensor  # same shape
 
 
 class StaQPolicy(BasePolicy):
@@ -68,11 +64,11 @@ class StaQPolicy(BasePolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
-        joint critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default, [] after a
+        state-action critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default, [] after a
         ``NatureCNN``) for the main effects that the stack is made of and ``qf`` ([256, 256] by default) for the critics
     :param activation_fn: Activation function
     :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default those of
-        joint critics are (the network of main effects never is)
+        state-action critics are (the network of main effects never is)
     :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
         class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -80,17 +76,12 @@ class StaQPolicy(BasePolicy):
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
         (``fused=True`` by default for Adam)
-    :param n_critics: Number of critics that are trained
-    :param critic_reduction: How the critics' expected values become one in targets, "mean" or "min"
-    :param memory_size: The largest number of frozen ensembles
-    :param logit_rule: "weight_corrected", "truncated", "exact" or custom weights by age, see
-        :func:`sb3_staq.mirror_descent.make_logit_rule`
-    :param action_grid: which actions of a Box are choices, see :func:`sb3_staq.action_spaces.make_action_groups`
-    :param action_bins: number of values per dimension of a Box
-    :param critic: "additive" or "joint", see :class:`sb3_staq.staq.StaQ`
+
+    The other parameters are those of :class:`~sb3_staq.staq.StaQ`, which sets them.
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+    branches: Branches
 
     def __init__(
         self,
@@ -112,6 +103,9 @@ class StaQPolicy(BasePolicy):
         action_grid: str = "factored",
         action_bins: int = 5,
         critic: str = "additive",
+        eval_policy: str = "average",
+        average_window: float = 0.15,
+        average_size: int = 60,
     ):
         if optimizer_kwargs is None:
             # The same numbers in one kernel instead of several per parameter
@@ -140,20 +134,22 @@ class StaQPolicy(BasePolicy):
         self.logit_rule = make_logit_rule(logit_rule, memory_size)  # numbers, which can be saved
         self.action_grid = action_grid
         self.action_bins = action_bins
-        self.action_groups = make_action_groups(action_space, action_grid, action_bins)
-
+        self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
+        self.eval_policy = eval_policy
+        self.average_window = average_window
+        self.average_size = average_size
 
-        critics: CriticEnsemble | JointCritics
+        critics: CriticEnsemble | StateActionCritics
         main_effects: CriticEnsemble | None = None
         if critic == "joint":
-            critics = JointCritics([self._make_joint_critic() for _ in range(n_critics)])
+            critics = StateActionCritics([self._make_state_action_critic() for _ in range(n_critics)])
             template = main_effects = CriticEnsemble([self._make_critic(dueling=False, layer_norm=False)])
         else:
-            dueling = len(self.action_groups.sizes) > 1
+            dueling = len(self.branches.sizes) > 1
             critics = template = CriticEnsemble([self._make_critic(dueling, self.layer_norm) for _ in range(n_critics)])
         # First, so that a saved stack that is too large is refused before anything is overwritten
-        self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size)
+        self.frozen_critics = FrozenCritics(template, self.logit_rule, memory_size, average_window, average_size)
         self.main_effects = main_effects
         self.critics = critics
         self.critics_target = critics.frozen_copy()
@@ -168,24 +164,178 @@ class StaQPolicy(BasePolicy):
 
     def _make_critic(self, dueling: bool, layer_norm: bool) -> QNetwork:
         net_arch, _ = get_actor_critic_arch(self.net_arch)
-        extractor, sizes = self.make_features_extractor(), self.action_groups.sizes
+        extractor, sizes = self.make_features_extractor(), self.branches.sizes
         return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling, layer_norm)
 
-    def _make_joint_critic(self) -> JointQNetwork:
+    def _make_state_action_critic(self) -> StateActionQNetwork:
         _, net_arch = get_actor_critic_arch(self.net_arch)
-        extractor, n_inputs = self.make_features_extractor(), self.action_groups.n_inputs
-        return JointQNetwork(extractor, n_inputs, net_arch, self.activation_fn, self.layer_norm)
+        extractor, n_inputs = self.make_features_extractor(), self.branches.n_inputs
+        return StateActionQNetwork(extractor, n_inputs, net_arch, self.activation_fn, self.layer_norm)
+
+    # Acting
+
+    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        Make the critics' input of observations.
+
+        :param obs: observations as environments and replay buffers give them (images channel-first)
+        :return: floats, images scaled, discrete observations one-hot encoded
+        """
+        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[return-value]
+
+    def logit_sums(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
+        """
+        Compute the weighted sum ``S`` of the frozen critics.
+
+        :param obs: observations
+        :param average: that of the average policy, instead of the last
+        :return: shape (batch, n_bins); differentiable with respect to the observations
+        """
+        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), average), obs)
+
+    def log_prob(self, logit_sums: th.Tensor) -> th.Tensor:
+        """
+        Compute ``log pi(.|s)``, ``pi = softmax(xi)`` and ``xi = scale * S``.
+
+        :param logit_sums: weighted sums ``S``, shape (batch, n_bins)
+        :return: same shape
+        """
+        return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
+
+    def logits(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute the logits of the policy that is delivered, see ``eval_policy``.
+
+        :param obs: observations
+        :return: shape (batch, n_bins); differentiable with respect to the observations
+        """
+        average = self.eval_policy == "average"
+        return self.frozen_critics.weights.scale * self.logit_sums(obs, average)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        """
+        Give the policy that is delivered, see ``eval_policy``.
+
+        :param obs: observations
+        :return: a distribution over bins
+        """
+        return self.branches.distribution(self.logits(obs))
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        logits, branches = self.logits(observation), self.branches
+        if deterministic:
+            return branches.deterministic(logits)
+        return branches.decode(branches.sample(log_policy(logits, branches.sizes)))
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """
+        Scale actions of a Box as they are stored: from [low, high] to [-1, 1], -1 where the bounds are equal.
+
+        :param action: actions
+        :return: stored actions
+        """
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Scale stored actions of a Box to its bounds, where rounding errors are cut off.
+
+        :param scaled_action: stored actions
+        :return: actions
+        """
+        bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        return np.clip(super().unscale_action(scaled_action), *bounds)
+
+    def to_env_actions(self, bins: th.Tensor) -> np.ndarray:
+        """
+        Turn bins into actions as environments take them.
+
+        :param bins: shape (batch, number of branches)
+        :return: shape (batch, *action_space.shape)
+        """
+        stored = self.branches.decode(bins).cpu().numpy()
+        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
+        return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+
+    # Learning
 
     @property
     def additive_critics(self) -> CriticEnsemble:
         """
-        What a policy update pushes on the stack: the critics, or the Polyak average of the main effects of joint ones.
-        These are small beside the values that they are learnt from: successive policies would differ by the noise of
-        the gradient steps.
+        What a policy update pushes on the stack: the critics, or the Polyak average of the main effects.
+
+        Main effects are small beside the values that they are learnt from: successive policies would differ by the
+        noise of the gradient steps.
         """
-        critics = self.critics if isinstance(self.critics, CriticEnsemble) else self.main_effects_target
-        assert critics is not None
+        critics = self.critics if self.main_effects_target is None else self.main_effects_target
+        assert isinstance(critics, CriticEnsemble)
         return critics
+
+    def push_critics(
+        self, kl_coef: float, ent_coef: float, memory_size: int | None = None
+    ) -> tuple[PolicyUpdate, list[CriticEnsemble]]:
+        """
+        Update the policy: see :meth:`sb3_staq.q_stack.FrozenCritics.push`.
+
+        :param kl_coef: weight of the KL term
+        :param ent_coef: weight of the entropy term
+        :param memory_size: the number of critics from now on, if it changes
+        :return: what this does to the weighted sum, and the critics that it deletes from it
+        """
+        if memory_size is not None:
+            self.memory_size = self.frozen_critics.weights.memory_size = memory_size
+        return self.frozen_critics.push(self.additive_critics, kl_coef, ent_coef)
+
+    @th.no_grad()
+    def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute the Q-values of an ensemble.
+
+        :param critics: targets, an entry of the stack, ...
+        :param obs: observations
+        :return: mean of its members, shape (batch, n_bins)
+        """
+        return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
+
+    def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Compute the Q-values of stored actions by the critics that are trained.
+
+        :param obs: observations
+        :param actions: stored actions, shape (batch, action_dim)
+        :return: shape (n_critics, batch)
+        """
+        obs, branches = self.preprocess(obs), self.branches
+        if isinstance(self.critics, StateActionCritics):
+            return self.critics(obs, branches.inputs(actions))
+        q_values = self.critics(obs)
+        chosen = branches.columns(branches.encode(actions)).expand(len(q_values), -1, -1)
+        return q_values.gather(2, chosen).sum(dim=2)
+
+    @th.no_grad()
+    def expected_q(
+        self, obs: PyTorchObs, log_prob: th.Tensor, actions: SampledActions | None
+    ) -> tuple[th.Tensor, Sweep | None]:
+        """
+        Compute ``E_{a~pi}[Q(s,a)]`` by the target critics, reduced to one.
+
+        :param obs: observations
+        :param log_prob: the policy there, shape (batch, n_bins)
+        :param actions: drawn from it, for state-action critics
+        :return: the expectation, shape (batch,): exact for additive critics; and what state-action critics, which are
+            evaluated at the drawn actions, were swept over
+        """
+        obs = self.preprocess(obs)
+        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
+        if isinstance(self.critics_target, StateActionCritics):
+            assert actions is not None
+            expected, sweep = expected_q_values(self.critics_target, obs, actions, len(self.branches.sizes))
+            return reduce(expected), sweep
+        return reduce(expected_value(log_prob, self.critics_target(obs))), None
 
     def update_targets(self, tau: float) -> None:
         """
@@ -198,165 +348,29 @@ class StaQPolicy(BasePolicy):
         if self.main_effects is not None and self.main_effects_target is not None:
             update(list(self.main_effects_target.params.values()), list(self.main_effects.params.values()), None)
 
-    def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def set_training_mode(self, mode: bool) -> None:
         """
-        :param obs: observations
-        :param actions: stored actions, shape (batch, action_dim)
-        :return: their Q-values by each of the critics that are trained, shape (n_critics, batch)
-        """
-        obs, groups = self.preprocess(obs), self.action_groups
-        if isinstance(self.critics, JointCritics):
-            return self.critics(obs, groups.inputs(actions))
-        q_values = self.critics(obs)
-        chosen = groups.columns(groups.encode(actions)).expand(len(q_values), -1, -1)
-        return q_values.gather(2, chosen).sum(dim=2)
+        Note the mode. It changes nothing.
 
-    @th.no_grad()
-    def draw_actions(self, log_pi: th.Tensor) -> DrawnActions:
-        """
-        Actions for the expectations of joint critics. They depend on the policy only, so those of several batches can
-        be drawn at once.
+        Only frozen critics act, and they and the targets stay in evaluation mode, those that are trained in training
+        mode; whatever mode is set here, or by ``train()`` and ``eval()``.
 
-        :param log_pi: the policy at some observations, shape (batch, n_choices)
-        :return: an action for each
+        :param mode: as of any SB3 policy
         """
-        groups = self.action_groups
-        choices = groups.sample(log_pi)
-        varied, columns, valid = groups.sweep(choices)
-        return DrawnActions(
-            inputs=groups.inputs(groups.decode(choices)),
-            varied_inputs=groups.inputs(groups.decode(varied.flatten(0, 1))).unflatten(0, columns.shape),
-            columns=columns,
-            valid=valid,
-            probabilities=log_pi.gather(1, columns).exp() * valid,
-        )
+        self.training = mode
 
-    @th.no_grad()
-    def expected_values(
-        self, obs: PyTorchObs, log_pi: th.Tensor, drawn: DrawnActions | None = None
-    ) -> tuple[th.Tensor, Sweep | None]:
-        """
-        ``E_{a~pi}[Q(s,a)]`` by the target critics: exact for additive critics. Joint ones are evaluated at an action
-        drawn at each state, and at every other state (all, if there is one group only) one of its groups is swept:
-        there the expectation is exact in that group.
+    def train(self, mode: bool = True) -> "StaQPolicy":
+        """Note the mode, see :meth:`set_training_mode`."""
+        self.set_training_mode(mode)
+        return self
 
-        :param obs: observations
-        :param log_pi: the policy at these observations, shape (batch, n_choices)
-        :param drawn: for joint critics, actions from :meth:`draw_actions`
-        :return: the expectation, shape (batch,), the critics reduced to one; and the sweep (None if there was none)
-        """
-        obs = self.preprocess(obs)
-        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
-        if not isinstance(self.critics_target, JointCritics):
-            return reduce(expected_value(log_pi, self.critics_target(obs))), None
-        assert drawn is not None
-        # Every other one, not half of the batch: replay buffers like HER's end a batch with transitions of another kind
-        swept, sampled = slice(None, None, 2), slice(1, None, 2)
-        if len(self.action_groups.sizes) == 1:
-            swept, sampled = slice(None), slice(0)
-        columns = drawn.columns[swept]
-        rows = th.arange(len(log_pi), device=log_pi.device)
-        inputs = th.cat([drawn.varied_inputs[swept].flatten(0, 1), drawn.inputs[sampled]])
-        rows_of_inputs = th.cat([rows[swept].repeat_interleave(columns.shape[1]), rows[sampled]])
-        q_values = self.critics_target(obs, inputs, rows_of_inputs)
-        q_swept = q_values[:, : columns.numel()].unflatten(1, columns.shape)
-        expected = log_pi.new_empty(len(q_values), len(log_pi))
-        expected[:, swept] = (drawn.probabilities[swept] * q_swept).sum(dim=2)
-        expected[:, sampled] = q_values[:, columns.numel() :]
-        of_swept = {key: x[swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[swept]
-        return reduce(expected), Sweep(of_swept, columns, drawn.valid[swept], q_swept.mean(dim=0))
-
-    def main_effects_loss(self, sweep: Sweep) -> th.Tensor:
-        """
-        Regression of the main effects, ``E[Q(s,a) | a_g]`` over the other groups' choices under the policy. Only
-        differences within a group matter to a softmax, so only these are fitted: states of high value do not
-        drown them.
-
-        :param sweep: values of varied actions
-        :return: mean squared error
-        """
-        assert self.main_effects is not None
-        error = self.main_effects.q_values(sweep.obs).gather(1, sweep.columns) - sweep.q_values
-        mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
-        return (sweep.valid * (error - mean_error).square()).sum() / sweep.valid.sum()
-
-    def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """
-        :param action: actions of a Box
-        :return: what is stored of them: scaled from [low, high] to [-1, 1], -1 where the bounds are equal
-        """
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
-
-    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """
-        :param scaled_action: stored actions of a Box
-        :return: the actions, rounding errors at the bounds cut off
-        """
-        bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return np.clip(super().unscale_action(scaled_action), *bounds)
-
-    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
-        """
-        :param obs: observations as environments and replay buffers give them (images channel-first)
-        :return: the critics' input: floats, images scaled, discrete observations one-hot encoded
-        """
-        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[return-value]
-
-    @th.no_grad()
-    def logit_sums(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        The weighted sum ``S`` of the frozen critics.
-
-        :param obs: observations
-        :return: shape (batch, n_choices)
-        """
-        return self.frozen_critics(self.preprocess(obs))
-
-    def scale(self, logit_sums: th.Tensor) -> th.Tensor:
-        """``xi = scale * S``: logits from weighted sums, same shape."""
-        return self.frozen_critics.weights.scale * logit_sums
-
-    def logits(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations
-        :return: logits of the policy, shape (batch, n_choices)
-        """
-        return self.scale(self.logit_sums(obs))
-
-    @th.no_grad()
-    def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param critics: an ensemble: targets, an entry of the stack, ...
-        :param obs: observations
-        :return: Q-values of the choices, shape (batch, n_choices)
-        """
-        return critics.q_values(self.preprocess(obs))
-
-    def push_critics(self, kl_coef: float, ent_coef: float) -> tuple[PolicyUpdate, CriticEnsemble | None]:
-        """The policy update: see :meth:`FrozenCritics.push`."""
-        return self.frozen_critics.push(self.additive_critics, kl_coef, ent_coef)
-
-    def get_distribution(self, obs: PyTorchObs) -> Distribution:
-        """
-        :param obs: observations
-        :return: the policy at these observations, as a distribution over choices
-        """
-        return self.action_groups.distribution(self.logits(obs))
-
-    def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        return self._predict(obs, deterministic=deterministic)
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        logits, groups = self.logits(observation), self.action_groups
-        if deterministic:
-            return groups.deterministic(logits)
-        return groups.decode(groups.sample(log_policy(logits, groups.sizes)))
+    # Saving
 
     def load_from_vector(self, vector: np.ndarray) -> None:
         """
-        Load parameters from a 1D vector, as ``parameters_to_vector`` returns them. The weights of the stack, which are
-        not parameters, stay as they are.
+        Load parameters from a 1D vector, as ``parameters_to_vector`` returns them.
+
+        The weights of the stack, which are not parameters, stay as they are.
 
         :param vector: all parameters, those of the frozen critics included
         """
@@ -383,23 +397,8 @@ class StaQPolicy(BasePolicy):
             optimizer_kwargs=self.optimizer_kwargs,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
-            n_critics=self.n_critics,
-            critic_reduction=self.critic_reduction,
-            memory_size=self.memory_size,
-            logit_rule=self.logit_rule,
-            action_grid=self.action_grid,
-            action_bins=self.action_bins,
-            critic=self.critic,
+            **{name: getattr(self, name) for name in POLICY_ARGUMENTS},
         )
-
-    def set_training_mode(self, mode: bool) -> None:
-        """
-        Put the policy in either training or evaluation mode. Only frozen critics act, and those and the targets stay in
-        evaluation mode, so there is nothing to switch.
-
-        :param mode: if true, set to training mode, else set to evaluation mode
-        """
-        self.training = mode
 
 
 MlpPolicy = StaQPolicy

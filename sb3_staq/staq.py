@@ -1,14 +1,11 @@
 """StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
 
-import copy
 import io
-import math
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import repeat
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -21,7 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
+    PyTorchObs,
     Schedule,
     TrainFreq,
     TrainFrequencyUnit,
@@ -29,68 +26,35 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
-from sb3_staq.buffers import LogitCache, split_samples
-from sb3_staq.critics import CriticEnsemble
+from sb3_staq.arguments import ARGUMENTS, check_argument, check_policy_kwargs, defaults_for
+from sb3_staq.coefficients import Coefficients, default_target_entropy
+from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.mirror_descent import (
     LogitRule,
-    PolicyUpdate,
     StackWeights,
+    auto_memory_size,
     decay_rate,
     entropy,
     kl_divergence,
-    log_policy,
     make_logit_rule,
     max_entropy,
     soft_value,
-    solve_ent_coef,
 )
-from sb3_staq.policies import CnnPolicy, DrawnActions, MlpPolicy, MultiInputPolicy, StaQPolicy
+from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
+from sb3_staq.q_networks import CriticEnsemble
+from sb3_staq.replay import PolicyReplay, cache_fits, is_plain
 from sb3_staq.save_util import atomic_write
-from sb3_staq.schedules import make_schedule, parse_auto, parse_relative
-from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
-
-# What arguments that are None stand for
-DEFAULTS = {
-    "learning_rate": 3e-4,
-    "batch_size": 256,
-    "tau": 0.005,
-    "critic": "additive",
-    "critic_reduction": "mean",
-    "memory_size": 50,
-    "kl_coef": 0.5,
-    "ent_coef": 0.05,
-    "policy_update_interval": 500,
-    "exploration_initial_eps": 0.05,
-    "exploration_final_eps": 0.05,
-}
-# ... where a Box is factored: the settings of the MuJoCo tasks, which follow the scale of the rewards
-FACTORED_BOX_DEFAULTS = {
-    "learning_rate": 7e-4,
-    "batch_size": 128,
-    "tau": 0.01,
-    "critic": "joint",
-    "critic_reduction": "min",
-    "memory_size": 4,
-    "kl_coef": "rel_0.5",
-    "ent_coef": "auto_0.2",
-    "policy_update_interval": 100,
-    "exploration_initial_eps": 0.0,
-    "exploration_final_eps": 0.0,
-}
-# An automatic ent_coef changes by this factor per policy update at most
-MAX_ENT_COEF_CHANGE = 1.3
-# ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
-MIN_ENT_COEF = 1e-6
-# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end
-DEFAULT_TARGET_ENTROPY = (0.6, 0.2)
-# ... of a Box with so many values per dimension
-DEFAULT_TARGET_ENTROPY_BINS = 5
-# Replayed states that an automatic ent_coef is found with, and that the logged entropy and KL are means over; gradient
-# steps draw at most so many at a time
-MIN_UPDATE_STATES = 1024
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
-PolicyUpdateHook = Callable[[float, float, StackWeights, CriticEnsemble | None], None]
+
+
+class PolicyUpdateInfo(NamedTuple):
+    """What a policy update did, for ``policy_update_hooks``."""
+
+    kl_coef: float
+    ent_coef: float
+    old_weights: StackWeights  # before the update
+    deleted: list[CriticEnsemble]  # what it deleted from the weighted sum, oldest first
 
 
 class StaQ(OffPolicyAlgorithm):
@@ -100,8 +64,11 @@ class StaQ(OffPolicyAlgorithm):
     In turn, the critics are trained towards the soft Q-function of the current policy (policy evaluation), and the
     policy is updated in closed form by freezing a copy of the critics on top of the stack (policy update).
 
-    Arguments that are None get the value of ``DEFAULTS``, or of ``FACTORED_BOX_DEFAULTS`` if the action space is a Box
-    with ``action_grid="factored"``.
+    While training, the policy is the weighted sum of the newest critics. What ``predict``, evaluation callbacks and
+    saved models use is by default an average over a longer time, see ``eval_policy``.
+
+    Arguments that are None have a default that depends on the action space: that of a Box with
+    ``action_grid="factored"`` stands behind "Box:".
 
     Paper: https://arxiv.org/abs/2506.13862 (eta there is ``kl_coef`` here, tau there is ``ent_coef`` here; ``tau`` is,
     as everywhere in SB3, the Polyak coefficient)
@@ -109,54 +76,65 @@ class StaQ(OffPolicyAlgorithm):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: The critics' learning rate, it can be a function of the current progress remaining
-        (from 1 to 0)
+        (from 1 to 0). Default: 3e-4, Box: 7e-4
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
-    :param batch_size: Minibatch size for each gradient update
-    :param tau: the soft update coefficient of the target critics ("Polyak update", between 0 and 1), 1 for hard update
+    :param batch_size: Minibatch size for each gradient update. Default: 256, Box: 128
+    :param tau: the soft update coefficient of the target critics ("Polyak update", between 0 and 1), 1 for hard update.
+        Default: 0.005, Box: 0.01
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
-    :param memory_size: ``M``, the number of frozen critics that the policy is made of at most. Acting costs M critics,
-        so no more than what the weights, which fall as ``(kl_coef / (kl_coef + ent_coef))**age``, make use of
+    :param memory_size: ``M``, the number of frozen critics that the policy of the training is made of at most. "auto"
+        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 11 for
+        ``kl_coef = ent_coef / 2``, 136 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
         newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
         see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update. "rel_FACTOR" is
-        that multiple of ``ent_coef``.
+        that multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
         falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
-        policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most
+        policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most.
+        Default: 0.05, Box: "auto_0.2"
     :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
         largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.6 to 0.2 over the
         training; for a Box with more than 5 values per dimension, between the shares that are as many nats from the
         uniform policy as these are for 5 (from 0.71 to 0.41 for 9).
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
-        most one policy update per gradient step.
+        most one policy update per gradient step. ``train`` without environment steps, as on a buffer that was filled
+        otherwise, counts its gradient steps instead, at the ratio of the two in ``learn``. Default: 500, Box: 100
     :param n_critics: number of critics in the ensemble
     :param critic_reduction: how the critics' expected values become one in the targets: "mean" or "min". The policy
-        follows their mean.
+        follows their mean. Default: "mean", Box: "min"
     :param target_update_interval: update the target critics every ``target_update_interval`` gradient steps
     :param exploration_fraction: fraction of entire training period over which the exploration rate is reduced
-    :param exploration_initial_eps: initial probability of a uniformly random action
-    :param exploration_final_eps: final probability of a uniformly random action; all others follow the softmax policy
-    :param action_grid: which actions of a Box are choices: "factored" (``action_bins`` evenly spaced values of each
-        dimension, chosen independently), "axis" (zero, and each dimension at either bound) or "joint" (all combinations
-        of ``action_bins`` values; for few dimensions)
+    :param exploration_initial_eps: initial probability of a uniformly random action. Default: 0.05, Box: 0
+    :param exploration_final_eps: final probability of a uniformly random action; all others follow the softmax policy.
+        Default: 0.05, Box: 0
+    :param action_grid: which actions of a Box are bins: "factored" (a branch of ``action_bins`` evenly spaced values
+        for each dimension), "axis" (zero, and each dimension at either bound) or "joint" (all combinations of
+        ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
-    :param critic: "additive": critics with one output per choice, summed over the groups of choices; "joint": critics
-        of whole actions, as in SAC, and a network that learns their main effects under the policy, of whose Polyak
-        average the stack is made (see :meth:`StaQPolicy.expected_values` and :meth:`StaQPolicy.main_effects_loss`)
+    :param critic: "additive": critics with one output per bin, summed over the branches; "joint": critics of state and
+        action, as in SAC, and a network of their main effects, of whose Polyak average the stack is made, see
+        :mod:`sb3_staq.main_effects`. Default: "additive", Box: "joint"
+    :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
+        window that grows with the training, or the "last" one, as it learns. The average lags behind by half of the
+        window while the policy improves fast, and is much steadier. Can be changed at any time, also by
+        ``model.policy.eval_policy``
+    :param average_window: share of the policy updates so far that the window covers
+    :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
-    :param logit_cache: keep the policy's logits at all stored next states up to date, at the cost of two critics per
-        update, instead of evaluating the whole stack in every target: "auto" (wherever it is right, so not with HER,
-        VecNormalize or custom weights, and costs less, so not with a short stack and frequent policy updates), True or
-        False. It takes 4 bytes per stored transition and choice.
+    :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
+        update, instead of evaluating the whole stack in every target: "auto" (where it costs less; not with HER,
+        normalised observations or custom weights), True or False. It takes the memory of the stored next observations
+        and 4 bytes per transition and bin; "auto" stays below 256 MB or half of the replay buffer
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -181,14 +159,6 @@ class StaQ(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: StaQPolicy
-    memory_size: int
-    kl_coef: float | str | Schedule
-    ent_coef: float | str | Schedule
-    policy_update_interval: int
-    critic_reduction: str
-    exploration_initial_eps: float
-    exploration_final_eps: float
-    critic: str
 
     def __init__(
         self,
@@ -202,7 +172,7 @@ class StaQ(OffPolicyAlgorithm):
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = -1,
-        memory_size: int | None = None,
+        memory_size: int | str = "auto",
         logit_rule: LogitRule = "weight_corrected",
         kl_coef: float | str | Schedule | None = None,
         ent_coef: float | str | Schedule | None = None,
@@ -217,6 +187,9 @@ class StaQ(OffPolicyAlgorithm):
         action_grid: str = "factored",
         action_bins: int = 5,
         critic: str | None = None,
+        eval_policy: str = "average",
+        average_window: float = 0.15,
+        average_size: int = 60,
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -234,7 +207,7 @@ class StaQ(OffPolicyAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,  # type: ignore[arg-type]  # None is replaced below
+            learning_rate,  # type: ignore[arg-type]  # what is None is replaced below
             buffer_size,
             learning_starts,
             batch_size,  # type: ignore[arg-type]
@@ -256,316 +229,270 @@ class StaQ(OffPolicyAlgorithm):
             supported_action_spaces=SUPPORTED_ACTION_SPACES,
             support_multi_env=True,
         )
-        arguments = dict(
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            tau=tau,
-            memory_size=memory_size,
-            kl_coef=kl_coef,
-            ent_coef=ent_coef,
-            policy_update_interval=policy_update_interval,
-            critic_reduction=critic_reduction,
-            exploration_initial_eps=exploration_initial_eps,
-            exploration_final_eps=exploration_final_eps,
-            critic=critic,
-        )
         # There is no action space yet when a model is loaded, which brings its arguments
-        is_box = isinstance(getattr(self, "action_space", None), spaces.Box)
-        defaults = FACTORED_BOX_DEFAULTS if is_box and action_grid == "factored" else DEFAULTS
-        vars(self).update({name: defaults[name] if value is None else value for name, value in arguments.items()})
+        defaults = defaults_for(getattr(self, "action_space", None), action_grid)
+        self.learning_rate = defaults["learning_rate"] if learning_rate is None else learning_rate
+        self.batch_size = defaults["batch_size"] if batch_size is None else batch_size
+        self.tau = defaults["tau"] if tau is None else tau
+        self.kl_coef = defaults["kl_coef"] if kl_coef is None else kl_coef
+        self.ent_coef = defaults["ent_coef"] if ent_coef is None else ent_coef
+        interval = policy_update_interval
+        self.policy_update_interval: int = defaults["policy_update_interval"] if interval is None else interval
+        self.critic: str = defaults["critic"] if critic is None else critic
+        self.critic_reduction: str = defaults["critic_reduction"] if critic_reduction is None else critic_reduction
+        initial_eps, final_eps = exploration_initial_eps, exploration_final_eps
+        self.exploration_initial_eps: float = (
+            defaults["exploration_initial_eps"] if initial_eps is None else initial_eps
+        )
+        self.exploration_final_eps: float = defaults["exploration_final_eps"] if final_eps is None else final_eps
+        self.exploration_fraction = exploration_fraction
+        self.memory_size = memory_size
         self.logit_rule = logit_rule
         self.target_entropy = target_entropy
         self.n_critics = n_critics
         self.target_update_interval = target_update_interval
-        self.exploration_fraction = exploration_fraction
         self.action_grid = action_grid
         self.action_bins = action_bins
+        self.eval_policy = eval_policy
+        self.average_window = average_window
+        self.average_size = average_size
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 
         self.exploration_rate = 0.0
         self._n_policy_updates = 0
-        self._last_policy_update: int | None = None  # the time step up to which policy updates have been done
-        self._logit_cache: LogitCache | None = None
-        self._last_logit_sums: th.Tensor | None = None  # at `_last_obs`, if known
-        # Called after each policy update with kl_coef, ent_coef, the weights before it and the critics that it deleted;
-        # for one call of `learn`: callbacks add theirs in `_on_training_start`
-        self.policy_update_hooks: list[PolicyUpdateHook] = []
+        self._steps_since_policy_update = 0.0
+        self._steps_since_train = 0  # environment steps, from `learning_starts` on
+        self._replay: PolicyReplay | None = None
+        self._statistics: Any = None  # of VecNormalize, before the last step of the environments
+        # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
+        # `_on_training_start`
+        self.policy_update_hooks: list[Callable[[PolicyUpdateInfo], None]] = []
 
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_arguments(self)
+        for name in ARGUMENTS:
+            value = getattr(self, f"_{name}" if name == "stats_window_size" else name)
+            check_argument(name, value)
         for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
             value = getattr(self, name)
             setattr(self, name, value.item() if isinstance(value, np.generic) else value)
-        self.logit_rule = make_logit_rule(self.logit_rule, self.memory_size)
-        relative_kl_coef = parse_relative(self.kl_coef)
-        self._kl_coef_is_relative = relative_kl_coef is not None
-        self.kl_coef_schedule = make_schedule("kl_coef", self.kl_coef if relative_kl_coef is None else relative_kl_coef)
-        first_ent_coef = parse_auto(self.ent_coef)
-        self._ent_coef_is_auto = first_ent_coef is not None
-        self.ent_coef_schedule = make_schedule("ent_coef", self.ent_coef if first_ent_coef is None else first_ent_coef)
-        target_entropy = self._default_target_entropy() if self.target_entropy == "auto" else self.target_entropy
-        self.target_entropy_schedule = make_schedule("target_entropy", target_entropy)
-        self.exploration_schedule = LinearSchedule(
-            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
-        )
-        check_coefficients(self)
-        # The stack's arguments belong to the algorithm; the policy only gets to know them
-        policy_kwargs = self.policy_kwargs
-        self.policy_kwargs = {**policy_kwargs, **{name: getattr(self, name) for name in POLICY_ARGUMENTS}}
-        # Policy and replay buffer see the actions as vectors
-        action_space = self.action_space
-        self.action_space = flatten_action_space(action_space)
-        super()._setup_model()
-        self.action_space = self.policy.action_space = action_space
-        self.policy_kwargs = policy_kwargs
-        self._setup_logit_cache()
+        check_policy_kwargs(self.policy_kwargs, self.critic)
+        self._coefficients().check()
+        memory_size = self._memory_size_for(*self._coefficients().at(1.0))
+        self.logit_rule = make_logit_rule(self.logit_rule, memory_size)
+        with self._as_sb3_needs_them():
+            super()._setup_model()
+        self.policy.action_space = self.action_space
         if self.verbose >= 1:
-            how = "kept in a cache" if self._logit_cache is not None else "evaluated directly through the whole stack"
-            print(f"Logits of replayed states are {how}")
+            self._print_choices()
 
-    def _default_target_entropy(self) -> Schedule:
+    @contextmanager
+    def _as_sb3_needs_them(self) -> Iterator[None]:
         """
-        The finer the grid, the larger is the share of the largest entropy that equally spread actions have: what they
-        keep is the distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid
-        has not so much room, and keeps the share.
+        Let SB3 make policy and replay buffer: of actions that are vectors, with the algorithm's arguments.
+
+        Afterwards users find the action space of their environment, and the policy's arguments that they gave.
         """
-        factor = 1.0
-        if isinstance(self.action_space, spaces.Box) and self.action_grid != "axis":
-            factor = min(1.0, math.log(DEFAULT_TARGET_ENTROPY_BINS) / math.log(self.action_bins))
-        start, end = (1.0 - factor * (1.0 - share) for share in DEFAULT_TARGET_ENTROPY)
-        return LinearSchedule(start, end, 1.0)
+        action_space, policy_kwargs = self.action_space, self.policy_kwargs
+        memory_size = self._memory_size_for(*self._coefficients().at(1.0))
+        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS} | {"memory_size": memory_size}
+        self.action_space, self.policy_kwargs = flatten_action_space(action_space), {**policy_kwargs, **arguments}
+        try:
+            yield
+        finally:
+            self.action_space, self.policy_kwargs = action_space, policy_kwargs
 
-    def _setup_logit_cache(self) -> None:
-        """Keep the cache as long as it is right for the replay buffer, else start a new one where one can be used."""
-        assert self.replay_buffer is not None
-        obstacle = ""
-        if not self.policy.frozen_critics.weights.recursive:
-            obstacle = f"custom weights, logit_rule={self.logit_rule!r}, which follow no recursion"
-        elif not LogitCache.supports(self.replay_buffer) or self._vec_normalize_env is not None:
-            normalised = "" if self._vec_normalize_env is None else " and VecNormalize"
-            obstacle = f"{type(self.replay_buffer).__name__}{normalised}, whose next states are not known beforehand"
-        if self.logit_cache is True and obstacle:
-            raise ValueError(f"logit_cache=True cannot be used with {obstacle}; accepted: 'auto' or False")
-        pays = self.logit_cache is True or (self.logit_cache == "auto" and self._logit_cache_pays())
-        if obstacle or not pays:
-            self._logit_cache = None
-        elif (
-            self._logit_cache is None
-            or self._logit_cache.replay_buffer is not self.replay_buffer
-            or self._logit_cache.frozen_critics is not self.policy.frozen_critics
-        ):
-            self._logit_cache = LogitCache(self.replay_buffer, self.policy.frozen_critics, self.device)
+    def _print_choices(self) -> None:
+        how = "evaluated directly through the whole stack" if self.replay.cache is None else "kept in a cache"
+        print(f"Logits of replayed states are {how}")
+        kl_coef, ent_coef = self._coefficients().at(1.0)
+        asked = auto_memory_size(self.gamma, kl_coef, ent_coef)
+        if self.logit_rule == "weight_corrected" and self.policy.memory_size < asked:
+            print(f"memory_size={self.memory_size} is below {asked}, the memory that the paper's theorem asks for")
 
-    def _logit_cache_pays(self) -> bool:
-        """Whether two critics at all stored states cost less per policy update than the stack at all sampled ones."""
-        assert isinstance(self.train_freq, TrainFreq)
-        if self.logit_rule == "exact" or (self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP):
-            return True  # a stack without limit; a number of gradient steps that is not known beforehand
-        env_steps = self.train_freq.frequency * self.n_envs
-        steps_per_env_step = 1.0 if self.gradient_steps < 0 else self.gradient_steps / env_steps
-        n_sampled = steps_per_env_step * self.policy_update_interval * self.batch_size
-        return 2 * self.buffer_size <= self.memory_size * n_sampled
-
-    @property
-    def _current_ent_coef(self) -> float:
-        """In force since the last policy update, so a part of the policy; at first that of the schedule."""
-        ent_coef = self.policy.frozen_critics.weights.ent_coef
-        return self._coefficients_at(1.0)[1] if ent_coef is None else ent_coef
-
-    def _coefficients_at(self, progress_remaining: float) -> tuple[float, float]:
-        """The coefficients ``(kl_coef, ent_coef)`` of the schedules at a progress from 1 (start) to 0 (end)."""
-        ent_coef = self.ent_coef_schedule(progress_remaining)
-        if self.logit_rule == "weight_corrected":  # it divides by ent_coef
-            ent_coef = max(ent_coef, 0.01 * self.ent_coef_schedule(1.0))
-        return self._kl_coef_at(progress_remaining, ent_coef), ent_coef
-
-    def _kl_coef_at(self, progress_remaining: float, ent_coef: float) -> float:
-        kl_coef = self.kl_coef_schedule(progress_remaining)
-        return kl_coef * ent_coef if self._kl_coef_is_relative else kl_coef
-
-    def _next_coefficients(self, q_values: th.Tensor, logit_sums: th.Tensor) -> tuple[float, float]:
-        """
-        The coefficients ``(kl_coef, ent_coef)`` of the policy update that is due, given what will be pushed and the
-        weighted sums before it, both at replayed states.
-        """
-        progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
-        if not self._ent_coef_is_auto:
-            return self._coefficients_at(progress)
-        # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
-        policy, least_ent_coef = self.policy, MIN_ENT_COEF * self.ent_coef_schedule(1.0)
-        ent_coef = max(self._current_ent_coef, least_ent_coef)
-        beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
-        total = PolicyUpdate(beta, deletes=False, deleted_weight=0.0).apply(logit_sums, q_values)
-        average = total / (beta * sum(policy.frozen_critics.weights.values) + 1.0)
-        ent_coef = solve_ent_coef(
-            average,
-            policy.action_groups.sizes,
-            self.target_entropy_schedule(progress),
-            lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, least_ent_coef),
-            highest=ent_coef * MAX_ENT_COEF_CHANGE,
-        )
-        return self._kl_coef_at(progress, ent_coef), ent_coef
+    # Policy evaluation and policy update
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
-        Alternate policy evaluation and policy updates: as many updates as are due, spread over the gradient steps. They
-        are due by the environment steps that ``learn`` has taken: without any, the critics of the current policy are
-        trained.
+        Alternate policy evaluation and policy updates, as many as are due, spread over the gradient steps.
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
+        :raise ValueError: if the critics diverge; before the optimizer's step
         """
-        self.policy.set_training_mode(True)
-        self._setup_logit_cache()
-        # Update learning rate according to schedule
-        self._update_learning_rate(self.policy.optimizer)
-
-        n_updates = self._count_due_policy_updates(gradient_steps)
-        n_phases = max(n_updates, 1)
-        for phase in range(n_phases):
-            n_steps = gradient_steps * (phase + 1) // n_phases - gradient_steps * phase // n_phases
-            self._evaluate_policy(n_steps, batch_size)
-            if n_updates > 0:
-                self._update_policy(batch_size)
-
-    def _count_due_policy_updates(self, gradient_steps: int) -> int:
-        """How many multiples of ``policy_update_interval`` have passed, at most one per gradient step."""
-        if self._last_policy_update is None:
-            self._last_policy_update = max(self.learning_starts, self._num_timesteps_at_start)
-        due = max(self.num_timesteps - self._last_policy_update, 0) // self.policy_update_interval
-        self._last_policy_update += due * self.policy_update_interval
-        return min(due, gradient_steps)
-
-    def _evaluate_policy(self, gradient_steps: int, batch_size: int) -> None:
-        """Train the critics towards the soft Q-function of the current policy."""
         policy = self.policy
-        statistics: dict[str, list[th.Tensor]] = defaultdict(list)
-        for batch, log_pi, drawn in self._batches(gradient_steps, batch_size):
-            discounts = batch.discounts if batch.discounts is not None else self.gamma
-            with th.no_grad():
-                # y = r + gamma V(s'),  V(s') = E_{a~pi}[Q(s',a)] + ent_coef * H(pi(.|s'))
-                next_q_values, sweep = policy.expected_values(batch.next_observations, log_pi, drawn)
-                next_values = soft_value(log_pi, next_q_values, self._current_ent_coef).unsqueeze(1)
-                targets = self.reward_scale * batch.rewards + (1 - batch.dones) * discounts * next_values
+        policy.set_training_mode(True)
+        # Update learning rate according to schedule
+        self._update_learning_rate(policy.optimizer)
+        losses: dict[str, list[float]] = defaultdict(list)
 
-            td_error = policy.action_values(batch.observations, batch.actions) - targets.squeeze(1)
-            # Each critic has its own regression: mean over the batch, sum over the critics
-            loss = td_error.square().mean(dim=1).sum()
-            statistics["critic_loss"].append(loss.detach())
-            statistics["td_error"].append(td_error.detach().abs().mean())
-            if sweep is not None:
-                main_effects_loss = policy.main_effects_loss(sweep)
-                statistics["main_effects_loss"].append(main_effects_loss.detach())
-                loss = loss + main_effects_loss
+        for n_steps, update_is_due in self._phases(gradient_steps):
+            for data in self.replay.batches(n_steps, batch_size):
+                with th.no_grad():
+                    # Soft value of the next state: V(s') = E_{a~pi_k}[Q(s',a)] + ent_coef * H(pi_k(.|s'))
+                    next_q, sweep = policy.expected_q(data.next_observations, data.next_log_prob, data.next_actions)
+                    next_v = soft_value(data.next_log_prob, next_q, self._current_ent_coef)
+                    # Soft Bellman operator: y = r + gamma * (1 - d) * V(s')
+                    discounts = self.gamma if data.discounts is None else data.discounts
+                    target_q = self.reward_scale * data.rewards + (1 - data.dones) * discounts * next_v.unsqueeze(1)
 
-            policy.optimizer.zero_grad()
-            loss.backward()
-            policy.optimizer.step()
+                # Each critic has its own regression: mean over the batch, sum over the critics
+                td_error = policy.action_values(data.observations, data.actions) - target_q.squeeze(1)
+                critic_loss = td_error.square().mean(dim=1).sum()
+                loss = critic_loss
+                if sweep is not None and policy.main_effects is not None:  # continuous actions only
+                    effects_loss = main_effects_loss(policy.main_effects, sweep)
+                    losses["main_effects_loss"].append(effects_loss.item())
+                    loss = critic_loss + effects_loss
 
-            self._n_updates += 1
-            if self._n_updates % self.target_update_interval == 0:
-                policy.update_targets(self.tau)
+                losses["critic_loss"].append(self._check_critics("critic_loss", critic_loss.item()))
+                losses["td_error"].append(td_error.detach().abs().mean().item())
+                policy.optimizer.zero_grad()
+                loss.backward()
+                policy.optimizer.step()
+
+                self._n_updates += 1
+                if self._n_updates % self.target_update_interval == 0:
+                    policy.update_targets(self.tau)
+
+            if update_is_due:
+                self.update_policy()
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if statistics:
-            # The only transfer to the host: a GPU would have to wait for one in each gradient step
-            means = th.stack([th.stack(values).mean() for values in statistics.values()]).tolist()
-            for name, mean in zip(statistics, means, strict=True):
-                self._check_critics(name, mean)
-                self.logger.record(f"train/{name}", mean)
+        for name, values in losses.items():
+            self.logger.record(f"train/{name}", np.mean(values))
 
-    def _update_policy(self, batch_size: int) -> None:
-        """``xi_{k+1} = scale * (beta S_k + Q_k - w Q_{k-M})``: freeze a copy of the critics on top of the stack."""
-        policy = self.policy
-        batch, cache_index = self._sample(max(batch_size, MIN_UPDATE_STATES))
-        old_logit_sums = self._next_logit_sums(batch, cache_index)
-        old_log_pi = self._log_policy(old_logit_sums)
-        q_values = policy.q_values(policy.additive_critics, batch.next_observations)
-        self._check_critics("mean Q-value", q_values.mean().item())
-        kl_coef, ent_coef = self._next_coefficients(q_values, old_logit_sums)
-        old_weights = copy.copy(policy.frozen_critics.weights)
+    def update_policy(self) -> None:
+        """
+        Do one policy update, in closed form: freeze a copy of the critics on top of the stack.
 
-        update, deleted = policy.push_critics(kl_coef, ent_coef)
+        ``train`` calls it whenever an update is due. Call it yourself to set the pace, for instance between calls of
+        ``train`` on a replay buffer that was filled otherwise.
+        """
+        policy, weights = self.policy, self.policy.frozen_critics.weights
+        data = self.replay.sample(max(self.batch_size, self.replay.states_at_once))
+        states, old_log_prob = data.next_observations, data.next_log_prob
+        q_new = policy.q_values(policy.additive_critics, states)
+        self._check_critics("mean Q-value", q_new.mean().item())
+        progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
+        old_sums = self.replay.logit_sums(states)
+        kl_coef, ent_coef = self._coefficients().next(progress, weights, old_sums, q_new, policy.branches.sizes)
+
+        # xi_{k+1} = beta * xi_k + alpha * Q_k, and without the deleted critics: pi_{k+1} = softmax(xi_{k+1})
+        update, deleted = policy.push_critics(kl_coef, ent_coef, self._memory_size_for(kl_coef, ent_coef))
         self._n_policy_updates += 1
-        self._last_logit_sums = None
-        if self._logit_cache is not None:
-            q_newest = partial(policy.q_values, policy.frozen_critics[-1])
-            q_deleted = partial(policy.q_values, deleted) if deleted is not None and update.deletes else None
-            self._logit_cache.update(update, q_newest, q_deleted)
+        self.replay.follow(update, deleted)
 
-        log_pi = self._next_log_policy(batch, cache_index)
-        weights = policy.frozen_critics.weights
-        max_ent = max_entropy(policy.action_groups.sizes) or 1.0  # a single choice has no entropy
-        self.logger.record("train/entropy", entropy(log_pi).mean().item() / max_ent)
-        self.logger.record("train/kl_divergence", kl_divergence(log_pi, old_log_pi).mean().item())
+        log_prob = policy.log_prob(self.replay.logit_sums(states))
+        weights, old_weights = policy.frozen_critics.weights, weights
+        max_ent = max_entropy(policy.branches.sizes) or 1.0  # a single bin has no entropy
+        self.logger.record("train/entropy", entropy(log_prob).mean().item() / max_ent)
+        self.logger.record("train/kl_divergence", kl_divergence(log_prob, old_log_prob).mean().item())
         self.logger.record("train/ent_coef", ent_coef)
         self.logger.record("train/kl_coef", kl_coef)
         self.logger.record("train/beta", decay_rate(kl_coef, ent_coef))
-        self.logger.record("train/n_frozen_critics", len(policy.frozen_critics))
+        self.logger.record("train/n_frozen_critics", len(weights))
         self.logger.record("train/oldest_weight", weights.values[0] if weights.full else 0.0)
         self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
         for hook in self.policy_update_hooks:
-            hook(kl_coef, ent_coef, old_weights, deleted)
+            hook(PolicyUpdateInfo(kl_coef, ent_coef, old_weights, deleted))
 
-    def _check_critics(self, what: str, value: float) -> None:
+    def _phases(self, gradient_steps: int) -> Iterator[tuple[int, bool]]:
+        """Spread the policy updates that are due over the gradient steps, at most one for each."""
+        new_steps: float = self._steps_since_train
+        if new_steps == 0:
+            new_steps = gradient_steps / self._gradient_steps_per_env_step
+        self._steps_since_train = 0
+        self._steps_since_policy_update += new_steps
+        n_due = min(int(self._steps_since_policy_update // self.policy_update_interval), gradient_steps)
+        self._steps_since_policy_update %= self.policy_update_interval
+        n_phases = max(n_due, 1)
+        for phase in range(n_phases):
+            n_steps = gradient_steps * (phase + 1) // n_phases - gradient_steps * phase // n_phases
+            yield n_steps, n_due > 0
+
+    @property
+    def _gradient_steps_per_env_step(self) -> float:
+        """In ``learn``; 1 where it is not known beforehand."""
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.gradient_steps <= 0 or self.train_freq.unit != TrainFrequencyUnit.STEP:
+            return 1.0
+        return self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+
+    def _check_critics(self, what: str, value: float) -> float:
         """Stop before critics that are not finite are trained on, or get into the policy."""
         if not np.isfinite(value):
             raise ValueError(
                 f"The critics have diverged: {what} is {value} after {self._n_updates} gradient steps with "
                 f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values are more "
-                "stable. The policy is still that of the last update."
+                "stable. Parameters and policy are those of before this step."
             )
+        return value
 
-    def _batches(
-        self, n_batches: int, batch_size: int
-    ) -> Iterator[tuple[ReplayBufferSamples, th.Tensor, DrawnActions | None]]:
-        """
-        Batches of transitions, ``log pi(.|s')`` at their next states and, for joint critics, actions drawn from that.
-        The policy is fixed between its updates, so several batches are drawn and evaluated at once; but not from
-        buffers whose samples may be no set of equals (HER's end with the relabelled transitions).
-        """
+    @property
+    def n_policy_updates(self) -> int:
+        """Number of policy updates so far."""
+        return self._n_policy_updates
+
+    # Coefficients, which callbacks may change during the training: they are read anew at each policy update
+
+    def _coefficients(self) -> Coefficients:
+        target_entropy = self.target_entropy
+        if isinstance(target_entropy, str) and target_entropy == "auto":
+            target_entropy = default_target_entropy(self.action_space, self.action_grid, self.action_bins)
+        return Coefficients(self.kl_coef, self.ent_coef, target_entropy, self.logit_rule)
+
+    @property
+    def _current_ent_coef(self) -> float:
+        """In force since the last policy update, so a part of the policy; at first that of the schedule."""
+        ent_coef = self.policy.frozen_critics.weights.ent_coef
+        return self._coefficients().at(1.0)[1] if ent_coef is None else ent_coef
+
+    def _memory_size_for(self, kl_coef: float, ent_coef: float) -> int:
+        check_argument("memory_size", self.memory_size)
+        if not isinstance(self.memory_size, str):
+            return int(self.memory_size)
+        if isinstance(self.logit_rule, Sequence) and not isinstance(self.logit_rule, str):
+            return len(self.logit_rule)
+        return auto_memory_size(self.gamma, kl_coef, ent_coef)
+
+    # Acting
+
+    @property
+    def replay(self) -> PolicyReplay:
+        """The replay buffer as the training sees it: with the policy at the next states."""
         assert self.replay_buffer is not None
-        draw = self.policy.draw_actions if self.critic == "joint" else None
-        if not LogitCache.supports(self.replay_buffer):
-            for _ in range(n_batches):
-                samples, _ = self._sample(batch_size)
-                log_pi = self._next_log_policy(samples, None)
-                yield samples, log_pi, draw(log_pi) if draw is not None else None
-            return
-        n_at_once = max(1, MIN_UPDATE_STATES // batch_size)
-        for first in range(0, n_batches, n_at_once):
-            samples, cache_index = self._sample(min(n_at_once, n_batches - first) * batch_size)
-            log_pi = self._next_log_policy(samples, cache_index)
-            drawn = draw(log_pi).split(int(batch_size)) if draw is not None else repeat(None)
-            yield from zip(split_samples(samples, batch_size), log_pi.split(int(batch_size)), drawn, strict=False)
+        replay, vec_normalize = self._replay, self._vec_normalize_env
+        if (
+            replay is None
+            or replay.buffer is not self.replay_buffer
+            or replay.policy is not self.policy
+            or replay.vec_normalize is not vec_normalize
+        ):
+            replay = self._replay = PolicyReplay(self.replay_buffer, self.policy, vec_normalize, self._use_cache())
+        return replay
 
-    def _sample(self, batch_size: int) -> tuple[ReplayBufferSamples, Any]:
-        """A batch of transitions, and where the logit cache has its next states (None without a cache)."""
-        assert self.replay_buffer is not None
-        if self._logit_cache is None:
-            return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env), None
-        self._logit_cache.sync(self.policy.logit_sums)
-        return self._logit_cache.sample(batch_size)
-
-    def _next_log_policy(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
-        """``log pi(.|s')`` at the next states of a batch from :meth:`_sample`, shape (batch, n_choices)."""
-        return self._log_policy(self._next_logit_sums(batch, cache_index))
-
-    def _log_policy(self, logit_sums: th.Tensor) -> th.Tensor:
-        return log_policy(self.policy.scale(logit_sums), self.policy.action_groups.sizes)
-
-    def _next_logit_sums(self, batch: ReplayBufferSamples, cache_index: Any) -> th.Tensor:
-        if self._logit_cache is None:
-            return self.policy.logit_sums(batch.next_observations)
-        return self._logit_cache.sums_at(cache_index)
-
-    def _on_step(self) -> None:
-        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
-        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+    def _use_cache(self) -> bool:
+        """Decide what ``logit_cache`` says; "auto" compares two critics at all stored states with M at the sampled."""
+        buffer, recursive = self.replay_buffer, self.policy.frozen_critics.weights.recursive
+        assert buffer is not None and isinstance(self.train_freq, TrainFreq)
+        if self.logit_cache is True and not recursive:
+            raise ValueError(
+                f"Invalid logit_cache=True: custom weights, logit_rule={self.logit_rule!r}, follow no recursion; "
+                "expected 'auto' or False"
+            )
+        if isinstance(self.logit_cache, bool):
+            return self.logit_cache
+        normalised = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
+        if not recursive or normalised or not is_plain(buffer) or not cache_fits(buffer, self.policy.branches.n_bins):
+            return False
+        if self.logit_rule == "exact" or (self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP):
+            return True  # a stack without limit; a number of gradient steps that is not known beforehand
+        n_sampled = self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
+        return 2 * self.buffer_size <= self.policy.memory_size * n_sampled
 
     def predict(
         self,
@@ -575,8 +502,10 @@ class StaQ(OffPolicyAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Overrides the base_class predict function to include exploration: uniformly random actions with probability
-        ``exploration_rate``, unless deterministic. ``model.policy.predict`` is without.
+        Get the actions of the policy that is delivered, see ``eval_policy``, including exploration.
+
+        Actions are uniformly random with probability ``exploration_rate``, unless deterministic.
+        ``model.policy.predict`` is without.
 
         :param observation: the input observation
         :param state: The last states (can be None, used in recurrent policies)
@@ -586,49 +515,75 @@ class StaQ(OffPolicyAlgorithm):
         :return: the model's action and the next state (used in recurrent policies)
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        is_vectorized = self.policy.is_vectorized_observation(observation)
-        actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
-        if not deterministic:
-            actions = self._explore(actions)
-        return actions if is_vectorized else actions.squeeze(axis=0), state
+        if deterministic:
+            return actions, state
+        shape = np.shape(actions)
+        return self._explore(actions.reshape(-1, *self.action_space.shape)).reshape(shape), state  # type: ignore[misc]
 
     def _explore(self, actions: np.ndarray) -> np.ndarray:
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
-            actions[explores] = self._to_env_actions(self.policy.action_groups.uniform(int(explores.sum())))
+            actions[explores] = self.policy.to_env_actions(self.policy.branches.uniform(int(explores.sum())))
         return actions
-
-    def _to_env_actions(self, choices: th.Tensor) -> np.ndarray:
-        """Choices, shape (batch, number of groups), as actions, shape (batch, *action_space.shape)."""
-        stored = self.policy.action_groups.decode(choices).cpu().numpy()
-        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
-        return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        assert self._last_obs is not None
-        groups = self.policy.action_groups
-        if self.num_timesteps < learning_starts:  # random choices, not random actions: a Box has actions off the grid
-            actions = self._to_env_actions(groups.uniform(n_envs))
-        elif (logit_sums := self._known_logit_sums()) is None:
-            actions, _ = self.predict(self._last_obs)
+        """Act by the last policy, which is the one that learns."""
+        self._remember_statistics()
+        policy = self.policy
+        if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
+            actions = policy.to_env_actions(policy.branches.uniform(n_envs))
         else:
-            choices = groups.sample(self._log_policy(logit_sums))
-            actions = self._explore(self._to_env_actions(choices))
-        is_box = isinstance(self.action_space, spaces.Box)
-        return actions, self.policy.scale_action(actions) if is_box else actions
+            with th.no_grad():
+                sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
+                actions = self._explore(policy.to_env_actions(policy.branches.sample(policy.log_prob(sums))))
+        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def _known_logit_sums(self) -> th.Tensor | None:
-        """
-        The sums at the last observations, where the cache has just evaluated the current stack there; None where a
-        subclass has its own way to act.
-        """
-        if self._last_logit_sums is None or self._logit_cache is None or not self._logit_cache.in_sync:
-            return None
-        own_ways = [getattr(type(self.policy), name) is getattr(StaQPolicy, name) for name in ("_predict", "logits")]
-        return self._last_logit_sums if type(self).predict is StaQ.predict and all(own_ways) else None
+    def _last_obs_as_tensor(self) -> PyTorchObs:
+        """The last observations as the replay buffer has them."""
+        buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
+        assert buffer is not None and self._last_obs is not None
+
+        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
+            dtype = space.dtype if vec_normalize is None else np.float32
+            return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
+
+        if isinstance(self._last_obs, dict):
+            assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
+            keys = self.observation_space.spaces
+            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k]) for k in keys}
+        assert isinstance(buffer.obs_shape, tuple)
+        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape)
+
+    def _on_step(self) -> None:
+        """Count the step, and follow the schedule of the exploration."""
+        for name in ("exploration_initial_eps", "exploration_final_eps", "exploration_fraction"):
+            check_argument(name, getattr(self, name))
+        schedule = LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
+        self.exploration_rate = schedule(self._current_progress_remaining)
+        self._steps_since_train += max(0, min(self.n_envs, self.num_timesteps - self.learning_starts))
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    # What environments return must be finite before it gets into statistics, replay buffer or critics
+
+    def _remember_statistics(self) -> None:
+        """Keep the running statistics of VecNormalize as they are before a step of the environments."""
+        normalize = self._vec_normalize_env
+        if normalize is not None:
+            obs_rms: Any = normalize.obs_rms if normalize.norm_obs else None
+            copied = (
+                {k: x.copy() for k, x in obs_rms.items()} if isinstance(obs_rms, dict) else obs_rms and obs_rms.copy()
+            )
+            self._statistics = copied, normalize.ret_rms.copy(), normalize.returns.copy()
+
+    def _restore_statistics(self) -> None:
+        normalize = self._vec_normalize_env
+        if normalize is not None and self._statistics is not None:
+            obs_rms, normalize.ret_rms, normalize.returns = self._statistics
+            if obs_rms is not None:
+                normalize.obs_rms = obs_rms
 
     def _store_transition(
         self,
@@ -639,28 +594,21 @@ class StaQ(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        if self._vec_normalize_env is not None:  # it clips: look at what the environments returned
-            self._check_finite("reward", self._vec_normalize_env.get_original_reward())
-            self._check_finite("observation", self._vec_normalize_env.get_original_obs())
-        else:
-            self._check_finite("reward", reward)
-            self._check_finite("observation", new_obs)
+        """Store a step of the environments, if all that it returned is finite."""
+        normalize = self._vec_normalize_env  # it clips: look at what the environments returned
+        self._check_finite("reward", reward if normalize is None else normalize.get_original_reward())
+        self._check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
-        if self._logit_cache is not None:
-            self._logit_cache.sync(self.policy.logit_sums)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._last_logit_sums = None
-        if self._logit_cache is not None and self._logit_cache.replay_buffer is replay_buffer:
-            next_logit_sums = self._logit_cache.append(self.policy.logit_sums)
-            if not dones.any():  # else new episodes have started
-                self._last_logit_sums = next_logit_sums
+        if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
+            self.replay.remember_last()
 
     def _check_finite(
         self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
     ) -> None:
         """
-        Stop before a non-finite number gets into the replay buffer or the critics.
+        Stop before a number that is not finite as a float gets anywhere.
 
         :param what: what it is, for the error message
         :param values: of all environments, or of one
@@ -668,15 +616,23 @@ class StaQ(OffPolicyAlgorithm):
         """
         for key, array in values.items() if isinstance(values, dict) else [("", values)]:
             array = np.asarray(array)
-            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            if not np.issubdtype(array.dtype, np.floating):
+                continue
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32))
+            if not finite.all():
+                self._restore_statistics()
                 if env_index is None:
-                    env_index = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
-                    array = array[env_index]
+                    env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
+                    array, finite = array[env_index], finite[env_index]
+                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *np.argwhere(~finite)[0].tolist()))
                 raise ValueError(
-                    f"Environment {env_index} returned a non-finite {what}{f' {key!r}' if key else ''} at step "
-                    f"{self.num_timesteps}: {array}; accepted: finite numbers. "
-                    "Nothing of this step was stored: the model can be saved."
+                    f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
+                    f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
+                    "can be saved, and learn() can be called again"
                 )
+
+    # Learning, saving and loading
 
     def _setup_learn(
         self,
@@ -686,16 +642,11 @@ class StaQ(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        self._remember_statistics()
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_obs is not None
         self._check_finite("observation", self._last_obs)
-        if reset_num_timesteps:
-            self._last_policy_update = None
-        self._last_logit_sums = None
-        self._setup_logit_cache()
-        return total_timesteps, callback
+        return result
 
     def learn(
         self: SelfStaQ,
@@ -725,8 +676,9 @@ class StaQ(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file. An existing file is replaced once
-        the new one is complete.
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        An existing file is replaced once the new one is complete.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
@@ -745,12 +697,12 @@ class StaQ(OffPolicyAlgorithm):
             super().save_replay_buffer(file)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums", "policy_update_hooks"]
+        return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name not in self.policy_aliases:
-            raise ValueError(f"policy={policy_name!r} is unknown; accepted: {', '.join(self.policy_aliases)}")
+            raise ValueError(f"Invalid policy={policy_name!r}: expected one of {', '.join(self.policy_aliases)}")
         return self.policy_aliases[policy_name]

@@ -1,0 +1,157 @@
+"""What the arguments of StaQ may be, and what those stand for that are None. Each stands here once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import TrainFreq
+
+from sb3_staq.action_spaces import ACTION_GRIDS
+from sb3_staq.coefficients import is_number
+from sb3_staq.policies import CRITIC_REDUCTIONS, CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS
+
+
+@dataclass(frozen=True)
+class Argument:
+    """
+    The check of an argument, and its default where that depends on the action space.
+
+    :param valid: tells whether a value is accepted
+    :param expected: what is accepted, in words
+    :param default: what None stands for; None if the signature has the default
+    :param box_default: ... for a Box with ``action_grid="factored"``: the settings of the MuJoCo tasks, which follow
+        the scale of the rewards
+    """
+
+    valid: Callable[[Any], bool]
+    expected: str
+    default: Any = None
+    box_default: Any = None
+
+
+def _is_integer(value: Any, minimum: int, maximum: int = 2**62) -> bool:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return is_integer and minimum <= value <= maximum
+
+
+def _integer(minimum: int, default: Any = None, box_default: Any = None) -> Argument:
+    return Argument(lambda x: _is_integer(x, minimum), f"an integer >= {minimum}", default, box_default)
+
+
+def _share(default: Any = None, box_default: Any = None) -> Argument:
+    return Argument(lambda x: is_number(x) and 0 <= x <= 1, "a number in [0, 1]", default, box_default)
+
+
+def _positive_share(default: Any = None, box_default: Any = None) -> Argument:
+    return Argument(lambda x: is_number(x) and 0 < x <= 1, "a number in (0, 1]", default, box_default)
+
+
+def _one_of(names: Any, default: Any = None, box_default: Any = None) -> Argument:
+    return Argument(lambda x: isinstance(x, str) and x in names, " or ".join(map(repr, names)), default, box_default)
+
+
+def _is_train_freq(value: Any) -> bool:
+    if isinstance(value, TrainFreq):
+        return True
+    freq, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
+    return _is_integer(freq, 1) and unit in ("step", "episode")
+
+
+ANY = Argument(lambda _: True, "anything")  # of what is checked elsewhere
+ARGUMENTS = {
+    "learning_rate": Argument(
+        lambda x: callable(x) or (is_number(x) and x >= 0),
+        "a finite number >= 0, or a callable of the remaining progress",
+        3e-4,
+        7e-4,
+    ),
+    "buffer_size": _integer(1),
+    "learning_starts": _integer(0),
+    "batch_size": _integer(1, 256, 128),
+    "tau": _positive_share(0.005, 0.01),
+    "gamma": _share(),
+    "train_freq": Argument(_is_train_freq, 'an integer >= 1, or a tuple of one and "step" or "episode"'),
+    "gradient_steps": _integer(-1),
+    "memory_size": Argument(lambda x: x == "auto" or _is_integer(x, 1), "'auto' or an integer >= 1"),
+    "kl_coef": Argument(ANY.valid, ANY.expected, 0.5, "rel_0.5"),
+    "ent_coef": Argument(ANY.valid, ANY.expected, 0.05, "auto_0.2"),
+    "policy_update_interval": _integer(1, 500, 100),
+    "n_critics": _integer(1),
+    "critic_reduction": _one_of(CRITIC_REDUCTIONS, "mean", "min"),
+    "target_update_interval": _integer(1),
+    "exploration_fraction": _positive_share(),
+    "exploration_initial_eps": _share(0.05, 0.0),
+    "exploration_final_eps": _share(0.05, 0.0),
+    "action_grid": _one_of(ACTION_GRIDS),
+    "action_bins": _integer(2),
+    "critic": _one_of(CRITICS, "additive", "joint"),
+    "eval_policy": _one_of(EVAL_POLICIES),
+    "average_window": _positive_share(),
+    "average_size": Argument(lambda x: _is_integer(x, 2, 10_000), "an integer from 2 to 10000"),
+    "reward_scale": Argument(lambda x: is_number(x) and x > 0, "a finite number > 0"),
+    "logit_cache": Argument(lambda x: isinstance(x, bool) or x == "auto", "'auto', True or False"),
+    "n_steps": _integer(1),
+    "stats_window_size": _integer(1),
+    "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
+}
+
+
+def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:
+    """
+    Give what arguments that are None stand for.
+
+    :param action_space: the action space; None if it is not known yet, as while loading
+    :param action_grid: which actions of a Box are bins
+    :return: values by name
+    """
+    is_factored_box = isinstance(action_space, spaces.Box) and action_grid == "factored"
+    return {
+        name: argument.box_default if is_factored_box else argument.default
+        for name, argument in ARGUMENTS.items()
+        if argument.default is not None
+    }
+
+
+def check_argument(name: str, value: Any) -> None:
+    """
+    Check one argument by itself.
+
+    :param name: its name
+    :param value: its value
+    :raise ValueError: if the value is not accepted
+    """
+    try:
+        valid = bool(ARGUMENTS[name].valid(value))
+    except (TypeError, ValueError):  # an array where a number is expected
+        valid = False
+    if not valid:
+        raise ValueError(f"Invalid {name}={value!r}: expected {ARGUMENTS[name].expected}")
+
+
+def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
+    """
+    Check the arguments of the policy.
+
+    :param policy_kwargs: the arguments
+    :param critic: the kind of critic
+    :raise ValueError: for the first that is not accepted
+    """
+    if not isinstance(policy_kwargs, dict):
+        raise ValueError(f"Invalid policy_kwargs={policy_kwargs!r}: expected a dictionary")
+    for name in POLICY_ARGUMENTS:
+        if name in policy_kwargs:
+            raise ValueError(f"Invalid policy_kwargs={policy_kwargs!r}: expected {name} as an argument of StaQ")
+    net_arch = policy_kwargs.get("net_arch")
+    parts = [] if net_arch is None else [net_arch]
+    if isinstance(net_arch, dict) and critic == "joint" and net_arch.keys() == {"pi", "qf"}:
+        parts = list(net_arch.values())
+    if not all(isinstance(part, list) and all(_is_integer(size, 1) for size in part) for part in parts):
+        raise ValueError(
+            f"Invalid policy_kwargs['net_arch']={net_arch!r}: expected a list of integers >= 1, the hidden layers of "
+            "each critic; with critic='joint' also dict(pi=[...], qf=[...])"
+        )
+    layer_norm = policy_kwargs.get("layer_norm")
+    if not (layer_norm is None or isinstance(layer_norm, bool)):
+        raise ValueError(f"Invalid policy_kwargs['layer_norm']={layer_norm!r}: expected True, False or None")

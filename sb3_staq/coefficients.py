@@ -1,0 +1,246 @@
+"""The coefficients ``kl_coef`` and ``ent_coef``: schedules, automatic entropy, relative KL, and their checks."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+
+from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
+
+# Of ent_coef="auto": it is found within few updates from anywhere
+FIRST_ENT_COEF = 0.1
+# An automatic ent_coef changes by this factor per policy update at most
+MAX_ENT_COEF_CHANGE = 1.3
+# ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
+MIN_ENT_COEF = 1e-6
+# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end
+TARGET_ENTROPY = (0.6, 0.2)
+# ... of a Box with so many values per dimension
+TARGET_ENTROPY_BINS = 5
+
+EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether this is a finite real number (of Python or NumPy; booleans are none)."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and abs(value) <= np.finfo(float).max
+
+
+def _parse_linear(text: str) -> Schedule | None:
+    kind, *parts = text.split("_")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        return None
+    if kind != "lin" or not 1 <= len(numbers) <= 3:
+        return None
+    start, end, fraction = numbers + [0.0, 1.0][len(numbers) - 1 :]
+    return LinearSchedule(start, end, fraction) if 0 < fraction <= 1 else None
+
+
+def value_at(name: str, value: Any, progress: float, shown: Any = None) -> float:
+    """
+    Evaluate a coefficient as users write it.
+
+    :param name: name of the argument, for error messages
+    :param value: a number; a callable of the remaining progress (from 1 to 0); or a string as in rl_zoo3's files:
+        ``"lin_START"`` falls linearly to 0, ``"lin_START_END"`` to END, ``"lin_START_END_FRACTION"`` reaches END
+        after that fraction of the training
+    :param progress: the remaining progress
+    :param shown: what the message shows in place of the value
+    :return: the number
+    :raise ValueError: if the value is none of these, or the number is negative or not finite
+    """
+    shown = value if shown is None else shown
+    schedule: Schedule | None = None
+    if isinstance(value, str):
+        schedule = _parse_linear(value)
+    elif is_number(value):
+        schedule = ConstantSchedule(float(value))  # type: ignore[arg-type]
+    elif callable(value):
+        schedule = value
+    if schedule is None:
+        raise ValueError(f"Invalid {name}={shown!r}: expected {EXPECTED}")
+    try:
+        number = schedule(progress)
+    except Exception as error:
+        raise ValueError(f"Invalid {name}={shown!r}: {error!r} at progress {progress}; expected {EXPECTED}") from error
+    if isinstance(number, np.ndarray) and number.ndim == 0:
+        number = number[()]
+    if not (is_number(number) and number >= 0):
+        raise ValueError(f"Invalid {name}={shown!r}: {number!r} at progress {progress}; expected {EXPECTED}")
+    return float(number)
+
+
+def parse_auto(ent_coef: Any) -> float | None:
+    """
+    Parse an automatic ``ent_coef``.
+
+    :param ent_coef: the argument
+    :return: its first value, for "auto" or "auto_FIRST"; None if it is another one
+    :raise ValueError: if FIRST is not a number above 0
+    """
+    if not (isinstance(ent_coef, str) and ent_coef.startswith("auto")):
+        return None
+    try:
+        first = FIRST_ENT_COEF if ent_coef == "auto" else float(ent_coef.removeprefix("auto_"))
+    except ValueError:
+        first = 0.0
+    if not (is_number(first) and first > 0):
+        raise ValueError(f"Invalid ent_coef={ent_coef!r}: expected 'auto' or 'auto_FIRST' with a number FIRST > 0")
+    return first
+
+
+def parse_relative(kl_coef: Any) -> float | None:
+    """
+    Parse a ``kl_coef`` that is a multiple of ``ent_coef``.
+
+    :param kl_coef: the argument
+    :return: the factor of "rel_FACTOR"; None if it is another one
+    :raise ValueError: if FACTOR is not a number of at least 0
+    """
+    if not (isinstance(kl_coef, str) and kl_coef.startswith("rel")):
+        return None
+    try:
+        factor = float(kl_coef.removeprefix("rel_"))
+    except ValueError:
+        factor = -1.0
+    if not (is_number(factor) and factor >= 0):
+        raise ValueError(f"Invalid kl_coef={kl_coef!r}: expected 'rel_FACTOR' with a number FACTOR >= 0")
+    return factor
+
+
+def default_target_entropy(action_space: spaces.Space, action_grid: str, action_bins: int) -> Schedule:
+    """
+    Make the schedule of ``target_entropy="auto"``.
+
+    The finer the grid, the larger is the share of the largest entropy that equally spread actions have: what they keep
+    is the distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid has not so
+    much room, and keeps the share.
+
+    :param action_space: the action space
+    :param action_grid: which actions of a Box are bins
+    :param action_bins: number of values per dimension of a Box
+    :return: the schedule
+    """
+    factor = 1.0
+    if isinstance(action_space, spaces.Box) and action_grid != "axis":
+        factor = min(1.0, math.log(TARGET_ENTROPY_BINS) / math.log(action_bins))
+    start, end = (1.0 - factor * (1.0 - share) for share in TARGET_ENTROPY)
+    return LinearSchedule(start, end, 1.0)
+
+
+class Coefficients:
+    """
+    The coefficients at one moment of the training.
+
+    :param kl_coef: a number, a schedule or "rel_FACTOR", a multiple of ``ent_coef``
+    :param ent_coef: a number, a schedule or "auto_FIRST"
+    :param target_entropy: a number or a schedule, for an automatic ``ent_coef``
+    :param logit_rule: of the stack; "weight_corrected" divides by ``ent_coef``, which then does not fall to 0
+    """
+
+    def __init__(self, kl_coef: Any, ent_coef: Any, target_entropy: Any, logit_rule: Any):
+        self.kl_coef = kl_coef
+        self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
+        self.logit_rule = logit_rule
+        self.relative_kl = parse_relative(kl_coef)
+        self.first_ent_coef = parse_auto(ent_coef)
+
+    def at(self, progress: float) -> tuple[float, float]:
+        """
+        Evaluate the schedules; of an automatic ``ent_coef`` this is the first value.
+
+        :param progress: the remaining progress, from 1 to 0
+        :return: ``(kl_coef, ent_coef)``
+        :raise ValueError: if one is invalid, or both are 0
+        """
+        ent_coef = self.first_ent_coef
+        if ent_coef is None:
+            ent_coef = value_at("ent_coef", self.ent_coef, progress)
+            if self.logit_rule == "weight_corrected":
+                ent_coef = max(ent_coef, 0.01 * value_at("ent_coef", self.ent_coef, 1.0))
+                if ent_coef == 0:
+                    raise ValueError(
+                        f"Invalid ent_coef={self.ent_coef!r}: it starts at 0, and logit_rule='weight_corrected' "
+                        "divides by it; expected a number or schedule that starts above 0, or another logit_rule"
+                    )
+        kl_coef = self._kl_coef_at(progress, ent_coef)
+        if kl_coef == ent_coef == 0:
+            raise ValueError(
+                f"Invalid kl_coef={self.kl_coef!r} and ent_coef={self.ent_coef!r}: both are 0 at progress {progress}; "
+                "expected a sum above 0"
+            )
+        return kl_coef, ent_coef
+
+    def _kl_coef_at(self, progress: float, ent_coef: float) -> float:
+        if self.relative_kl is not None:
+            return self.relative_kl * ent_coef
+        return value_at("kl_coef", self.kl_coef, progress)
+
+    def target_entropy_at(self, progress: float) -> float:
+        """
+        Evaluate the schedule of the entropy that an automatic ``ent_coef`` keeps.
+
+        :param progress: the remaining progress, from 1 to 0
+        :return: a share of the largest entropy, in (0, 1)
+        :raise ValueError: if it is not
+        """
+        target = value_at("target_entropy", self.target_entropy, progress)
+        if not 0 < target < 1:
+            raise ValueError(
+                f"Invalid target_entropy={self.target_entropy!r}: {target!r} at progress {progress}; expected 'auto', "
+                "a number in (0, 1), or a schedule within it"
+            )
+        return target
+
+    def check(self) -> None:
+        """
+        Evaluate everything at the start and the end of the training.
+
+        :raise ValueError: for the first that is invalid
+        """
+        if self.first_ent_coef is not None and not isinstance(self.logit_rule, str):
+            raise ValueError(
+                f"Invalid ent_coef={self.ent_coef!r}: it has no influence on custom weights, "
+                f"logit_rule={self.logit_rule!r}; expected a number or schedule, or another logit_rule"
+            )
+        for progress in (1.0, 0.0):
+            self.target_entropy_at(progress)
+            self.at(progress)
+
+    def next(
+        self, progress: float, weights: StackWeights, logit_sums: th.Tensor, q_new: th.Tensor, branch_sizes: Any
+    ) -> tuple[float, float]:
+        """
+        Give the coefficients of the policy update that is due.
+
+        :param progress: the remaining progress, from 1 to 0
+        :param weights: of the stack before the update
+        :param logit_sums: the weighted sums before the update at replayed states, shape (batch, n_bins)
+        :param q_new: what will be pushed, at the same states, same shape
+        :param branch_sizes: number of bins of each branch
+        :return: ``(kl_coef, ent_coef)``
+        :raise ValueError: if a schedule gives an invalid number
+        """
+        if self.first_ent_coef is None:
+            return self.at(progress)
+        # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
+        least = MIN_ENT_COEF * self.first_ent_coef
+        ent_coef = max(self.first_ent_coef if weights.ent_coef is None else weights.ent_coef, least)
+        beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
+        average = PolicyUpdate(beta).apply(logit_sums, q_new) / (beta * weights.total + 1.0)
+        ent_coef = solve_ent_coef(
+            average,
+            branch_sizes,
+            self.target_entropy_at(progress),
+            lowest=max(ent_coef / MAX_ENT_COEF_CHANGE, least),
+            highest=ent_coef * MAX_ENT_COEF_CHANGE,
+        )
+        return self._kl_coef_at(progress, ent_coef), ent_coef

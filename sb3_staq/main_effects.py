@@ -1,0 +1,181 @@
+"""The extension to continuous actions: critics of whole actions, and a small network of their main effects.
+
+This is not in the paper. In an additive critic each dimension of an action counts by itself, which is what makes the
+policy update exact. For a Box that is too little: there the critics take state and action, as in SAC, and a small
+network learns their main effects under the policy,
+
+    A_d(s, a_d) = E_{a'~pi}[Q(s, a') | a'_d = a_d],
+
+the best additive approximation of Q(s, .) under pi. What is frozen at a policy update is the Polyak average of it.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_staq.action_spaces import Branches
+from sb3_staq.q_networks import Critic, CriticEnsemble, Ensemble, batched_forward
+
+
+class StateActionQNetwork(Critic):
+    """
+    A critic of whole actions: features extractor, then an MLP from features and action to one value.
+
+    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
+    :param n_inputs: number of components of an action
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    :param layer_norm: whether hidden layers are normalised before their activations
+    """
+
+    def __init__(
+        self,
+        features_extractor: BaseFeaturesExtractor,
+        n_inputs: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
+    ):
+        n_inputs += features_extractor.features_dim
+        super().__init__(features_extractor, n_inputs, 1, net_arch, activation_fn, layer_norm)
+
+
+class StateActionCritics(Ensemble[StateActionQNetwork]):
+    """Several critics of whole actions."""
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor, rows: th.Tensor | None = None) -> th.Tensor:
+        """
+        Compute the Q-values of each member.
+
+        :param obs: preprocessed observations
+        :param actions: shape (n_actions, n_inputs)
+        :param rows: the index of each action's observation, shape (n_actions,); by default one action for each
+        :return: shape (n_critics, n_actions)
+        """
+        features = batched_forward(self.net, self.params, obs, end=1)
+        if rows is not None:
+            features = features.index_select(-2, rows)  # extracted once for all actions of an observation
+        x = th.cat([features, actions.expand(*features.shape[:-1], -1)], dim=-1)
+        return batched_forward(self.net, self.params, x, start=1, shared_input=x.dim() == 2).squeeze(-1)
+
+
+class SampledActions(NamedTuple):
+    """Actions drawn from the policy, and the same with one of their branches varied over all its bins."""
+
+    inputs: th.Tensor  # what the critics take, shape (batch, n_inputs)
+    varied_inputs: th.Tensor  # shape (batch, n_varied, n_inputs)
+    columns: th.Tensor  # of the varied bins, shape (batch, n_varied)
+    valid: th.Tensor  # whether the branch has so many bins, same shape
+    prob: th.Tensor  # of the varied bins, 0 where there is none, same shape
+
+    def split(self, batch_size: int) -> "Iterator[SampledActions]":
+        """
+        Split the actions into batches.
+
+        :param batch_size: number of actions per batch
+        :return: views of the batches
+        """
+        return map(SampledActions._make, zip(*(values.split(batch_size) for values in self), strict=True))
+
+
+class Sweep(NamedTuple):
+    """Q-values of actions of which one branch is varied over all its bins."""
+
+    obs: PyTorchObs  # preprocessed, of n_swept states
+    columns: th.Tensor  # of the varied bins, shape (n_swept, n_varied)
+    valid: th.Tensor  # whether the branch has so many bins, same shape
+    q_values: th.Tensor  # same shape
+
+
+@th.no_grad()
+def sample_actions(branches: Branches, log_prob: th.Tensor) -> SampledActions:
+    """
+    Draw actions for the expectations of state-action critics.
+
+    :param branches: of the action space
+    :param log_prob: the policy at some observations, shape (batch, n_bins)
+    :return: an action for each
+    """
+    bins = branches.sample(log_prob)
+    varied, columns, valid = vary_one_branch(branches, bins)
+    return SampledActions(
+        inputs=branches.inputs(branches.decode(bins)),
+        varied_inputs=branches.inputs(branches.decode(varied.flatten(0, 1))).unflatten(0, columns.shape),
+        columns=columns,
+        valid=valid,
+        prob=log_prob.gather(1, columns).exp() * valid,
+    )
+
+
+def vary_one_branch(branches: Branches, bins: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    Vary one branch of each action over all its bins.
+
+    Pairs of successive actions take turns in which branch, from a random one on: of each pair one is swept.
+
+    :param branches: of the action space
+    :param bins: shape (batch, number of branches)
+    :return: the varied bins, shape (batch, max(sizes), number of branches); the columns of the varied branch's bins and
+        whether there are that many (a smaller branch repeats its last), both of shape (batch, max(sizes))
+    """
+    n_branches, n_varied, device = len(branches.sizes), max(branches.sizes), bins.device
+    first = th.randint(n_branches, (1,), device=device)  # a batch may have fewer actions than branches
+    branch = (first + th.arange(len(bins), device=device) // 2) % n_branches
+    last = branches.last[branch].unsqueeze(1)
+    options = th.arange(n_varied, device=device).expand(len(bins), -1)
+    valid = options <= last
+    options = options.minimum(last)
+    varied = bins.unsqueeze(1).repeat(1, n_varied, 1)
+    varied.scatter_(2, branch.view(-1, 1, 1).expand(-1, n_varied, 1), options.unsqueeze(2))
+    return varied, branches.offsets[branch].unsqueeze(1) + options, valid
+
+
+@th.no_grad()
+def expected_q_values(
+    critics: StateActionCritics, obs: PyTorchObs, actions: SampledActions, n_branches: int
+) -> tuple[th.Tensor, Sweep]:
+    """
+    Estimate ``E_{a~pi}[Q(s,a)]`` by each critic.
+
+    At every other state (all, if there is one branch only) one branch of the drawn action is swept: there the
+    expectation is exact in that branch. The others take the drawn action as it is.
+
+    :param critics: the target critics
+    :param obs: preprocessed observations
+    :param actions: from :func:`sample_actions`, one for each observation
+    :param n_branches: number of branches
+    :return: the expectations, shape (n_critics, batch), and what was swept
+    """
+    # Every other one, not half of the batch: replay buffers like HER's end a batch with transitions of another kind
+    swept, drawn = (slice(None), slice(0)) if n_branches == 1 else (slice(None, None, 2), slice(1, None, 2))
+    columns, batch_size = actions.columns[swept], len(actions.inputs)
+    rows = th.arange(batch_size, device=columns.device)
+    inputs = th.cat([actions.varied_inputs[swept].flatten(0, 1), actions.inputs[drawn]])
+    rows_of_inputs = th.cat([rows[swept].repeat_interleave(columns.shape[1]), rows[drawn]])
+    q_values = critics(obs, inputs, rows_of_inputs)
+    q_swept = q_values[:, : columns.numel()].unflatten(1, columns.shape)
+    expected = q_values.new_empty(len(q_values), batch_size)
+    expected[:, swept] = (actions.prob[swept] * q_swept).sum(dim=2).to(expected.dtype)
+    expected[:, drawn] = q_values[:, columns.numel() :]
+    obs_swept = {key: x[swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[swept]
+    return expected, Sweep(obs_swept, columns, actions.valid[swept], q_swept.mean(dim=0))
+
+
+def main_effects_loss(main_effects: CriticEnsemble, sweep: Sweep) -> th.Tensor:
+    """
+    Compute the regression loss of the main effects, ``E[Q(s,a) | a_d]`` over the other branches under the policy.
+
+    Only differences within a branch matter to a softmax, so only these are fitted: states of high value do not drown
+    them.
+
+    :param main_effects: the network
+    :param sweep: values of varied actions
+    :return: mean squared error, a scalar
+    """
+    error = main_effects.q_values(sweep.obs).gather(1, sweep.columns) - sweep.q_values
+    mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
+    return (sweep.valid * (error - mean_error).square()).sum() / sweep.valid.sum()

@@ -1,0 +1,233 @@
+"""One critic, the dueling head, and ensembles of critics that are evaluated in one batched pass."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.func import functional_call, vmap
+
+from sb3_staq.kernels import batched_linear, exporting, weighted_sum_linear
+
+Net = TypeVar("Net", bound="Critic")
+SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
+Params = Mapping[str, th.Tensor]
+
+
+class DuelingHead(nn.Module):
+    """
+    Sum up a value and centred advantages: ``Q(s,a) = V(s) + sum_d A_d(s,a_d)``, as branching dueling Q-networks do.
+
+    Without centring, bins that are seldom taken keep stale values while V grows.
+
+    :param branch_sizes: number of bins of each branch
+    """
+
+    def __init__(self, branch_sizes: Sequence[int]):
+        super().__init__()
+        self.branch_sizes = list(branch_sizes)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        Combine the outputs of the last layer.
+
+        :param x: advantages and value, shape (..., sum(branch_sizes) + 1)
+        :return: the terms of the sum, V shared equally by the branches, shape (..., sum(branch_sizes))
+        """
+        value = x[..., -1:] / len(self.branch_sizes)
+        advantages = x[..., :-1].split(self.branch_sizes, dim=-1)
+        return th.cat([value + branch - branch.mean(dim=-1, keepdim=True) for branch in advantages], dim=-1)
+
+
+class Critic(nn.Module):
+    """
+    A features extractor and an MLP.
+
+    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
+    :param n_inputs: size of the MLP's input
+    :param n_outputs: size of its output
+    :param net_arch: sizes of its hidden layers
+    :param activation_fn: activation function
+    :param layer_norm: whether hidden layers are normalised before their activations
+    :param head: what follows the MLP, without parameters
+    """
+
+    def __init__(
+        self,
+        features_extractor: BaseFeaturesExtractor,
+        n_inputs: int,
+        n_outputs: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        layer_norm: bool,
+        head: nn.Module | None = None,
+    ):
+        super().__init__()
+        _check_extractor(features_extractor)
+        self.features_extractor = features_extractor
+        post_linear: list[type[nn.Module]] | None = [nn.LayerNorm] if layer_norm else None
+        mlp = create_mlp(n_inputs, n_outputs, net_arch, activation_fn, post_linear_modules=post_linear)
+        self.q_net = nn.Sequential(*mlp)
+        if head is not None:
+            self.q_net.append(head)
+        # Layer by layer, with the names of its parameters: what a batched pass needs to know
+        layers = {"features_extractor": features_extractor, **{f"q_net.{i}": x for i, x in enumerate(self.q_net)}}
+        self.layers = [(x, {leaf: f"{name}.{leaf}" for leaf, _ in x.named_parameters()}) for name, x in layers.items()]
+        self.output_layer = self.q_net[len(mlp) - 1]
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute the outputs.
+
+        :param obs: preprocessed observations
+        :return: shape (batch, n_outputs)
+        """
+        return self.q_net(self.features_extractor(obs))
+
+
+def _check_extractor(features_extractor: nn.Module) -> None:
+    """Refuse what a stack of critics cannot hold."""
+    found = ""
+    names = [name for name, _ in features_extractor.named_parameters(remove_duplicate=False)]
+    if list(features_extractor.buffers()):
+        found = "buffers (as BatchNorm has); expected none, use LayerNorm or GroupNorm instead"
+    elif len(list(features_extractor.parameters())) < len(names):
+        found = "a parameter under several names; expected one name for each"
+    if found:
+        name = type(features_extractor).__name__
+        raise ValueError(f"Invalid features_extractor_class={name}: it has {found}")
+
+
+class QNetwork(Critic):
+    """
+    A critic with one output per bin. The last layer starts at zero, so the first policies are uniform.
+
+    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
+    :param branch_sizes: number of bins of each branch
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    :param dueling: whether the outputs are those of :class:`DuelingHead`
+    :param layer_norm: whether hidden layers are normalised before their activations
+    """
+
+    def __init__(
+        self,
+        features_extractor: BaseFeaturesExtractor,
+        branch_sizes: Sequence[int],
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+        dueling: bool = False,
+        layer_norm: bool = False,
+    ):
+        n_outputs, head = sum(branch_sizes), None
+        if dueling:
+            n_outputs, head = n_outputs + 1, DuelingHead(branch_sizes)
+        n_inputs = features_extractor.features_dim
+        super().__init__(features_extractor, n_inputs, n_outputs, net_arch, activation_fn, layer_norm, head)
+        self.n_bins = sum(branch_sizes)
+        for param in self.output_layer.parameters():
+            nn.init.zeros_(param)
+
+
+def _batched_layer(layer: nn.Module, params: Params, x: Any, shared_input: bool) -> th.Tensor:
+    """
+    Apply N copies of a layer, which differ in their parameters.
+
+    :param layer: gives the structure only
+    :param params: its parameters, each with a leading dimension N; none if the copies do not differ
+    :param x: input, shared by all copies or with a leading dimension N
+    :param shared_input: which of these
+    :return: output with a leading dimension N; that of the input for a layer without parameters
+    """
+    if not params:
+        in_place = isinstance(layer, nn.ReLU) and not th.is_grad_enabled() and not exporting()  # spares fresh memory
+        return th.relu_(x) if in_place else layer(x)
+    if isinstance(layer, nn.Linear) and "bias" in params:
+        return batched_linear(x, params["weight"], params["bias"])
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
+        one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
+        x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
+        return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
+    if not exporting():
+        in_dims = (0, None if shared_input else 0)
+        try:
+            return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(dict(params), x)
+        except RuntimeError:  # recurrent layers, writing in place, branches on values
+            pass
+    copies = [{name: param[i] for name, param in params.items()} for i in range(len(next(iter(params.values()))))]
+    return th.stack([functional_call(layer, p, (x if shared_input else x[i],)) for i, p in enumerate(copies)])
+
+
+def batched_forward(
+    net: Critic,
+    params: Params,
+    x: Any,
+    start: int = 0,
+    end: int | None = None,
+    shared_input: bool = True,
+    coef: th.Tensor | None = None,
+) -> th.Tensor:
+    """
+    Evaluate N critics in one pass, or their weighted sum.
+
+    :param net: gives the structure only
+    :param params: parameters by name, each with a leading dimension N
+    :param x: preprocessed observations, or the input of the layer ``start``
+    :param start: index of the first layer to apply
+    :param end: index of the first layer not to apply
+    :param shared_input: whether all critics have the same input, else it has a leading dimension N
+    :param coef: weights of the sum, shape (N,). From the output layer on a critic is linear, so the sum is taken there
+    :return: shape (N, batch, n_outputs), or (batch, n_outputs) with ``coef``
+    """
+    for layer, names in net.layers[start:end]:
+        own = {leaf: params[name] for leaf, name in names.items()}
+        if coef is not None and layer is net.output_layer:
+            x = weighted_sum_linear(coef, x, own["weight"], own["bias"])
+        else:
+            x = _batched_layer(layer, own, x, shared_input)
+        shared_input = shared_input and not own
+    return x
+
+
+class Ensemble(nn.Module, Generic[Net]):
+    """
+    Several networks of one architecture, evaluated in one batched pass.
+
+    :param nets: the members; their parameters are copied
+    """
+
+    def __init__(self, nets: list[Net]):
+        super().__init__()
+        self.net = copy.deepcopy(nets[0])  # a features extractor may hold a module of the user's
+        for name, param in self.net.named_parameters():
+            param.data = th.stack([net.get_parameter(name).data for net in nets])
+        self.params = dict(self.net.named_parameters())
+
+    def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
+        """Make a copy that is never trained."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+class CriticEnsemble(Ensemble[QNetwork]):
+    """Several critics with one output per bin."""
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute the Q-values of each member.
+
+        :param obs: preprocessed observations
+        :return: shape (n_critics, batch, n_bins)
+        """
+        return batched_forward(self.net, self.params, obs)
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute the mean of the members.
+
+        :param obs: preprocessed observations
+        :return: shape (batch, n_bins)
+        """
+        return self(obs).mean(dim=0)

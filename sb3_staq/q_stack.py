@@ -1,0 +1,338 @@
+"""The growing stack of frozen critics, which is the policy, under two weightings.
+
+While training, the policy is the weighted sum by the logit rule, over the newest ``memory_size`` critics. What is
+delivered is the plain average over a window that grows with the training: the average iterate of mirror descent, for
+which its guarantees hold. Critics that only the average needs are thinned evenly in time.
+"""
+
+import copy
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_staq.kernels import allocate, exporting
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
+from sb3_staq.q_networks import CriticEnsemble, batched_forward
+
+# Activations per layer at a time: on a CPU 2 MB, which stay in its cache; a GPU needs much work at a time
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
+# Elements of the observations that are evaluated at a time: bounds the memory that images take
+OBS_ELEMENTS = 2**22
+# Critics whose weight is at most this share of the sum of the weights are left out. For 256 of them this is the
+# resolution of a float, 2^-24.
+NEGLIGIBLE_WEIGHT = 2.0**-32
+NEW = -1
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block: half of a change would leave a stack that is neither old nor new."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    received: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *args: received.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
+    """
+    Evaluate a function of observations with bounded memory.
+
+    :param function: from observations to a tensor with one row for each
+    :param obs: a tensor or a dictionary of tensors
+    :return: its value
+    """
+    tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
+    n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
+    if exporting() or len(tensors[0]) <= n_at_once:
+        return function(obs)
+    if isinstance(obs, dict):
+        parts = [dict(zip(obs, part, strict=True)) for part in zip(*(x.split(n_at_once) for x in tensors), strict=True)]
+        return th.cat([function(part) for part in parts])
+    return th.cat([function(part) for part in obs.split(n_at_once)])
+
+
+class FrozenCritics(nn.ModuleList):
+    """
+    The stack of frozen critics: each entry is the ensemble that one policy update pushed.
+
+    Times ``weights.scale``, the weighted sum ``S(s) = sum_i w_i Q_i(s)`` are logits. The entries that the logit rule
+    weights come first, in no particular order; then those that only the average needs. ``state_dict`` holds tensors
+    only and loads into a stack of any size.
+
+    :param template: an ensemble with the architecture of the entries
+    :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
+    :param memory_size: the largest number of entries that the logit rule weights ("exact" has no limit)
+    :param average_window: the share of the policy updates so far that the average covers, in (0, 1]
+    :param average_size: the largest number of entries in the average; 0 keeps none for it
+    """
+
+    def __init__(
+        self,
+        template: CriticEnsemble,
+        logit_rule: LogitRule,
+        memory_size: int,
+        average_window: float = 0.15,
+        average_size: int = 60,
+    ):
+        super().__init__()
+        self.weights = StackWeights(logit_rule, memory_size)
+        self.average_window = average_window
+        self.average_size = average_size
+        self.n_updates = 0
+        # The policy updates that pushed the entries
+        self.updates: list[float] = []
+        # Changes with every push and load: what has been computed with the stack before is void
+        self.version = 0
+        self.n_bins = template.net.n_bins
+        self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
+        # The parameters of entry i are views of row i of these blocks, so that one batched pass reads them all
+        self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
+        self._coefs: dict[bool, th.Tensor] = {}
+        linear = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
+        self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in linear)
+
+    @property
+    def newest(self) -> CriticEnsemble:
+        """The entry that the last policy update pushed."""
+        return self[self.updates.index(max(self.updates))]
+
+    def forward(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
+        """
+        Compute the weighted sum ``S`` of the stack.
+
+        :param obs: preprocessed observations
+        :param average: take the average over the window, times the sum of the weights of the logit rule, instead
+        :return: shape (batch, n_bins); zero for an empty stack
+        """
+        first = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        coefs = self.coefs(average)
+        chunk = max(1, len(coefs))
+        if not exporting():
+            elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+            chunk = max(1, elements // (self._widest_layer * max(1, len(first))))
+        total = first.new_zeros(len(first), self.n_bins, dtype=th.float32)
+        with th.autocast(first.device.type, enabled=False):
+            for start in range(0, len(coefs), chunk):
+                rows = slice(start, min(start + chunk, len(coefs)))
+                params = {name: block[rows].flatten(0, 1) for name, block in self._blocks.items()}
+                total = total + batched_forward(self._template[0].net, params, obs, coef=coefs[rows].flatten())
+        return total
+
+    def coefs(self, average: bool) -> th.Tensor:
+        """
+        Give the factors of all frozen networks in the weighted sum.
+
+        :param average: those of the average, instead of those of the logit rule
+        :return: shape (number of entries up to the last that has one, n_critics)
+        """
+        if average not in self._coefs:
+            n_critics, device = len(next(iter(self._template[0].params.values()))), self._device
+            values = self._average_values() if average else self._rule_values()
+            threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
+            values = [value if abs(value) > threshold else 0.0 for value in values]
+            while values and values[-1] == 0.0:
+                values.pop()
+            # The mean of an ensemble is a sum as well: one factor for each network
+            self._coefs[average] = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
+        return self._coefs[average]
+
+    @property
+    def _device(self) -> th.device:
+        return next(iter(self._blocks.values())).device
+
+    def _rule_values(self) -> list[float]:
+        """The weights by the logit rule, in the order of the entries."""
+        weights = self.weights.values
+        recent = self.updates[: len(weights)]
+        of_update = dict(zip(sorted(recent), weights, strict=False))  # a damaged file may repeat an update
+        return [of_update[update] for update in recent]
+
+    def _average_values(self) -> list[float]:
+        """The weights of the average, in the order of the entries, with the same sum as those of the logit rule."""
+        chosen = averaged_updates(self.n_updates, self.average_window, max(2, self.average_size))
+        in_average = [update in chosen for update in self.updates]
+        n = sum(in_average)
+        return [self.weights.total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
+
+    def push(
+        self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
+    ) -> tuple[PolicyUpdate, list[CriticEnsemble]]:
+        """
+        Freeze a copy of the critics on the stack: the policy update. It happens as a whole or not at all.
+
+        :param critics: the current critics
+        :param kl_coef: weight of the KL term
+        :param ent_coef: weight of the entropy term
+        :return: what this does to the weighted sum of the logit rule, and the critics that it deletes from it
+        """
+        # Prepare all that can fail ...
+        weights, n_updates = copy.copy(self.weights), self.n_updates + 1
+        update = weights.push(kl_coef, ent_coef)
+        n_old = len(self.weights)
+        by_age = sorted(range(n_old), key=self.updates.__getitem__)
+        deleted = by_age[: len(update.deleted_weights)]
+        needed = averaged_updates(n_updates, self.average_window, self.average_size) if self.average_size else range(0)
+        averaged = [i for i in [*range(n_old, len(self)), *deleted] if self.updates[i] in needed]
+        recent = [*(i for i in range(n_old) if i not in deleted), NEW]
+        layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
+        moved = {row: source for row, source in enumerate(layout) if row != source}
+        blocks = self._reserved(len(layout))
+        new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
+        copies = {
+            (name, row): new_params[name] if source == NEW else block[source].clone()
+            for name, block in self._blocks.items()
+            for row, source in moved.items()
+        }
+        entries = [self._template[0].frozen_copy() for _ in range(len(layout) - len(self))]
+        deleted_critics = [copy.deepcopy(self[i]) for i in deleted]
+        updates = [n_updates if source == NEW else self.updates[source] for source in layout]
+
+        # ... then commit
+        with interrupts_deferred(), th.no_grad():
+            n_linked = len(self) if blocks is self._blocks else 0
+            self._blocks = blocks
+            for (name, row), values in copies.items():
+                blocks[name][row].copy_(values)
+            del self[len(layout) :]
+            self.extend(entries)
+            self._link(n_linked)
+            self.weights, self.updates, self.n_updates = weights, updates, n_updates
+            self._changed()
+        return update, deleted_critics
+
+    def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights
+        return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
+
+    def _changed(self) -> None:
+        self._coefs = {}
+        self.version += 1
+
+    def _reserved(self, n_entries: int) -> dict[str, th.Tensor]:
+        """Blocks with room for so many entries: larger ones grow by doubling, so that pushes cost constant time."""
+        capacity = len(next(iter(self._blocks.values())))
+        if n_entries <= capacity:
+            return self._blocks
+        limit = self.weights.memory_size + self.average_size
+        new_capacity = n_entries if n_entries > limit else min(limit, max(n_entries, 2 * capacity))
+        if self.weights.logit_rule == "exact":
+            new_capacity = max(n_entries, 2 * capacity)
+        blocks = {name: allocate(block, new_capacity) for name, block in self._blocks.items()}
+        for name, block in self._blocks.items():
+            blocks[name][:capacity].copy_(block)
+        return blocks
+
+    def _link(self, start: int = 0) -> None:
+        """Make the parameters of the entries from ``start`` on views of the blocks."""
+        for i in range(start, len(self)):
+            entry: Any = self[i]
+            for name, param in entry.net.named_parameters():
+                param.data = self._blocks[name][i]
+
+    # Saving, loading, copying and moving: the blocks stay the one copy of the parameters
+
+    def gather(self) -> None:
+        """Take over parameters that others than this class have put in place of the entries' own."""
+        entry: Any
+        for i, entry in enumerate(self):
+            for name, param in entry.net.named_parameters():
+                self._blocks[name][i].copy_(param.data)
+        self._link()
+        self._changed()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weights = self.weights
+        ent_coef = float("nan") if weights.ent_coef is None else weights.ent_coef
+        destination[f"{prefix}weights"] = _to_floats(weights.values)
+        destination[f"{prefix}updates"] = th.tensor(self.updates)
+        destination[f"{prefix}constants"] = _to_floats([weights.scale, ent_coef, float(self.n_updates)])
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
+        """As of any module, but with copies: saving a view would save the whole block, unused rows included."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        for key, value in state.items():
+            if key.startswith(prefix) and not keep_vars:
+                state[key] = value.clone()
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
+        if old is not None:
+            n = len(old["values"])
+            ent_coef = float("nan") if old.get("ent_coef") is None else old["ent_coef"]
+            state_dict[f"{prefix}weights"] = _to_floats(old["values"])
+            state_dict[f"{prefix}updates"] = th.arange(1.0, n + 1)
+            state_dict[f"{prefix}constants"] = _to_floats([old["scale"], ent_coef, float(n)])
+        if f"{prefix}weights" in state_dict:
+            self._load_numbers(*(state_dict.pop(f"{prefix}{name}") for name in ("weights", "updates", "constants")))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._changed()
+
+    def _load_numbers(self, weights: th.Tensor, updates: th.Tensor, constants: th.Tensor) -> None:
+        """Take the numbers of a saved stack, and make room for its entries."""
+        n = len(updates)
+        valid = weights.shape[1:] == constants.shape[1:] == (3,) and len(weights) <= n and len(constants) == 3
+        if not valid or not (th.isfinite(weights).all() and th.isfinite(updates).all()):
+            raise ValueError(
+                f"The saved stack is damaged: expected finite weights of at most {n} critics, got {weights.tolist()}"
+            )
+        scale, ent_coef, n_updates = _from_floats(constants)
+        self.weights.values = _from_floats(weights)
+        self.weights.scale = scale
+        self.weights.ent_coef = None if ent_coef != ent_coef else ent_coef
+        self.updates = updates.tolist()
+        self.n_updates = round(n_updates)
+        del self[:]
+        self._blocks = self._reserved(n)
+        self.extend(self._template[0].frozen_copy() for _ in range(n))
+        self._link()
+
+    def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":
+        super()._apply(fn, recurse)
+        self._template[0]._apply(fn)
+        self._blocks = {name: fn(block) for name, block in self._blocks.items()}
+        self._coefs = {}
+        self._link()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_modules": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.extend(self._template[0].frozen_copy() for _ in self.updates)
+        self._link()
+
+
+def _arrange(sources: Sequence[int], start: int) -> list[int]:
+    """Place entries in the rows from ``start`` on, so that as few as possible change their row."""
+    rows = range(start, start + len(sources))
+    free = iter(source for source in sources if source not in rows)
+    return [row if row in sources else next(free) for row in rows]
+
+
+def _to_floats(values: Sequence[float]) -> th.Tensor:
+    """Doubles as exact sums of three floats, shape (n, 3): some devices have no doubles."""
+    rest = th.tensor(values, dtype=th.float64).reshape(-1)
+    parts = []
+    for _ in range(3):
+        parts.append(rest.float())
+        rest = rest - parts[-1].double()
+    return th.stack(parts, dim=1)
+
+
+def _from_floats(parts: th.Tensor) -> list[float]:
+    return parts.cpu().double().sum(dim=1).tolist()
