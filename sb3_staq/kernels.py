@@ -40,7 +40,8 @@ def _on_amd() -> bool:
 
 def exporting() -> bool:
     """Whether somebody traces, compiles or exports the model: what depends on the batch size would be wrong there."""
-    return th.jit.is_tracing() or th.compiler.is_compiling() or th.onnx.is_in_onnx_export()
+    compiler = th.compiler
+    return th.jit.is_tracing() or compiler.is_compiling() or compiler.is_exporting() or th.onnx.is_in_onnx_export()
 
 
 def _use_amd_ways(x: th.Tensor) -> bool:

@@ -76,7 +76,7 @@ class Critic(nn.Module):
         # Layer by layer, with the names of its parameters: what a batched pass needs to know
         layers = {"features_extractor": features_extractor, **{f"q_net.{i}": x for i, x in enumerate(self.q_net)}}
         self.layers = [(x, {leaf: f"{name}.{leaf}" for leaf, _ in x.named_parameters()}) for name, x in layers.items()]
-        self.output_layer = self.q_net[len(mlp) - 1]
+        self.output_index = len(mlp)  # of the last layer with parameters
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -128,7 +128,7 @@ class QNetwork(Critic):
         n_inputs = features_extractor.features_dim
         super().__init__(features_extractor, n_inputs, n_outputs, net_arch, activation_fn, layer_norm, head)
         self.n_bins = sum(branch_sizes)
-        for param in self.output_layer.parameters():
+        for param in self.layers[self.output_index][0].parameters():
             nn.init.zeros_(param)
 
 
@@ -157,8 +157,23 @@ def _batched_layer(layer: nn.Module, params: Params, x: Any, shared_input: bool)
             return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(dict(params), x)
         except RuntimeError:  # recurrent layers, writing in place, branches on values
             pass
-    copies = [{name: param[i] for name, param in params.items()} for i in range(len(next(iter(params.values()))))]
-    return th.stack([functional_call(layer, p, (x if shared_input else x[i],)) for i, p in enumerate(copies)])
+    n_copies = len(next(iter(params.values())))
+    copies = [{name: param[i] for name, param in params.items()} for i in range(n_copies)]
+    call = _call_with if exporting() else functional_call  # th.jit.trace refuses the latter
+    return th.stack([call(layer, p, (x if shared_input else x[i],)) for i, p in enumerate(copies)])
+
+
+def _call_with(layer: nn.Module, params: dict[str, th.Tensor], args: tuple[Any, ...]) -> th.Tensor:
+    """Call a layer with other parameters in the place of its own."""
+    owners = [(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in params]
+    own: list[Any] = [owner._parameters[leaf] for owner, leaf in owners]
+    try:
+        for (owner, leaf), param in zip(owners, params.values(), strict=True):
+            owner._parameters[leaf] = param  # type: ignore[assignment]
+        return layer(*args)
+    finally:
+        for (owner, leaf), old in zip(owners, own, strict=True):
+            owner._parameters[leaf] = old
 
 
 def batched_forward(
@@ -182,9 +197,9 @@ def batched_forward(
     :param coef: weights of the sum, shape (N,). From the output layer on a critic is linear, so the sum is taken there
     :return: shape (N, batch, n_outputs), or (batch, n_outputs) with ``coef``
     """
-    for layer, names in net.layers[start:end]:
+    for i, (layer, names) in enumerate(net.layers[start:end], start):
         own = {leaf: params[name] for leaf, name in names.items()}
-        if coef is not None and layer is net.output_layer:
+        if coef is not None and i == net.output_index:
             x = weighted_sum_linear(coef, x, own["weight"], own["bias"])
         else:
             x = _batched_layer(layer, own, x, shared_input)

@@ -23,7 +23,7 @@ from sb3_staq.q_networks import CriticEnsemble, batched_forward
 # Activations per layer at a time: on a CPU 2 MB, which stay in its cache; a GPU needs much work at a time
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
 # Elements of the observations that are evaluated at a time: bounds the memory that images take
-OBS_ELEMENTS = 2**22
+OBS_ELEMENTS = 2**21
 # Critics whose weight is at most this share of the sum of the weights are left out. For 256 of them this is the
 # resolution of a float, 2^-24.
 NEGLIGIBLE_WEIGHT = 2.0**-32
@@ -123,7 +123,7 @@ class FrozenCritics(nn.ModuleList):
         if not exporting():
             elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
             chunk = max(1, elements // (self._widest_layer * max(1, len(first))))
-        total = first.new_zeros(len(first), self.n_bins, dtype=th.float32)
+        total = first.new_zeros(first.shape[0], self.n_bins, dtype=th.float32)
         with th.autocast(first.device.type, enabled=False):
             for start in range(0, len(coefs), chunk):
                 rows = slice(start, min(start + chunk, len(coefs)))

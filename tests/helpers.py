@@ -9,7 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_staq import StaQ
-from sb3_staq.critics import CriticEnsemble, QNetwork
+from sb3_staq.q_networks import CriticEnsemble, QNetwork
 
 # Everything that decides a result is here, so that tests do not depend on the defaults
 SMALL = dict(
@@ -28,6 +28,7 @@ SMALL = dict(
     critic="additive",
     critic_reduction="mean",
     target_update_interval=5,
+    eval_policy="last",
     kl_coef=1.0,
     ent_coef=0.1,
     exploration_fraction=0.1,
@@ -130,18 +131,41 @@ def slow_logit_sums(policy, obs, dtype=th.float64) -> th.Tensor:
     """The weighted sum of the frozen critics, one ordinary network after the other, in double precision."""
     obs = preprocess_obs(obs, policy.observation_space, normalize_images=policy.normalize_images)
     first = next(iter(obs.values())) if isinstance(obs, dict) else obs
-    total = th.zeros(len(first), policy.action_groups.n_choices, dtype=dtype)
-    for weight, entry in zip(policy.frozen_critics.weights.values, policy.frozen_critics, strict=True):
+    total = th.zeros(len(first), policy.branches.n_bins, dtype=dtype)
+    for weight, entry in zip(policy.frozen_critics.weights.values, by_age(policy), strict=True):
         total += weight * slow_q_values(entry, obs, dtype)
     return total
 
 
+def by_age(policy) -> list[CriticEnsemble]:
+    """The frozen critics that the logit rule weights, oldest first."""
+    stack = policy.frozen_critics
+    newest_first = sorted(range(len(stack)), key=lambda i: -stack.updates[i])
+    return [stack[i] for i in newest_first[: len(stack.weights)]][::-1]
+
+
+def slow_average(policy, obs, dtype=th.float64) -> th.Tensor:
+    """The plain mean of the frozen critics of the window, one ordinary network after the other."""
+    obs = preprocess_obs(obs, policy.observation_space, normalize_images=policy.normalize_images)
+    stack = policy.frozen_critics
+    covered = max(1, round(stack.average_window * stack.n_updates))
+    stride = 1
+    while covered / stride > stack.average_size:
+        stride *= 2
+    kept = [
+        stack[i]
+        for i, update in enumerate(stack.updates)
+        if update > stack.n_updates - covered and update % stride == 0
+    ]
+    return th.stack([slow_q_values(entry, obs, dtype) for entry in kept]).mean(0)
+
+
 def slow_log_policy(policy, logits: th.Tensor) -> th.Tensor:
-    """Log-probabilities of the choices, group after group."""
+    """Log-probabilities of the bins, branch after branch."""
     parts, start = [], 0
-    for size in policy.action_groups.sizes:
-        group = logits[..., start : start + size]
-        parts.append(group - group.exp().sum(-1, keepdim=True).log())
+    for size in policy.branches.sizes:
+        branch = logits[..., start : start + size]
+        parts.append(branch - branch.exp().sum(-1, keepdim=True).log())
         start += size
     assert start == logits.shape[-1]
     return th.cat(parts, dim=-1)
