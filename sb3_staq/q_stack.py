@@ -139,19 +139,16 @@ class FrozenCritics(nn.ModuleList):
         :return: shape (number of entries up to the last that has one, n_critics)
         """
         if average not in self._coefs:
-            n_critics, device = len(next(iter(self._template[0].params.values()))), self._device
+            block = next(iter(self._blocks.values()))
             values = self._average_values() if average else self._rule_values()
             threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
             values = [value if abs(value) > threshold else 0.0 for value in values]
             while values and values[-1] == 0.0:
                 values.pop()
             # The mean of an ensemble is a sum as well: one factor for each network
-            self._coefs[average] = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
+            coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
+            self._coefs[average] = coefs.unsqueeze(1).repeat(1, block.shape[1])
         return self._coefs[average]
-
-    @property
-    def _device(self) -> th.device:
-        return next(iter(self._blocks.values())).device
 
     def _rule_values(self) -> list[float]:
         """The weights by the logit rule, in the order of the entries."""
@@ -257,7 +254,7 @@ class FrozenCritics(nn.ModuleList):
         weights = self.weights
         ent_coef = float("nan") if weights.ent_coef is None else weights.ent_coef
         destination[f"{prefix}weights"] = _to_floats(weights.values)
-        destination[f"{prefix}updates"] = th.tensor(self.updates)
+        destination[f"{prefix}updates"] = th.tensor(self.updates, dtype=th.float32)
         destination[f"{prefix}constants"] = _to_floats([weights.scale, ent_coef, float(self.n_updates)])
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:

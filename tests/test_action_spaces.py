@@ -19,7 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import StaQ
-from sb3_staq.action_spaces import make_action_groups
+from sb3_staq.action_spaces import make_branches
 from sb3_staq.critics import Dueling
 from sb3_staq.mirror_descent import decay_rate, entropy, log_policy, step_size
 
@@ -67,7 +67,7 @@ class OneStepEnv(gym.Env):
 def test_decode_and_encode_are_inverse(name):
     """All joint choices give different stored actions, from which they are recovered."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
+    groups = make_branches(space, **kwargs)
     choices = all_choices(groups.sizes)
     actions = groups.decode(choices)
     assert len(actions.unique(dim=0)) == len(choices)
@@ -76,7 +76,7 @@ def test_decode_and_encode_are_inverse(name):
 
 def test_expected_choices():
     """The numbers of choices of each grid, and their extremes."""
-    sizes = {name: make_action_groups(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}
+    sizes = {name: make_branches(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}
     assert sizes == {
         "discrete": (5,),
         "discrete_start": (3,),
@@ -92,9 +92,9 @@ def test_expected_choices():
         "box_fixed": (3, 3),
         "box_2d": (2, 2, 2, 2),
     }
-    axis = make_action_groups(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
+    axis = make_branches(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
     assert axis.abs().sum(dim=1).tolist() == [0] + [1] * 6
-    factored = make_action_groups(UNEVEN_BOX, "factored", 4).decode(all_choices((4, 4, 4)))
+    factored = make_branches(UNEVEN_BOX, "factored", 4).decode(all_choices((4, 4, 4)))
     assert factored.unique().tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
 
 
@@ -102,7 +102,7 @@ def test_expected_choices():
 def test_encode_finds_the_nearest_choice(name):
     """For arbitrary stored actions, as another agent's buffer holds them."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
+    groups = make_branches(space, **kwargs)
     actions = 2 * th.rand(200, int(np.prod(space.shape)), generator=th.Generator().manual_seed(0)) - 1
     candidates = groups.decode(all_choices(groups.sizes))
     found = groups.decode(groups.encode(actions))
@@ -114,8 +114,8 @@ def test_encode_finds_the_nearest_choice(name):
 def test_distribution_against_the_joint_distribution(name):
     """Log-probabilities, entropy and mode of the product policy are those of the enumerated joint distribution."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
-    logits = th.randn(1, groups.n_choices, dtype=th.float64, generator=th.Generator().manual_seed(1))
+    groups = make_branches(space, **kwargs)
+    logits = th.randn(1, groups.n_bins, dtype=th.float64, generator=th.Generator().manual_seed(1))
     choices = all_choices(groups.sizes)
     # The sum of the chosen logits, by a loop, normalised over all joint choices
     starts = [sum(groups.sizes[:g]) for g in range(len(groups.sizes))]
@@ -200,7 +200,7 @@ def test_actions_are_in_the_space(name, tmp_path):
     loaded = StaQ.load(tmp_path / "model.zip")
     logits = model.policy.logits(th.zeros(1, 2))
     assert th.equal(loaded.policy.logits(th.zeros(1, 2)), logits) and logits.abs().max() > 0
-    assert loaded.policy.action_groups.sizes == model.policy.action_groups.sizes
+    assert loaded.policy.branches.sizes == model.policy.branches.sizes
 
 
 def test_buffer_of_another_agent():

@@ -55,8 +55,8 @@ def test_gradient_steps_read_no_numbers(actions, logit_cache):
 def test_groups_follow_the_policy_but_are_not_saved(actions):
     """The constants of the action groups move with the policy ("meta" stands in for a GPU); files do not change."""
     model = make(actions)
-    assert not any("action_groups" in key for key in model.policy.state_dict())
-    groups = model.policy.to("meta").action_groups
+    assert not any("branches" in key for key in model.policy.state_dict())
+    groups = model.policy.to("meta").branches
     choices = th.zeros(5, len(groups.sizes), dtype=th.long, device="meta")
     for tensor in (groups.uniform(5), groups.columns(choices), groups.decode(choices)):
         assert tensor.device.type == "meta"

@@ -149,7 +149,7 @@ def test_round_trip_of_the_policys_arguments(tmp_path):
     assert_same_policy(loaded, model.policy, observations(model))
     assert len(loaded.frozen_critics) == 5
     assert (loaded.n_critics, loaded.critic_reduction, loaded.logit_rule) == (3, "min", "exact")
-    assert loaded.action_groups.sizes == (16,)
+    assert loaded.branches.sizes == (16,)
     assert type(loaded.optimizer) is th.optim.SGD
     assert loaded.optimizer.param_groups[0]["momentum"] == 0.5
 

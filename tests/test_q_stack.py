@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import inspect
 import mmap
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ import torch as th
 from gymnasium import spaces
 from helpers import (
     RandomObsEnv,
-    grow,
+    by_age,
     make_model,
     members,
     randomise,
     relative_error,
     sample_obs,
+    slow_average,
     slow_logit_sums,
     slow_q_values,
 )
@@ -26,7 +29,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.func import functional_call
 
-from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, critics
+from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, kernels
+from sb3_staq.mirror_descent import averaged_updates
 
 
 class NormExtractor(BaseFeaturesExtractor):
@@ -74,20 +78,21 @@ ARCHITECTURES = {
     "image": (CnnPolicy, IMAGE, dict(features_extractor_kwargs=dict(features_dim=8))),
     "image_hidden": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
     "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
-    "groups": (MlpPolicy, BOX, dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]))),
-    "groups_layer_norm": (
+    "branches": (MlpPolicy, BOX, dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]))),
+    "branches_layer_norm": (
         MlpPolicy,
         BOX,
         dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]), layer_norm=True),
     ),
-    "groups_linear": (MlpPolicy, BOX, dict(net_arch=[], action_space=spaces.MultiBinary(3))),
+    "branches_linear": (MlpPolicy, BOX, dict(net_arch=[], action_space=spaces.MultiBinary(3))),
     "box_axis": (MlpPolicy, BOX, dict(net_arch=[8], action_space=spaces.Box(-1, 1, (3,)), action_grid="axis")),
 }
 
 
 def make_policy(architecture="mlp", **kwargs):
     policy_class, space, policy_kwargs = ARCHITECTURES[architecture]
-    policy_kwargs = {"action_space": spaces.Discrete(3), "memory_size": 4, **policy_kwargs, **kwargs}
+    own = {"action_space": spaces.Discrete(3), "memory_size": 4, "eval_policy": "last", "average_size": 0}
+    policy_kwargs = {**own, **policy_kwargs, **kwargs}
     th.manual_seed(0)
     policy = policy_class(space, lr_schedule=lambda _: 1e-3, **policy_kwargs)
     randomise(policy.critics, seed=0)
@@ -115,10 +120,8 @@ def loop_sum(policy, stack, obs):
 @pytest.fixture(params=["AMD", "another maker"])
 def processor(request, monkeypatch):
     """As on a processor of this maker, which decides how products are computed, with sizes for small networks."""
-    monkeypatch.setattr(critics, "_ON_AMD", request.param == "AMD")
-    monkeypatch.setattr(critics, "_NUMPY_IS_FASTER", request.param == "AMD")
-    monkeypatch.setattr(critics, "_READ_AHEAD", 2 * 32 * 32 * 4)  # two networks
-    monkeypatch.setattr(critics, "_FEW_INPUTS", 6)
+    monkeypatch.setattr(kernels, "_on_amd", lambda: request.param == "AMD")
+    monkeypatch.setattr(kernels, "READ_AHEAD_BYTES", 2 * 32 * 32 * 4)  # two networks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -132,12 +135,12 @@ def test_ensemble_equals_networks_one_by_one(architecture, processor):
 
     batched = policy.critics(obs)
     one_by_one = th.stack([net(obs) for net in nets])
-    n_choices = policy.action_groups.n_choices
-    assert batched.shape == (policy.n_critics, 9, n_choices)
+    n_bins = policy.branches.n_bins
+    assert batched.shape == (policy.n_critics, 9, n_bins)
     assert batched.std() > 0.01
     assert relative_error(batched.detach(), one_by_one.detach()) < 1e-5
 
-    target = th.linspace(-1, 1, 9 * n_choices).reshape(9, n_choices)
+    target = th.linspace(-1, 1, 9 * n_bins).reshape(9, n_bins)
     ((batched - target) ** 2).sum().backward()
     ((one_by_one - target) ** 2).sum().backward()
     for name, param in policy.critics.net.named_parameters():
@@ -184,9 +187,9 @@ def test_stack_equals_networks_one_by_one(architecture, processor):
     for batch_size in (1, 2, 33):
         obs = sample_obs(policy.observation_space, batch_size)
         sums = policy.logit_sums(obs)
-        assert sums.shape == (batch_size, policy.action_groups.n_choices)
+        assert sums.shape == (batch_size, policy.branches.n_bins)
         assert sums.dtype == th.float32
-        assert not sums.requires_grad
+        assert not sums.requires_grad  # none is asked for
         expected = loop_sum(policy, stack, policy.preprocess(obs))
         assert expected.std() > 0.01
         assert relative_error(sums, expected) < 1e-5
@@ -202,115 +205,6 @@ def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor)
         push(policy, seed=i, kl_coef=20.0, ent_coef=0.4)
     obs = sample_obs(policy.observation_space, batch_size)
     assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
-    assert not policy.frozen_critics(policy.preprocess(obs).requires_grad_()).requires_grad
-
-
-@pytest.mark.parametrize(
-    ("width", "batch_size", "n_threads", "expected"),
-    [
-        # The first layer has too few inputs; the output layer has few outputs
-        (128, 1, 1, ["vecdot", "vecdot"]),
-        (300, 3, 1, ["vecdot", "vecdot"]),
-        (64, 3, 1, []),
-        (400, 3, 1, []),
-        (64, 4, 1, ["matmul", "matmul"]),
-        (128, 5, 1, ["matmul", "matmul"]),
-        (300, 7, 1, ["matmul", "matmul"]),
-        (300, 64, 1, ["matmul", "matmul"]),
-        (400, 32, 1, ["matmul", "matmul"]),
-        (400, 33, 1, ["matmul"]),
-        (700, 6, 1, ["matmul"]),
-        (32, 8, 1, []),
-        (128, 65, 1, []),
-        (128, 1, 2, []),
-        (128, 8, 2, []),
-    ],
-)
-def test_products_by_numpy(width, batch_size, n_threads, expected, processor, request, monkeypatch):
-    """Only where they are the faster ones, and with the same results."""
-    monkeypatch.setattr(critics, "_READ_AHEAD", 2**22)  # all at once
-    policy = make_policy("mlp", net_arch=[width, width])
-    push(policy, seed=0)
-    obs = sample_obs(policy.observation_space, batch_size)
-    calls = []
-    for name in ("matmul", "vecdot"):
-        function = getattr(np, name)
-        monkeypatch.setattr(
-            np, name, lambda *args, f=function, **kwargs: calls.append(f.__name__) or f(*args, **kwargs)
-        )
-    th.set_num_threads(n_threads)
-    try:
-        sums = policy.logit_sums(obs)
-    finally:
-        th.set_num_threads(1)
-    assert calls == (expected if request.node.callspec.params["processor"] == "AMD" else [])
-    assert relative_error(sums, slow_logit_sums(policy, obs)) < 2e-6
-
-
-@pytest.mark.parametrize(
-    ("config", "capability", "expected"),
-    [
-        ({"Build Dependencies": {"blas": {"name": "scipy-openblas"}}}, "AVX512", True),
-        ({"Build Dependencies": {"blas": {"name": "scipy-openblas"}}}, "AVX2", False),
-        ({"Build Dependencies": {"blas": {"name": "mkl-sdl"}}}, "AVX512", False),
-        ({"Build Dependencies": {"lapack": {"name": "openblas"}}}, "AVX512", False),
-        ({}, "AVX512", False),
-    ],
-)
-def test_kernels_of_numpy(config, capability, expected, monkeypatch):
-    """What NumPy and PyTorch say of themselves."""
-    monkeypatch.setattr(np, "show_config", lambda mode: config if mode == "dicts" else None)
-    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert critics._numpy_has_fast_kernels() is expected
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the number of observations is fixed
-@pytest.mark.parametrize(
-    "export",
-    [
-        pytest.param(th.jit.trace, id="trace"),
-        pytest.param(lambda module, args: th.export.export(module, args).module(), id="export"),
-        pytest.param(lambda module, args: th.compile(module, backend="eager", fullgraph=True), id="compile"),
-    ],
-)
-def test_exported_policy(export, processor):
-    """SB3's ways to use a policy elsewhere: the exported module gives the same logits at other observations."""
-    policy = make_policy("mlp", net_arch=[128, 128])
-    for i in range(5):
-        push(policy, seed=i)
-
-    class Logits(th.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.policy = policy
-
-        def forward(self, obs):
-            return self.policy.logits(obs)
-
-    obs = sample_obs(policy.observation_space, 2).split(1)
-    exported = export(Logits(), (obs[0],))
-    for x in obs:
-        assert relative_error(exported(x), policy.logits(x)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "windows", "expected"),
-    [
-        ("vendor_id\t: AuthenticAMD\n", "", True),
-        ("vendor_id\t: GenuineIntel\n", "", False),
-        (None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
-        (None, "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", False),
-        (None, "arm", False),
-    ],
-)
-def test_maker_of_the_processor(cpuinfo, windows, expected, tmp_path, monkeypatch):
-    """What Linux and Windows say of themselves."""
-    path = tmp_path / "cpuinfo"
-    if cpuinfo is not None:
-        path.write_text(cpuinfo)
-    monkeypatch.setattr(critics, "Path", {"/proc/cpuinfo": path}.__getitem__)
-    monkeypatch.setattr("platform.processor", lambda: windows)
-    assert critics._is_amd() is expected
 
 
 def test_batches_do_not_mix_observations():
@@ -379,20 +273,17 @@ def test_growth_and_deletion_order(memory_size):
         pushed.append(policy.q_values(policy.critics, obs))
         update, deleted = policy.push_critics(1.0, 0.1)
         assert len(policy.frozen_critics) == min(i + 1, memory_size)
-        if i < memory_size:
-            assert deleted is None
-            assert not update.deletes
-        else:
-            assert update.deletes
-            th.testing.assert_close(policy.q_values(deleted, obs), pushed[i - memory_size], rtol=0, atol=0)
-            seen.append(deleted)
+        assert len(deleted) == len(update.deleted_weights) == int(i >= memory_size)
+        for critics in deleted:
+            th.testing.assert_close(policy.q_values(critics, obs), pushed[i - memory_size], rtol=0, atol=0)
+        seen += deleted
         randomise(policy.critics, seed=1000 + i)  # the online critics train on
-        values = [policy.q_values(entry, obs) for entry in policy.frozen_critics]
-        for value, expected in zip(values, pushed[-memory_size:], strict=False):
+        values = [policy.q_values(entry, obs) for entry in by_age(policy)]
+        for value, expected in zip(values, pushed[-memory_size:], strict=True):
             th.testing.assert_close(value, expected, rtol=0, atol=0)
-        th.testing.assert_close(policy.q_values(policy.frozen_critics[-1], obs), pushed[i], rtol=0, atol=0)
-    for deleted, expected in zip(seen, pushed, strict=False):  # deleted entries stay what they were
-        th.testing.assert_close(policy.q_values(deleted, obs), expected, rtol=0, atol=0)
+        th.testing.assert_close(policy.q_values(policy.frozen_critics.newest, obs), pushed[i], rtol=0, atol=0)
+    for critics, expected in zip(seen, pushed, strict=False):  # deleted entries stay what they were
+        th.testing.assert_close(policy.q_values(critics, obs), expected, rtol=0, atol=0)
 
 
 def test_exact_rule_keeps_everything():
@@ -406,7 +297,7 @@ def test_exact_rule_keeps_everything():
 @pytest.mark.parametrize(
     "by_age", [[1.0, -2.0, 0.5], [-1.0, -0.1, -1e-3], [0.0, 0.0, 3.0], [1.0, -1.0, 0.0], [1.0, 1e-3, 1e6]], ids=str
 )
-@pytest.mark.parametrize("architecture", ["mlp", "groups"])
+@pytest.mark.parametrize("architecture", ["mlp", "branches"])
 def test_custom_weights(architecture, by_age):
     """The logits are ``sum_age w(age) Q_{k-age}``, missing critics count as zero."""
     policy = make_policy(architecture, memory_size=3, logit_rule=by_age)
@@ -425,7 +316,7 @@ def test_no_gradient_reaches_frozen_critics():
     model = make_model(memory_size=3)
     model.learn(70)
     policy = model.policy
-    assert len(policy.frozen_critics) == 3
+    assert len(policy.frozen_critics.weights) == 3
     trained = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
     assert trained == {id(param) for param in policy.critics.parameters()}
     frozen = [*policy.frozen_critics.parameters(), *policy.critics_target.parameters()]
@@ -439,8 +330,7 @@ def test_no_gradient_reaches_frozen_critics():
     after = policy.frozen_critics.state_dict()
     assert after.keys() == before.keys()
     for key, value in before.items():
-        assert key == "_extra_state" or th.equal(value, after[key]), key
-    assert after["_extra_state"] == before["_extra_state"]
+        assert th.equal(value, after[key]), key
     assert not any(th.equal(value, online[key]) for key, value in policy.critics.state_dict().items())
     assert all(param.grad is None for param in frozen)
     assert not policy.logits(th.zeros(2, 4)).requires_grad
@@ -464,13 +354,14 @@ def test_dropout_acts_in_training_only():
 def assert_entries_are_live(policy):
     """What is written into the parameters of an entry is what the policy evaluates: there is no second copy."""
     obs = sample_obs(policy.observation_space, 6)
-    for i, entry in enumerate(policy.frozen_critics):
+    weights = policy.frozen_critics.weights.values
+    for i, entry in enumerate(by_age(policy)):
         before = policy.logit_sums(obs)
         with th.no_grad():
             entry.net.q_net[-1].bias += 1.0
         after = policy.logit_sums(obs)
         th.testing.assert_close(
-            after - before, th.full_like(before, policy.frozen_critics.weights.values[i]), rtol=1e-3, atol=1e-4
+            after - before, th.full_like(before, weights[i]), rtol=1e-3, atol=1e-4
         )
         with th.no_grad():
             entry.net.q_net[-1].bias -= 1.0
@@ -520,7 +411,7 @@ def pages(request, monkeypatch):
             return super().madvise(*args)
 
     monkeypatch.setattr(mmap, "mmap", Memory)
-    monkeypatch.setattr(critics, "_LARGE_PAGE", 1)
+    monkeypatch.setattr(kernels, "LARGE_PAGE_BYTES", 1)
     yield
     assert set(asked) == {(mmap.MADV_HUGEPAGE,)}
 
@@ -601,7 +492,7 @@ def test_skipping_negligible_weights(batch_size, coefs):
     for i in range(45):
         push(policy, *(i, *coefs))
     obs = sample_obs(BOX, 50)
-    values = th.stack([slow_q_values(entry, obs) for entry in policy.frozen_critics])
+    values = th.stack([slow_q_values(entry, obs) for entry in by_age(policy)])
     weights = th.tensor(policy.frozen_critics.weights.values, dtype=th.float64)
     # The stated bound: less than 2^-32 of the sum of the weights times max|Q| for each skipped critic, and rounding
     bound = (40 * 2.0**-32 + 1e-6) * weights.sum() * values.abs().max()
@@ -624,7 +515,7 @@ def test_old_critics_with_huge_values_are_within_the_bound():
     expected = slow_logit_sums(policy, obs)
     without_first = sum(
         weight * slow_q_values(entry, obs)
-        for weight, entry in list(zip(policy.frozen_critics.weights.values, policy.frozen_critics, strict=True))[1:]
+        for weight, entry in list(zip(policy.frozen_critics.weights.values, by_age(policy), strict=True))[1:]
     )
     assert relative_error(without_first, expected) > 0.1
     assert relative_error(policy.logit_sums(obs), expected) < 1e-6
@@ -652,34 +543,197 @@ def test_a_stack_of_any_size_loads(n_before, n_entries):
         push(other, seed=100 + i)
 
 
-def test_a_larger_stack_is_refused():
-    """The error says how large it is, and which argument is needed; a larger memory takes it."""
+def test_a_larger_stack_loads_and_shrinks():
+    """It is the same policy; the next update deletes what is too much, as the recursion says."""
     policy = make_policy("mlp", memory_size=5)
     for i in range(5):
         push(policy, seed=i)
-    other = make_policy("mlp", memory_size=3)
-    with pytest.raises(ValueError, match=r"5 frozen critics.*memory_size=3.*memory_size >= 5"):
-        other.load_state_dict(policy.state_dict())
-    larger = make_policy("mlp", memory_size=9)
-    larger.load_state_dict(policy.state_dict())
-    unlimited = make_policy("mlp", memory_size=3, logit_rule="exact")
-    unlimited.load_state_dict(policy.state_dict())
     obs = sample_obs(BOX, 6)
-    for loaded in (larger, unlimited):
-        th.testing.assert_close(loaded.logit_sums(obs), policy.logit_sums(obs), rtol=0, atol=0)
+    for memory_size, logit_rule in ((3, "weight_corrected"), (9, "weight_corrected"), (3, "exact")):
+        other = make_policy("mlp", memory_size=memory_size, logit_rule=logit_rule)
+        other.load_state_dict(policy.state_dict())
+        before = other.logit_sums(obs)
+        th.testing.assert_close(before, policy.logit_sums(obs), rtol=0, atol=0)
+        update, deleted = other.push_critics(1.0, 0.1)
+        assert len(deleted) == (3 if (memory_size, logit_rule) == (3, "weight_corrected") else 0)
+        assert len(other.frozen_critics) == 6 - len(deleted)
+        q_new = other.q_values(other.frozen_critics.newest, obs)
+        followed = update.apply(before, q_new, [other.q_values(critics, obs) for critics in deleted])
+        assert relative_error(other.logit_sums(obs), slow_logit_sums(other, obs)) < 1e-5
+        assert relative_error(followed, slow_logit_sums(other, obs)) < 1e-5
 
 
-def test_model_refuses_a_larger_stack_and_stays_whole():
-    """The parameters of a model are not changed by a set_parameters() that fails."""
-    model, other = make_model(memory_size=4), make_model(memory_size=2, seed=1)
-    grow(model, 4)
-    grow(other, 2, seed=9)
-    obs = sample_obs(other.observation_space, 6).clamp(-3, 3)
-    logits, q_values = other.policy.logits(obs), other.policy.critics(obs)
-    with pytest.raises(ValueError, match=r"memory_size >= 4"):
-        other.set_parameters(model.get_parameters())
-    th.testing.assert_close(other.policy.logits(obs), logits, rtol=0, atol=0)
-    th.testing.assert_close(other.policy.critics(obs), q_values, rtol=0, atol=0)
+# The average
+
+
+def needed_updates(n_updates, window, size):
+    """Brute force: every stride-th update of the window, for the smallest power of two that leaves at most size."""
+    covered = max(1, round(window * n_updates))
+    stride = next(2**i for i in range(40) if covered <= 2**i * size)
+    return [u for u in range(1, n_updates + 1) if u > n_updates - covered and u % stride == 0]
+
+
+@pytest.mark.parametrize(("window", "size"), [(0.15, 60), (0.15, 5), (1.0, 4), (0.01, 2), (0.5, 30)])
+def test_averaged_updates(window, size):
+    """As by brute force; never too many, never what was not needed one update before."""
+    before: set[int] = set()
+    for n in range(1, 3000):
+        now = list(averaged_updates(n, window, size))
+        assert now == needed_updates(n, window, size)
+        assert 1 <= len(now) <= size
+        assert set(now) <= before | {n}
+        before = set(now)
+        if round(window * n) >= size:
+            assert len(now) >= (size - 1) // 2
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "branches_layer_norm", "image", "dict"])
+@pytest.mark.parametrize(("memory_size", "window", "size"), [(4, 0.5, 6), (1, 1.0, 5), (30, 0.2, 3)])
+def test_two_weightings_of_one_stack(architecture, memory_size, window, size):
+    """Both sums are those of ordinary networks, and nothing is kept that neither needs."""
+    policy = make_policy(architecture, memory_size=memory_size, average_window=window, average_size=size)
+    obs = sample_obs(policy.observation_space, 7)
+    stack = policy.frozen_critics
+    for i in range(60):
+        push(policy, seed=i, kl_coef=1.0 + i % 3, ent_coef=0.2)
+        recent = set(range(max(1, i + 2 - memory_size), i + 2))
+        assert sorted(stack.updates) == sorted(recent | set(needed_updates(i + 1, window, size)))
+        assert set(stack.updates[: len(stack.weights)]) == recent
+        if i % 13 == 0 or i > 57:
+            assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+            expected = sum(stack.weights.values) * slow_average(policy, obs)
+            assert relative_error(policy.logit_sums(obs, average=True), expected) < 1e-5
+    policy.eval_policy = "last"
+    th.testing.assert_close(policy.logits(obs), stack.weights.scale * policy.logit_sums(obs))
+    policy.eval_policy = "average"
+    th.testing.assert_close(policy.logits(obs), stack.weights.scale * policy.logit_sums(obs, average=True))
+
+
+@pytest.mark.parametrize("kind", ["deepcopy", "pickle", "state_dict", "dtype"])
+def test_both_weightings_survive(kind):
+    """Copies give bitwise the same logits, and grow on as their original does."""
+    policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
+    for i in range(17):
+        push(policy, seed=i)
+    if kind == "deepcopy":
+        other = copy.deepcopy(policy)
+    elif kind == "dtype":
+        other = copy.deepcopy(policy).to(th.float64).to(th.float32)
+    else:
+        other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
+        if kind == "pickle":
+            other.frozen_critics = pickle.loads(pickle.dumps(policy.frozen_critics))
+        else:
+            other.load_state_dict(policy.state_dict())
+    obs = sample_obs(BOX, 6)
+    for i in range(20):
+        for average in (False, True):
+            assert th.equal(other.logit_sums(obs, average), policy.logit_sums(obs, average))
+        push(policy, seed=100 + i)
+        push(other, seed=100 + i)
+
+
+# The state
+
+
+def test_state_is_of_float_tensors():
+    """What users do with any state_dict: random values of the same kind, averages, other devices."""
+    policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
+    for i in range(9):
+        push(policy, seed=i)
+    state = policy.state_dict()
+    assert {value.dtype for value in state.values()} == {th.float32}
+    other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
+    other.load_state_dict({key: th.rand_like(value) for key, value in state.items()})
+    obs = sample_obs(BOX, 6)
+    for average in (False, True):
+        assert th.isfinite(other.logit_sums(obs, average)).all()
+    push(other, seed=0)
+    assert relative_error(other.logit_sums(obs), slow_logit_sums(other, obs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "damage"),
+    [
+        ("weights", lambda x: x.fill_(float("nan"))),
+        ("updates", lambda x: x.fill_(float("inf"))),
+        ("weights", lambda x: x[:, :2]),
+        ("weights", lambda x: x.repeat(5, 1)),
+        ("constants", lambda x: x[:1]),
+    ],
+)
+def test_a_damaged_state_is_refused(key, damage):
+    policy = make_policy("mlp", memory_size=3)
+    for i in range(4):
+        push(policy, seed=i)
+    state = policy.state_dict()
+    state[f"frozen_critics.{key}"] = damage(state[f"frozen_critics.{key}"])
+    obs = sample_obs(BOX, 6)
+    other = make_policy("mlp", memory_size=3)
+    push(other, seed=9)
+    before = other.logit_sums(obs)
+    with pytest.raises(ValueError, match="The saved stack is damaged"):
+        other.load_state_dict(state)
+    assert th.equal(other.logit_sums(obs), before)
+
+
+@pytest.mark.parametrize("n_before", [1, 3, 12])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_push_happens_or_does_not(n_before, error, monkeypatch):
+    """Whatever copy or allocation fails: the policy is the old or the new one, saves, loads and goes on."""
+
+    def make():
+        policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=4)
+        for i in range(n_before):
+            push(policy, seed=i)
+        randomise(policy.critics, seed=99)
+        return policy
+
+    obs = sample_obs(BOX, 6)
+    allowed = [make(), make()]
+    allowed[1].push_critics(1.0, 0.1)
+    allowed = [policy.logit_sums(obs, average=True) for policy in allowed]
+    n_failed = 0
+    for method in ("copy_", "clone", "new_empty"):
+        for at in range(100):
+            policy, count, original = make(), iter(range(10**6)), getattr(th.Tensor, method)
+
+            def failing(*args, original=original, at=at, count=count, **kwargs):
+                if next(count) == at:
+                    if error is KeyboardInterrupt:
+                        signal.raise_signal(signal.SIGINT)
+                    elif inspect.stack()[1].function != "push":  # what cannot fail: copies into memory that is there
+                        raise error
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(th.Tensor, method, failing)
+                try:
+                    policy.push_critics(1.0, 0.1)
+                    failed = False
+                except error:
+                    failed = True
+            n_failed += failed
+            logits = policy.logit_sums(obs, average=True)
+            assert any(th.equal(logits, x) for x in allowed)
+            other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=4)
+            other.load_state_dict(policy.state_dict())
+            assert th.equal(other.logit_sums(obs, average=True), logits)
+            push(policy, seed=5)
+            assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+            if next(count) <= at:
+                break
+    assert n_failed > 0
+
+
+def test_gradients_with_respect_to_observations():
+    """On request, as finite differences say: for attribution and adversarial tests."""
+    policy = make_policy("mlp", memory_size=3, net_arch=[8])
+    for i in range(5):
+        push(policy, seed=i)
+    policy.to(th.float64)
+    obs = sample_obs(BOX, 3).double().requires_grad_()
+    assert th.autograd.gradcheck(lambda x: policy.frozen_critics(x).double(), obs, eps=1e-4, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("critic", ["additive", "joint"])
@@ -714,7 +768,7 @@ def test_wrong_architecture_is_refused():
 
 
 @pytest.mark.parametrize("n_pushed", [1, 5, 9])
-def test_saved_stack_has_no_unused_slots(n_pushed):
+def test_saved_stack_has_no_unused_rows(n_pushed):
     """While the blocks grow they have room for more entries, which is not saved."""
     policy = make_policy(memory_size=50)
     for _ in range(n_pushed):
@@ -725,4 +779,5 @@ def test_saved_stack_has_no_unused_slots(n_pushed):
         if isinstance(value, th.Tensor)
     )
     critics = sum(param.numel() * param.element_size() for param in policy.critics.parameters())
-    assert size == n_pushed * critics
+    numbers = 4 * (3 * n_pushed + n_pushed + 9)
+    assert size == n_pushed * critics + numbers

@@ -11,8 +11,8 @@ from helpers import RandomObsEnv, make_model, members, randomise, relative_error
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvBox, IdentityEnvMultiDiscrete
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
-from sb3_staq.action_spaces import make_action_groups
-from sb3_staq.critics import JointCritics
+from sb3_staq.action_spaces import make_branches
+from sb3_staq.critics import StateActionCritics
 from sb3_staq.mirror_descent import log_policy
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)
@@ -50,7 +50,7 @@ def make_policy(architecture="mlp", action_space="box_factored", **kwargs):
 
 def all_actions(policy):
     """Every combination of choices, shape (n_actions, number of groups), and the networks' input for each."""
-    groups = policy.action_groups
+    groups = policy.branches
     choices = th.tensor(list(itertools.product(*map(range, groups.sizes))))
     stored = groups.decode(choices)
     if groups.box_dim:
@@ -75,7 +75,7 @@ def test_joint_critics_equal_networks_one_by_one(architecture, action_space):
     """Values and gradients."""
     policy = make_policy(architecture, action_space)
     obs = policy.preprocess(sample_obs(policy.observation_space, 3))
-    actions = th.rand(3, 5, policy.action_groups.n_inputs)
+    actions = th.rand(3, 5, policy.branches.n_inputs)
     nets = members(policy.critics)
     assert len(nets) == policy.n_critics
     batched = policy.critics(obs, actions.flatten(0, 1), th.arange(3).repeat_interleave(5)).unflatten(1, (3, 5))
@@ -96,7 +96,7 @@ def test_values_of_stored_actions(action_space):
     policy = make_policy(action_space=action_space)
     obs = sample_obs(policy.observation_space, 1)
     choices, inputs = all_actions(policy)
-    stored = policy.action_groups.decode(choices)
+    stored = policy.branches.decode(choices)
     many = obs.expand(len(stored), -1)
     expected = th.stack([slow_values(net, obs, inputs.unsqueeze(0)).squeeze(0) for net in members(policy.critics)])
     assert expected.std() > 0.01
@@ -106,7 +106,7 @@ def test_values_of_stored_actions(action_space):
 def test_critics_of_images_have_a_hidden_layer():
     """Without one, the values of actions would not depend on the state."""
     policy = StaQ("CnnPolicy", FakeImageEnv(discrete=False), buffer_size=1, device="cpu").policy
-    assert isinstance(policy.critics, JointCritics)
+    assert isinstance(policy.critics, StateActionCritics)
     randomise(policy.critics, seed=0)
     obs = sample_obs(policy.observation_space, 2)
     low, high = (policy.action_values(obs, th.full((2, 5), value)) for value in (-1.0, 1.0))
@@ -117,7 +117,7 @@ def test_critics_of_images_have_a_hidden_layer():
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
 def test_sweep_varies_one_group(action_space):
     space, kwargs = ACTION_SPACES[action_space]
-    groups = make_action_groups(space, **kwargs)
+    groups = make_branches(space, **kwargs)
     n_groups = len(groups.sizes)
     choices = groups.uniform(4 * n_groups)
     varied, columns, valid = groups.sweep(choices)
@@ -134,12 +134,12 @@ def test_sweep_varies_one_group(action_space):
             assert varied[i, option].tolist() == expected.tolist()
         # What is not valid can still be looked up
         assert (varied[i] < th.tensor(groups.sizes)).all()
-        assert (columns[i] < groups.n_choices).all()
+        assert (columns[i] < groups.n_bins).all()
 
 
 def test_small_batches_sweep_all_groups():
     """... in the course of time: which group is the first one changes."""
-    groups = make_action_groups(spaces.Box(-1, 1, (17,)), action_bins=3)
+    groups = make_branches(spaces.Box(-1, 1, (17,)), action_bins=3)
     th.manual_seed(0)
     first_columns = th.cat([groups.sweep(groups.uniform(4))[1][:, 0] for _ in range(100)])
     assert set(first_columns.tolist()) == set(range(0, 17 * 3, 3))
@@ -147,7 +147,7 @@ def test_small_batches_sweep_all_groups():
 
 @pytest.mark.parametrize("sizes", [[2, 4], [3, 3]])
 def test_samples_follow_the_policy(sizes):
-    groups = make_action_groups(spaces.MultiDiscrete(sizes))
+    groups = make_branches(spaces.MultiDiscrete(sizes))
     th.manual_seed(0)
     log_pi = log_policy(2 * th.randn(1, 6), groups.sizes)
     n = 40_000
@@ -166,10 +166,10 @@ def test_samples_follow_the_policy(sizes):
 def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
     """Against the sum over all joint actions, for a random policy at one state."""
     policy = make_policy(action_space=action_space, critic_reduction=reduction, n_critics=1)
-    groups = policy.action_groups
+    groups = policy.branches
     obs = sample_obs(policy.observation_space, 1)
     th.manual_seed(1)
-    log_pi = log_policy(th.randn(1, groups.n_choices), groups.sizes)
+    log_pi = log_policy(th.randn(1, groups.n_bins), groups.sizes)
     choices, inputs = all_actions(policy)
     (net,) = members(policy.critics_target)
     with th.no_grad():
@@ -180,12 +180,12 @@ def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
     n_swept = 30_000 * len(groups.sizes)
     n = n_swept if len(groups.sizes) == 1 else 2 * n_swept
     many, log_pis = obs.expand(n, -1), log_pi.expand(n, -1)
-    values, sweep = policy.expected_values(many, log_pis, policy.draw_actions(log_pis))
+    values, sweep = policy.expected_values(many, log_pis, policy.sample_actions(log_pis))
     for part in (values, values[::2], values[1::2]):  # of many groups, every other one is swept
         assert (part.mean() - expected).abs() < 5 * part.std() / len(part) ** 0.5 + 1e-5
     assert len(sweep.q_values) == n_swept
     columns = groups.columns(choices)
-    for column in range(groups.n_choices):
+    for column in range(groups.n_bins):
         here = (columns == column).any(dim=1)
         # E[Q | a_g] over the other groups
         effect = (log_p[here].softmax(dim=0) * q_values[here]).sum()
@@ -222,8 +222,8 @@ def test_every_other_state_is_swept(n):
     """Not a part of the batch: those of HER are ordered, with the relabelled transitions at the end."""
     policy = make_policy(action_space="box_factored")
     obs = sample_obs(policy.observation_space, n)
-    log_pi = log_policy(th.randn(n, policy.action_groups.n_choices), policy.action_groups.sizes)
-    drawn = policy.draw_actions(log_pi)
+    log_pi = log_policy(th.randn(n, policy.branches.n_bins), policy.branches.sizes)
+    drawn = policy.sample_actions(log_pi)
     values, sweep = policy.expected_values(obs, log_pi, drawn)
     assert th.equal(sweep.obs, obs[::2])
     with th.no_grad():
@@ -237,14 +237,14 @@ def test_every_other_state_is_swept(n):
 
 def test_minimum_is_of_expected_values():
     policy = make_policy(action_space="discrete", critic_reduction="min", n_critics=3)
-    groups = policy.action_groups
+    groups = policy.branches
     obs = sample_obs(policy.observation_space, 6)
-    log_pi = log_policy(th.randn(6, groups.n_choices), groups.sizes)
+    log_pi = log_policy(th.randn(6, groups.n_bins), groups.sizes)
     _, inputs = all_actions(policy)
     with th.no_grad():
         q_values = th.stack([slow_values(net, obs, inputs.expand(6, -1, -1)) for net in members(policy.critics_target)])
     expected = (log_pi.exp() * q_values).sum(dim=2).amin(dim=0)
-    values, _ = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
+    values, _ = policy.expected_values(obs, log_pi, policy.sample_actions(log_pi))
     assert relative_error(values, expected) < 1e-5
 
 
@@ -253,8 +253,8 @@ def test_main_effects_loss(action_space):
     """It is the squared error of differences within a group, and takes no notice of a group's constant."""
     policy = make_policy(action_space=action_space)
     obs = sample_obs(policy.observation_space, 23)
-    log_pi = log_policy(th.randn(23, policy.action_groups.n_choices), policy.action_groups.sizes)
-    _, sweep = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
+    log_pi = log_policy(th.randn(23, policy.branches.n_bins), policy.branches.sizes)
+    _, sweep = policy.expected_values(obs, log_pi, policy.sample_actions(log_pi))
     (net,) = members(policy.main_effects)
     with th.no_grad():
         effects = net(obs[::2])
@@ -301,8 +301,8 @@ def test_training_fits_the_main_effects(action_space, logit_cache):
     assert model._n_updates == 280
     assert len(model.policy.frozen_critics) == 4
     batch = model.replay_buffer.sample(200)
-    log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.action_groups.sizes)
-    _, sweep = model.policy.expected_values(batch.next_observations, log_pi, model.policy.draw_actions(log_pi))
+    log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.branches.sizes)
+    _, sweep = model.policy.expected_values(batch.next_observations, log_pi, model.policy.sample_actions(log_pi))
     loss = model.policy.main_effects_loss(sweep).item()
     centred = sweep.valid * sweep.q_values
     centred = centred - sweep.valid * centred.sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)

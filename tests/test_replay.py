@@ -108,7 +108,7 @@ def test_batches_are_parts_of_few_samples(buffer, cached, monkeypatch):
     rewards = stored.rewards[:30].reshape(60)
     known = {tuple(row) for row in rows(flat, rewards, stored.actions[:30].reshape(60, -1))}
     for batch, log_pi, _ in batches:
-        assert log_pi.shape == (200, model.policy.action_groups.n_choices)
+        assert log_pi.shape == (200, model.policy.branches.n_bins)
         assert (batch.discounts is not None) == (buffer == "n_step")
         if buffer != "n_step":  # whose rewards are sums
             assert {tuple(row) for row in rows(batch.observations, batch.rewards, batch.actions)} <= known

@@ -118,7 +118,7 @@ class WrittenOut(BaseCallback):
         weights = logits_written_out(rule, memory_size, self.coefs, ones)
         row = dict(kl=0.0, lost_kl=0.0, entropy=0.0)
         most, gaps, shares, start = 0.0, [], np.zeros(len(q_values)), 0
-        for size in model.policy.action_groups.sizes:
+        for size in model.policy.branches.sizes:
             columns = slice(start, start + size)
             start += size
             pi, pi_old, pi_kept = (
