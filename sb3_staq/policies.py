@@ -2,7 +2,8 @@
 
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -137,6 +138,7 @@ class StaQPolicy(BasePolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
+        self._known_sums: th.Tensor | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -202,6 +204,19 @@ class StaQPolicy(BasePolicy):
         """
         return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
 
+    @contextmanager
+    def collecting(self, logit_sums: th.Tensor) -> Iterator[None]:
+        """
+        Let :meth:`logits`, and so ``predict``, follow the last policy, at observations where its sums are known.
+
+        :param logit_sums: the weighted sums at the observations that ``predict`` will get, shape (batch, n_bins)
+        """
+        self._known_sums = logit_sums
+        try:
+            yield
+        finally:
+            self._known_sums = None
+
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
         Compute the logits of the policy that is delivered, see ``eval_policy``.
@@ -209,8 +224,10 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        average = self.eval_policy == "average"
-        return self.frozen_critics.weights.scale * self.logit_sums(obs, average)
+        sums = self._known_sums
+        if sums is None:
+            sums = self.logit_sums(obs, average=self.eval_policy == "average")
+        return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """
@@ -249,17 +266,6 @@ class StaQPolicy(BasePolicy):
         """
         bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         return np.clip(super().unscale_action(scaled_action), *bounds)
-
-    def to_env_actions(self, bins: th.Tensor) -> np.ndarray:
-        """
-        Turn bins into actions as environments take them.
-
-        :param bins: shape (batch, number of branches)
-        :return: shape (batch, *action_space.shape)
-        """
-        stored = self.branches.decode(bins).cpu().numpy()
-        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
-        return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     # Learning
 

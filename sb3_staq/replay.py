@@ -260,10 +260,8 @@ class PolicyReplay:
         :param remember: whether to remember what was evaluated
         :return: shape (batch, n_bins)
         """
-        if self.cache is None:
-            return self.policy.logit_sums(obs)
         with th.no_grad():
-            return self.cache.logit_sums(obs, remember)
+            return self.policy.logit_sums(obs) if self.cache is None else self.cache.logit_sums(obs, remember)
 
     def remember_last(self) -> None:
         """Evaluate the sums at the next states of what the buffer has stored last, all environments in one pass."""
@@ -272,8 +270,7 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        dtype = None if self.vec_normalize is None else np.float32
-        self.logit_sums(_map(lambda array: buffer.to_torch(np.asarray(array[row], dtype=dtype)), arrays))
+        self.logit_sums(_map(lambda array: buffer.to_torch(array[row]), arrays))
 
     def batches(self, n_batches: int, batch_size: int) -> Iterator[ReplayBatch]:
         """

@@ -286,8 +286,9 @@ class StaQ(OffPolicyAlgorithm):
         with self._as_sb3_needs_them():
             super()._setup_model()
         self.policy.action_space = self.action_space
+        replay = self.replay
         if self.verbose >= 1:
-            self._print_choices()
+            self._print_choices(replay)
 
     @contextmanager
     def _as_sb3_needs_them(self) -> Iterator[None]:
@@ -305,8 +306,8 @@ class StaQ(OffPolicyAlgorithm):
         finally:
             self.action_space, self.policy_kwargs = action_space, policy_kwargs
 
-    def _print_choices(self) -> None:
-        how = "evaluated directly through the whole stack" if self.replay.cache is None else "kept in a cache"
+    def _print_choices(self, replay: PolicyReplay) -> None:
+        how = "evaluated directly through the whole stack" if replay.cache is None else "kept in a cache"
         print(f"Logits of replayed states are {how}")
         kl_coef, ent_coef = self._coefficients().at(1.0)
         asked = auto_memory_size(self.gamma, kl_coef, ent_coef)
@@ -524,22 +525,28 @@ class StaQ(OffPolicyAlgorithm):
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
-            actions[explores] = self.policy.to_env_actions(self.policy.branches.uniform(int(explores.sum())))
+            actions[explores] = self._uniform_actions(int(explores.sum()))
         return actions
+
+    def _uniform_actions(self, n: int) -> np.ndarray:
+        branches = self.policy.branches
+        stored = branches.decode(branches.uniform(n)).cpu().numpy()
+        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
+        return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """Act by the last policy, which is the one that learns."""
         self._remember_statistics()
-        policy = self.policy
+        assert self._last_obs is not None
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
-            actions = policy.to_env_actions(policy.branches.uniform(n_envs))
+            actions = self._uniform_actions(n_envs)
         else:
-            with th.no_grad():
-                sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
-                actions = self._explore(policy.to_env_actions(policy.branches.sample(policy.log_prob(sums))))
-        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+            sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
+            with self.policy.collecting(sums):
+                actions, _ = self.predict(self._last_obs)
+        return actions, self.policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _last_obs_as_tensor(self) -> PyTorchObs:
         """The last observations as the replay buffer has them."""
@@ -547,7 +554,7 @@ class StaQ(OffPolicyAlgorithm):
         assert buffer is not None and self._last_obs is not None
 
         def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
-            dtype = space.dtype if vec_normalize is None else np.float32
+            dtype = space.dtype if vec_normalize is None else None  # normalised ones are floats
             return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
 
         if isinstance(self._last_obs, dict):

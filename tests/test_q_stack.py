@@ -360,9 +360,7 @@ def assert_entries_are_live(policy):
         with th.no_grad():
             entry.net.q_net[-1].bias += 1.0
         after = policy.logit_sums(obs)
-        th.testing.assert_close(
-            after - before, th.full_like(before, weights[i]), rtol=1e-3, atol=1e-4
-        )
+        th.testing.assert_close(after - before, th.full_like(before, weights[i]), rtol=1e-3, atol=1e-4)
         with th.no_grad():
             entry.net.q_net[-1].bias -= 1.0
     storages = {}

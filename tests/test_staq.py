@@ -15,6 +15,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import (
     SMALL,
     RandomObsEnv,
+    by_age,
     grow,
     make_model,
     members,
@@ -46,15 +47,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
-from sb3_staq.buffers import split_samples
-from sb3_staq.staq import DEFAULTS, FACTORED_BOX_DEFAULTS
 
 
 def assert_trained(model, n_steps, n_policy_updates):
     """It ran as long as it should have, learned something, and is finite."""
     assert model.num_timesteps == n_steps
     assert model._n_policy_updates == n_policy_updates
-    assert len(model.policy.frozen_critics) == min(n_policy_updates, model.memory_size)
+    assert len(model.policy.frozen_critics.weights) == min(n_policy_updates, model.policy.memory_size)
     params = th.cat([param.flatten() for param in model.policy.parameters()])
     assert th.isfinite(params).all()
     last_layer = model.policy.critics.net.q_net[-1]
@@ -169,7 +168,7 @@ def test_hindsight_experience_replay_in_every_batch():
     )
     model.learn(400)  # random flips do not reach the goal, but do reach that of the relabelled last transition
     real_goals = {tuple(goal) for goal in model.replay_buffer.observations["desired_goal"][:, 0]}
-    batches = [batch for batch, *_ in model._batches(20, 50)]
+    batches = list(model.replay.batches(20, 50))
     assert [len(batch.rewards) for batch in batches] == [50] * 20
     shares = [
         np.mean([tuple(goal) not in real_goals for goal in batch.observations["desired_goal"].numpy()])
@@ -211,15 +210,41 @@ def test_hindsight_experience_replay_solves_bit_flipping():
     assert share_of_goals_reached() >= 0.8
 
 
+DISCRETE = dict(
+    learning_rate=3e-4,
+    batch_size=256,
+    tau=0.005,
+    critic="additive",
+    critic_reduction="mean",
+    kl_coef=0.5,
+    ent_coef=0.05,
+    policy_update_interval=500,
+    exploration_initial_eps=0.05,
+    exploration_final_eps=0.05,
+)
+FACTORED_BOX = dict(
+    learning_rate=7e-4,
+    batch_size=128,
+    tau=0.01,
+    critic="joint",
+    critic_reduction="min",
+    kl_coef="rel_0.5",
+    ent_coef="auto_0.2",
+    policy_update_interval=100,
+    exploration_initial_eps=0.0,
+    exploration_final_eps=0.0,
+)
+
+
 @pytest.mark.parametrize(
     ("action_space", "kwargs", "expected"),
     [
-        (spaces.Discrete(3), {}, DEFAULTS),
-        (spaces.MultiDiscrete([2, 3]), {}, DEFAULTS),
-        (spaces.Box(-1, 1, (2,), np.float32), {}, FACTORED_BOX_DEFAULTS),
-        (spaces.Box(-1, 1, (2,), np.float32), dict(action_grid="axis"), DEFAULTS),
-        (spaces.Box(-1, 1, (2,), np.float32), dict(critic="additive", memory_size=7), FACTORED_BOX_DEFAULTS),
-        (spaces.Discrete(3), dict(ent_coef="auto", kl_coef=0), DEFAULTS),
+        (spaces.Discrete(3), {}, DISCRETE),
+        (spaces.MultiDiscrete([2, 3]), {}, DISCRETE),
+        (spaces.Box(-1, 1, (2,), np.float32), {}, FACTORED_BOX),
+        (spaces.Box(-1, 1, (2,), np.float32), dict(action_grid="axis"), DISCRETE),
+        (spaces.Box(-1, 1, (2,), np.float32), dict(critic="additive", memory_size=7), FACTORED_BOX),
+        (spaces.Discrete(3), dict(ent_coef="auto", kl_coef=0), DISCRETE),
     ],
 )
 def test_defaults_suit_the_action_space(tmp_path, action_space, kwargs, expected):
@@ -494,7 +519,7 @@ def test_at_most_one_policy_update_per_gradient_step():
     model.learn(60)
     assert model._n_updates == 2 * 4
     assert model._n_policy_updates == 2 * 4
-    values = [entry.net.q_net[-1].bias.clone() for entry in model.policy.frozen_critics]
+    values = [entry.net.q_net[-1].bias.clone() for entry in by_age(model.policy)]
     assert not any(th.equal(a, b) for a, b in itertools.pairwise(values))
     model.policy_update_interval = 1000
     model.learn(60, reset_num_timesteps=False)
@@ -530,7 +555,7 @@ def test_no_gradient_steps():
 
 
 def test_updates_after_a_second_learn():
-    """With a reset, counting starts anew at ``learning_starts``; without, it goes on."""
+    """With a reset, the first ``learning_starts`` steps do not count again; what is left of an interval is kept."""
     model = make_model().learn(57)
     assert model._n_policy_updates == 3  # 30, 40, 50
     model.learn(5, reset_num_timesteps=False)
@@ -561,7 +586,7 @@ class ByHand:
     def __init__(self, model):
         self.model, policy = model, model.policy
         self.nets, self.targets = members(policy.critics), members(policy.critics_target)
-        self.stack = [members(entry) for entry in policy.frozen_critics]
+        self.stack = [members(entry) for entry in by_age(policy)]
         self.weights = list(policy.frozen_critics.weights.values)
         self.scale = policy.frozen_critics.weights.scale
         self.ent_coef = model.ent_coef
@@ -665,7 +690,7 @@ TD_CASES = {
     "multi_discrete": dict(action_space=spaces.MultiDiscrete([2, 3])),
     "multi_binary": dict(action_space=spaces.MultiBinary(3)),
     "box": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_bins=4),
-    "min_of_several_groups": dict(action_space=spaces.MultiDiscrete([2, 3]), critic_reduction="min"),
+    "min_of_several_branches": dict(action_space=spaces.MultiDiscrete([2, 3]), critic_reduction="min"),
 }
 
 
@@ -684,10 +709,10 @@ def test_gradient_steps_by_hand(case):
     np.random.seed(5)
     model.train(gradient_steps=4, batch_size=32)
     np.random.seed(5)
-    samples = model.replay_buffer.sample(4 * 32, env=model.get_vec_normalize_env())
+    samples = model.replay.sample(4 * 32)
     assert (type(model.replay_buffer) is NStepReplayBuffer) == (case == "n_step")
     assert 0 < samples.dones.sum().item() < 100
-    losses = [by_hand.gradient_step(batch)[0] for batch in split_samples(samples, 32)]
+    losses = [by_hand.gradient_step(batch)[0] for batch in samples.split(32)]
     by_hand.assert_same()
     changes = [a - b for a, b in zip(model.policy.critics.parameters(), before, strict=True)]
     assert all(change.abs().max() > 1e-4 for change in changes)
@@ -707,8 +732,7 @@ def test_policy_updates_by_hand(action_space, logit_cache):
     model = prepared_model(env, n_collected=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
     model.replay_buffer.dones[:] = 0
     model.learning_starts = 0
-    model._last_policy_update = None
-    model.num_timesteps = 30
+    model._steps_since_train = 30
     by_hand = ByHand(model)
     model.train(gradient_steps=9, batch_size=4)
     batch = model.replay_buffer.sample(4)
@@ -718,7 +742,7 @@ def test_policy_updates_by_hand(action_space, logit_cache):
         old_log_pi = by_hand.log_policy(batch.next_observations)
         by_hand.policy_update()
     by_hand.assert_same(rtol=1e-4)
-    assert len(model.policy.frozen_critics) == len(by_hand.stack) == 6
+    assert len(model.policy.frozen_critics.weights) == len(by_hand.stack) == 6
     obs = th.randn(10, 4, generator=th.Generator().manual_seed(0))
     th.testing.assert_close(
         slow_log_policy(model.policy, model.policy.logits(obs)), by_hand.log_policy(obs), rtol=1e-3, atol=1e-4
@@ -841,13 +865,13 @@ def test_custom_weights(kind):
         "Box": spaces.Box(-1, 1, (2,), np.float32),
     }[kind]
     model = make_model(RandomObsEnv(action_space=action_space), logit_rule=[3.0, 2.0, -1.0, 0.5]).learn(100)
-    assert len(model.policy.frozen_critics) == 4
-    assert model._logit_cache is None
+    assert len(model.policy.frozen_critics.weights) == 4
+    assert model.replay.cache is None
     obs = th.as_tensor(np.random.default_rng(0).uniform(-1, 1, (20, 4)), dtype=th.float32)
-    newest_first = [slow_q_values(entry, obs) for entry in reversed(model.policy.frozen_critics)]
+    newest_first = [slow_q_values(entry, obs) for entry in reversed(by_age(model.policy))]
     expected = sum(weight * q for weight, q in zip([3.0, 2.0, -1.0, 0.5], newest_first, strict=True))
     assert relative_error(model.policy.logits(obs), expected) < 1e-5
-    with pytest.raises(ValueError, match=r"logit_cache=True.*logit_rule=\(3.0, .*accepted: 'auto' or False"):
+    with pytest.raises(ValueError, match=r"logit_cache=True.*logit_rule=\(3.0, .*expected 'auto' or False"):
         make_model(RandomObsEnv(action_space=action_space), logit_rule=[3.0, 2.0, -1.0, 0.5], logit_cache=True)
 
 
@@ -861,12 +885,11 @@ def test_targets_use_the_coefficient_of_the_current_policy():
         memory_size=10,
     )
     model.learning_starts = 0
-    model._last_policy_update = None
     model.policy_update_interval = 50
     by_hand = ByHand(model)
     # No update is due at step 30; one is at step 60, after the gradient step; none at 90
     for step, coefficient, updates in [(30, 1.0, False), (60, 1.0, True), (90, 0.4, False)]:
-        model.num_timesteps = step
+        model._steps_since_train = 30
         model._update_current_progress_remaining(step, 100)
         by_hand.ent_coef = coefficient
         np.random.seed(step)
