@@ -204,7 +204,7 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
     :param n_updates: number of policy updates so far, counted from 1
     :param window: the share of them that the window covers, in (0, 1]
     :param size: the largest number of Q-functions in the average
-    :return: the updates, oldest first; with ``size`` of at least 2 there are at least half of ``size`` once the window
+    :return: the updates, oldest first; with ``size`` of at least 2 there are at least ``size // 2`` once the window
         covers as many
     """
     covered = max(1, round(window * n_updates))

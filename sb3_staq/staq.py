@@ -88,8 +88,8 @@ class StaQ(OffPolicyAlgorithm):
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
     :param memory_size: ``M``, the number of frozen critics that the policy of the training is made of at most. "auto"
-        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 11 for
-        ``kl_coef = ent_coef / 2``, 136 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
+        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 10 for
+        ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
