@@ -295,7 +295,7 @@ class PolicyReplay:
         :raise ValueError: if a number in it is not finite, before anything is learnt from it
         """
         samples = self.buffer.sample(batch_size, env=self.vec_normalize)
-        for name in ("rewards", "observations", "next_observations"):
+        for name in ("rewards", "observations", "actions", "next_observations"):
             _check_finite(name, getattr(samples, name))
         log_prob = self.policy.log_prob(self.logit_sums(samples.next_observations))
         drawn = None if self.policy.main_effects is None else sample_actions(self.policy.branches, log_prob)
