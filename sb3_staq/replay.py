@@ -280,8 +280,10 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        dtype = None if self.vec_normalize is None else np.float32
-        self.logit_sums(_map(lambda array: buffer.to_torch(np.asarray(array[row], dtype=dtype)), arrays))
+        obs = _map(lambda array: array[row], arrays)
+        if self.vec_normalize is not None:
+            obs = self.vec_normalize.normalize_obs(obs)
+        self.logit_sums(_map(buffer.to_torch, obs))
 
     def batches(self, n_batches: int, batch_size: int) -> Iterator[ReplayBatch]:
         """

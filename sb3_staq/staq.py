@@ -545,17 +545,20 @@ class StaQ(OffPolicyAlgorithm):
         """The last observations as the replay buffer has them."""
         buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
         assert buffer is not None and self._last_obs is not None
+        normalised = vec_normalize is not None and vec_normalize.norm_obs
 
-        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
-            dtype = space.dtype if vec_normalize is None else np.float32
+        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...], normalised: bool) -> th.Tensor:
+            dtype = np.float32 if normalised else space.dtype
             return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
 
         if isinstance(self._last_obs, dict):
             assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
-            keys = self.observation_space.spaces
-            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k]) for k in keys}
+            keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
+            return {
+                k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys
+            }
         assert isinstance(buffer.obs_shape, tuple)
-        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape)
+        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
