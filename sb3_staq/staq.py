@@ -437,6 +437,20 @@ class StaQ(OffPolicyAlgorithm):
         """Number of policy updates so far."""
         return self._n_policy_updates
 
+    @property
+    def eval_policy(self) -> str:
+        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        policy = self.__dict__.get("policy")
+        return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        policy = self.__dict__.get("policy")
+        if policy is not None:
+            check_argument("eval_policy", eval_policy)
+            policy.eval_policy = eval_policy
+        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
+
     # Coefficients, which callbacks may change during the training: they are read anew at each policy update
 
     def _coefficients(self) -> Coefficients:
@@ -687,6 +701,7 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        self.eval_policy = self.policy.eval_policy
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
