@@ -568,9 +568,7 @@ class StaQ(OffPolicyAlgorithm):
         if isinstance(self._last_obs, dict):
             assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
             keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
-            return {
-                k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys
-            }
+            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys}
         assert isinstance(buffer.obs_shape, tuple)
         return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
 
