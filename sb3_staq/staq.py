@@ -549,11 +549,18 @@ class StaQ(OffPolicyAlgorithm):
         policy = self.policy
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
             actions = policy.to_env_actions(policy.branches.uniform(n_envs))
+        elif self._predicts_in_its_own_way():
+            actions, _ = self.predict(self._last_obs, deterministic=False)  # type: ignore[arg-type]
         else:
             with th.no_grad():
                 sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
                 actions = self._explore(policy.to_env_actions(policy.branches.sample(policy.log_prob(sums))))
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+
+    def _predicts_in_its_own_way(self) -> bool:
+        """Tell whether a subclass has other actions, which it then takes in training, too."""
+        own = getattr(self.predict, "__func__", None), getattr(self.policy._predict, "__func__", None)
+        return own != (StaQ.predict, StaQPolicy._predict)
 
     def _last_obs_as_tensor(self) -> PyTorchObs:
         """The last observations as the replay buffer has them."""
