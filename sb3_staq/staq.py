@@ -286,6 +286,7 @@ class StaQ(OffPolicyAlgorithm):
         with self._as_sb3_needs_them():
             super()._setup_model()
         self.policy.action_space = self.action_space
+        self._use_cache()  # refuses what cannot be
         if self.verbose >= 1:
             self._print_choices()
 
