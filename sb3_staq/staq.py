@@ -451,6 +451,20 @@ class StaQ(OffPolicyAlgorithm):
         """Number of policy updates so far."""
         return self._n_policy_updates
 
+    @property
+    def eval_policy(self) -> str:
+        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        policy = self.__dict__.get("policy")
+        return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        policy = self.__dict__.get("policy")
+        if policy is not None:
+            check_argument("eval_policy", eval_policy)
+            policy.eval_policy = eval_policy
+        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
+
     # Coefficients, which callbacks may change during the training: they are read anew at each policy update
 
     def _coefficients(self) -> Coefficients:
@@ -567,17 +581,18 @@ class StaQ(OffPolicyAlgorithm):
         """The last observations as the replay buffer has them."""
         buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
         assert buffer is not None and self._last_obs is not None
+        normalised = vec_normalize is not None and vec_normalize.norm_obs
 
-        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
-            dtype = space.dtype if vec_normalize is None else None  # normalised ones are floats
+        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...], normalised: bool) -> th.Tensor:
+            dtype = np.float32 if normalised else space.dtype
             return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
 
         if isinstance(self._last_obs, dict):
             assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
-            keys = self.observation_space.spaces
-            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k]) for k in keys}
+            keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
+            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys}
         assert isinstance(buffer.obs_shape, tuple)
-        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape)
+        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
@@ -708,6 +723,7 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        self.eval_policy = self.policy.eval_policy
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
