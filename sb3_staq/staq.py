@@ -129,8 +129,8 @@ class StaQ(OffPolicyAlgorithm):
         ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
-    :param average_share: share of the environments, rounded down, that collect with the average while the others collect
-        with the last policy: the replay buffer then keeps what acting well looks like
+    :param average_share: share of the environments, rounded down, that collect with the average while the others
+        collect with the last policy: the replay buffer then keeps what acting well looks like
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
@@ -570,7 +570,7 @@ class StaQ(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Act by the last policy, which is the one that learns; in ``average_share`` of the environments by the average."""
+        """Act by the last policy, which is the one that learns; in a share of the environments by the average."""
         self._remember_statistics()
         assert self._last_obs is not None
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
