@@ -28,7 +28,7 @@ STATES_AT_ONCE = 1024
 SAMPLE_ELEMENTS = 2**24
 # Remembered states that follow a policy update at a time
 FOLLOW_ROWS = 4096
-# With logit_cache="auto", the cache takes at most so many bytes, or half of what the replay buffer takes
+# With logit_cache="auto", the cache takes at most so many bytes and half of what the replay buffer takes
 CACHE_BYTES = 2**28
 # What Python's dictionary takes for one state
 BYTES_PER_KEY = 150
@@ -349,11 +349,11 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
 
     :param buffer: the replay buffer
     :param n_bins: number of columns of the logits
-    :return: whether it takes at most ``CACHE_BYTES``, or half of what the buffer takes
+    :return: whether it takes at most ``CACHE_BYTES`` and half of what the buffer takes
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     next_arrays = {} if buffer.optimize_memory_usage else arrays
     n_states = buffer.buffer_size * buffer.n_envs
     observations = sum(array.nbytes for array in arrays.values())
     needed = observations + n_states * (4 * n_bins + BYTES_PER_KEY)
-    return needed <= max(CACHE_BYTES, (observations + sum(array.nbytes for array in next_arrays.values())) // 2)
+    return needed <= CACHE_BYTES + (observations + sum(array.nbytes for array in next_arrays.values())) // 2

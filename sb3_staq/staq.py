@@ -134,7 +134,7 @@ class StaQ(OffPolicyAlgorithm):
     :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
         update, instead of evaluating the whole stack in every target: "auto" (where it costs less; not with HER,
         normalised observations or custom weights), True or False. It takes the memory of the stored next observations
-        and 4 bytes per transition and bin; "auto" stays below 256 MB or half of the replay buffer
+        and 4 bytes per transition and bin; "auto" stays below 256 MB and half of the replay buffer
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
