@@ -4,7 +4,7 @@ import io
 import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -34,7 +34,9 @@ from sb3_staq.main_effects import (
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics, in_parts
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, check_zip
+
+SelfStaQPolicy = TypeVar("SelfStaQPolicy", bound="StaQPolicy")
 
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "last")
@@ -391,6 +393,19 @@ class StaQPolicy(BasePolicy):
         """
         with atomic_write(path) as file:
             super().save(file)
+
+    @classmethod
+    def load(cls: type[SelfStaQPolicy], path: str | pathlib.Path, device: th.device | str = "auto") -> SelfStaQPolicy:
+        """
+        Load a policy from a file.
+
+        :param path: the file
+        :param device: the device to put it on
+        :return: the policy
+        :raise ValueError: if the file is damaged
+        """
+        check_zip(path)
+        return super().load(path, device)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(

@@ -43,7 +43,7 @@ from sb3_staq.mirror_descent import (
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.replay import PolicyReplay, cache_fits, is_plain
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, check_is_staq, check_pickle, check_zip, with_checksum
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -694,14 +694,71 @@ class StaQ(OffPolicyAlgorithm):
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
+    @classmethod
+    def load(cls: type[SelfStaQ], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfStaQ:
+        """
+        Load the model from a zip-file: as of any SB3 algorithm, and the file must be whole and of StaQ.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param args: as of ``BaseAlgorithm.load``
+        :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
+        :return: new model instance with loaded parameters
+        :raise ValueError: if the file is damaged, or of another algorithm
+        """
+        check_zip(path, "zip")
+        check_is_staq(path)
+        return super().load(path, *args, **kwargs)
+
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file. An existing file is replaced once the new one is complete.
+        Save the replay buffer as a pickle file, with what the logit cache remembers.
+
+        An existing file is replaced once the new one is complete.
 
         :param path: Path to the file where the replay buffer should be saved.
         """
-        with atomic_write(path, "pkl") as file:
-            super().save_replay_buffer(file)
+        buffer, cache = self.replay_buffer, self.replay.cache
+        vars(buffer)["logit_cache"] = {} if cache is None else cache.state_dict()
+        try:
+            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
+                super().save_replay_buffer(checked_file)
+        finally:
+            del vars(buffer)["logit_cache"]
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file. If that fails, the model keeps its own.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
+            the replay buffer is truncated, or continued
+        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
+        """
+        check_pickle(path, "pkl")
+        own = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_replay_buffer()
+        except Exception as error:
+            self.replay_buffer = own
+            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
+                raise
+            raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
+        remembered = vars(self.replay_buffer).pop("logit_cache", {})
+        if remembered and self.replay.cache is not None:
+            self.replay.cache.load_state_dict(remembered)
+
+    def _check_replay_buffer(self) -> None:
+        buffer = self.replay_buffer
+        expected = {
+            "action_space": flatten_action_space(self.action_space),
+            "observation_space": self.observation_space,
+            "n_envs": self.n_envs,
+        }
+        for name, value in expected.items():
+            found = getattr(buffer, name)
+            if found != value:
+                raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]
