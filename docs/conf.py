@@ -29,13 +29,11 @@ myst_linkify_fuzzy_links = False  # names of files are no addresses
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature and the parameters say it
-# Their own docstrings repeat those of PyTorch and SB3
-autodoc_inherit_docstrings = False
 # The types of SB3 and Gymnasium are not documented here
 nitpicky = False
 
 html_theme = "furo"
-html_title = "StaQ for Stable-Baselines3"
+html_title = "StaQ for SB3"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme_options = {

@@ -5,7 +5,12 @@ import sys
 from sb3_staq import StaQ
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-shared = dict(policy="MlpPolicy", env="CartPole-v1", policy_kwargs=dict(net_arch=[64, 64]), seed=0)
+shared = dict(
+    policy="MlpPolicy",
+    env="CartPole-v1",
+    policy_kwargs=dict(net_arch=[64, 64]),
+    seed=0,
+)
 
 # The policy is softmax(sum_age w(age) Q_{k-age}), newest first, whatever kl_coef is
 three_weights = StaQ(memory_size=3, logit_rule=[10.0, 5.0, -1.0], **shared)

@@ -12,7 +12,12 @@ from sb3_staq.plotting import plot_diagnostics, read_diagnostics
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
 
-evaluation = EvalCallback(Monitor(gym.make("CartPole-v1")), eval_freq=max(1, steps // 10), log_path=".", verbose=0)
+evaluation = EvalCallback(
+    Monitor(gym.make("CartPole-v1")),
+    eval_freq=max(1, steps // 10),
+    log_path=".",
+    verbose=0,
+)
 model = StaQ(
     "MlpPolicy",
     "CartPole-v1",

@@ -24,7 +24,9 @@ class Actor(th.nn.Module):
         return self.policy(observation, deterministic=True)
 
 
-model = StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[64, 64]), device="cpu", seed=0).learn(steps)
+model = StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[64, 64]), seed=0)
+model.learn(steps)
+model.policy.to("cpu")
 
 actor = Actor(model.policy)
 example = th.zeros(2, 4)

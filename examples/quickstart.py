@@ -9,7 +9,13 @@ from sb3_staq import StaQ
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
 
-model = StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[64, 64]), verbose=1, seed=0)
+model = StaQ(
+    "MlpPolicy",
+    "CartPole-v1",
+    policy_kwargs=dict(net_arch=[64, 64]),
+    verbose=1,
+    seed=0,
+)
 model.learn(steps)
 model.save("staq_cartpole.zip")
 

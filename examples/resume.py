@@ -11,7 +11,11 @@ from sb3_staq import StaQ
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
 folder = Path("checkpoints")
 
-callback = CheckpointCallback(save_freq=max(1, steps // 5), save_path=str(folder), save_replay_buffer=True)
+callback = CheckpointCallback(
+    save_freq=max(1, steps // 5),
+    save_path=str(folder),
+    save_replay_buffer=True,
+)
 saved = sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: path.stat().st_mtime)
 if saved:
     model = StaQ.load(saved[-1], env=gym.make("CartPole-v1"))
