@@ -17,7 +17,7 @@ Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https:/
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -29,15 +29,17 @@ LogitRule = str | Sequence[float] | Callable[[int], float]
 
 def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[float, ...]:
     """
+    Check a logit rule, and evaluate custom weights.
+
     :param logit_rule: one of ``LOGIT_RULES``; or custom weights, the factors of the Q-functions in the logits by age,
         newest first: ``memory_size`` numbers, or a callable of the age (0 is the newest), which is evaluated here
     :param memory_size: ``M``, the number of Q-functions kept
     :return: the name of the rule, or the custom weights
     :raise ValueError: if it is neither, with what is accepted; custom weights must be finite and not all 0
     """
-    accepted = (
-        f"{', '.join(LOGIT_RULES)}, or custom weights by age: memory_size={memory_size} finite numbers, newest first "
-        "and not all 0, or a callable of the age that gives them"
+    expected = (
+        f"expected {', '.join(map(repr, LOGIT_RULES))}, or custom weights by age: memory_size={memory_size} finite "
+        "numbers, newest first and not all 0, or a callable of the age that gives them"
     )
     weights: list[Any] | None = None
     gives = ""
@@ -48,9 +50,9 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
         try:
             weights = [logit_rule(age) for age in range(memory_size)]
         except Exception as error:
-            raise ValueError(f"logit_rule={logit_rule!r} failed: {error!r}; accepted: {accepted}") from error
-        gives = f" gives {weights}, which"
-    elif isinstance(logit_rule, Iterable):
+            raise ValueError(f"Invalid logit_rule={logit_rule!r}: it failed with {error!r}; {expected}") from error
+        gives = f"it gives {weights}; "
+    elif isinstance(logit_rule, Iterable) and not isinstance(logit_rule, (Mapping, Set)):
         weights = list(logit_rule)
     if (
         weights is None
@@ -58,7 +60,7 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
         or not all(isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w) for w in weights)
         or not any(weights)
     ):
-        raise ValueError(f"logit_rule={logit_rule!r}{gives} is not accepted; accepted: {accepted}")
+        raise ValueError(f"Invalid logit_rule={logit_rule!r}: {gives}{expected}")
     return tuple(map(float, weights))
 
 
@@ -202,7 +204,7 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
     :param n_updates: number of policy updates so far, counted from 1
     :param window: the share of them that the window covers, in (0, 1]
     :param size: the largest number of Q-functions in the average
-    :return: the updates, oldest first; with ``size`` of at least 2 there are at least half of ``size`` once the window
+    :return: the updates, oldest first; with ``size`` of at least 2 there are at least ``size // 2`` once the window
         covers as many
     """
     covered = max(1, round(window * n_updates))
@@ -297,14 +299,17 @@ def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
     :return: number of Q-functions
     :raise ValueError: if ``ent_coef`` is 0: no Q-function would ever fade
     """
-    if ent_coef == 0:
-        raise ValueError("Invalid memory_size='auto': with ent_coef=0 no critic ever fades; expected an integer >= 1")
-    if kl_coef == 0:
+    if kl_coef == 0 < ent_coef:
         return 1
+    if ent_coef == 0 or ent_coef / kl_coef == 0:
+        raise ValueError(
+            f"Invalid memory_size='auto': with kl_coef={kl_coef} and ent_coef={ent_coef} no critic ever fades; "
+            "expected an integer >= 1"
+        )
     log_beta = -math.log1p(ent_coef / kl_coef)
-    beta = decay_rate(kl_coef, ent_coef)
+    beta, one_less_beta = decay_rate(kl_coef, ent_coef), ent_coef / (kl_coef + ent_coef)
     bound = math.ceil(-24 * math.log(2) / log_beta)
     if gamma < 1:
-        log_ratio = 2 * math.log1p(-gamma) + math.log1p(-beta) - math.log(gamma**2 * (3 + beta) + 1 - beta)
+        log_ratio = 2 * math.log1p(-gamma) + math.log(one_less_beta) - math.log(gamma**2 * (3 + beta) + one_less_beta)
         bound = min(bound, math.floor(log_ratio / log_beta) + 1)
     return max(1, bound)

@@ -28,6 +28,8 @@ OBS_ELEMENTS = 2**21
 # resolution of a float, 2^-24.
 NEGLIGIBLE_WEIGHT = 2.0**-32
 NEW = -1
+# Stands in files for an ``ent_coef`` before the first policy update
+NO_ENT_COEF = -1.0
 
 
 @contextmanager
@@ -252,7 +254,7 @@ class FrozenCritics(nn.ModuleList):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weights = self.weights
-        ent_coef = float("nan") if weights.ent_coef is None else weights.ent_coef
+        ent_coef = NO_ENT_COEF if weights.ent_coef is None else weights.ent_coef
         destination[f"{prefix}weights"] = _to_floats(weights.values)
         destination[f"{prefix}updates"] = th.tensor(self.updates, dtype=th.float32)
         destination[f"{prefix}constants"] = _to_floats([weights.scale, ent_coef, float(self.n_updates)])
@@ -269,7 +271,7 @@ class FrozenCritics(nn.ModuleList):
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
             n = len(old["values"])
-            ent_coef = float("nan") if old.get("ent_coef") is None else old["ent_coef"]
+            ent_coef = NO_ENT_COEF if old.get("ent_coef") is None else old["ent_coef"]
             state_dict[f"{prefix}weights"] = _to_floats(old["values"])
             state_dict[f"{prefix}updates"] = th.arange(1.0, n + 1)
             state_dict[f"{prefix}constants"] = _to_floats([old["scale"], ent_coef, float(n)])
@@ -289,7 +291,7 @@ class FrozenCritics(nn.ModuleList):
         scale, ent_coef, n_updates = _from_floats(constants)
         self.weights.values = _from_floats(weights)
         self.weights.scale = scale
-        self.weights.ent_coef = None if ent_coef != ent_coef else ent_coef
+        self.weights.ent_coef = ent_coef if ent_coef >= 0 else None
         self.updates = updates.tolist()
         self.n_updates = round(n_updates)
         del self[:]

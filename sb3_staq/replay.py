@@ -32,6 +32,8 @@ FOLLOW_ROWS = 4096
 CACHE_BYTES = 2**28
 # What Python's dictionary takes for one state
 BYTES_PER_KEY = 150
+# Spreads the bits of a word over 64: 2^64 over the golden ratio
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class ReplayBatch(NamedTuple):
@@ -78,6 +80,14 @@ def _multipliers(n_words: int) -> np.ndarray:
     return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
 
 
+def _words(tensor: th.Tensor) -> np.ndarray:
+    """The bytes of each row as unsigned integers."""
+    rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
+    if rows.shape[1] % 4:
+        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
+    return rows.view(np.uint32)
+
+
 def fingerprints(obs: PyTorchObs) -> list[int]:
     """
     Hash observations by their content.
@@ -85,14 +95,12 @@ def fingerprints(obs: PyTorchObs) -> list[int]:
     :param obs: a tensor or a dictionary of tensors
     :return: 64 bits for each
     """
-    total: Any = np.uint64(0)
-    for tensor in obs.values() if isinstance(obs, dict) else [obs]:
-        rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
-        if rows.shape[1] % 4:
-            rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-        words = rows.view(np.uint32)
-        total = total * np.uint64(31) + words.astype(np.uint64) @ _multipliers(words.shape[1])
-    return total.tolist()
+    parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
+    words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    # Changes of high bits, such as signs, must reach the low ones, or only these few would tell the sums apart
+    mixed = words * SPREAD
+    mixed ^= mixed >> np.uint64(32)
+    return (mixed @ _multipliers(words.shape[1])).tolist()
 
 
 class LogitCache:
@@ -270,7 +278,10 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        self.logit_sums(_map(lambda array: buffer.to_torch(array[row]), arrays))
+        obs = _map(lambda array: array[row], arrays)
+        if self.vec_normalize is not None:
+            obs = self.vec_normalize.normalize_obs(obs)
+        self.logit_sums(_map(buffer.to_torch, obs))
 
     def batches(self, n_batches: int, batch_size: int) -> Iterator[ReplayBatch]:
         """
@@ -295,7 +306,7 @@ class PolicyReplay:
         :raise ValueError: if a number in it is not finite, before anything is learnt from it
         """
         samples = self.buffer.sample(batch_size, env=self.vec_normalize)
-        for name in ("rewards", "observations", "next_observations"):
+        for name in ("rewards", "observations", "actions", "next_observations"):
             _check_finite(name, getattr(samples, name))
         log_prob = self.policy.log_prob(self.logit_sums(samples.next_observations))
         drawn = None if self.policy.main_effects is None else sample_actions(self.policy.branches, log_prob)

@@ -3,7 +3,7 @@
 import io
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.arguments import ARGUMENTS, check_argument, check_policy_kwargs, defaults_for
-from sb3_staq.coefficients import Coefficients, default_target_entropy
+from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.mirror_descent import (
     LogitRule,
@@ -95,7 +95,7 @@ class StaQ(OffPolicyAlgorithm):
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
         newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
     :param kl_coef: weight of the KL divergence between successive policies (number, schedule or ``"lin_..."`` string,
-        see :func:`~sb3_staq.coefficients.value_at`): larger values change the policy less per update. "rel_FACTOR" is
+        see :func:`sb3_staq.coefficients.value_at`): larger values change the policy less per update. "rel_FACTOR" is
         that multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
         falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
@@ -279,9 +279,11 @@ class StaQ(OffPolicyAlgorithm):
         for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
             value = getattr(self, name)
             setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        self._check_learning_rate(self.learning_rate, 1.0)
         check_policy_kwargs(self.policy_kwargs, self.critic)
         self._coefficients().check()
-        memory_size = self._memory_size_for(*self._coefficients().at(1.0))
+        # Those of the end too: "auto" would fail in the last policy update where ent_coef falls to 0
+        _, memory_size = (self._memory_size_for(*self._coefficients().at(progress)) for progress in (0.0, 1.0))
         self.logit_rule = make_logit_rule(self.logit_rule, memory_size)
         with self._as_sb3_needs_them():
             super()._setup_model()
@@ -322,11 +324,13 @@ class StaQ(OffPolicyAlgorithm):
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
-        :raise ValueError: if the critics diverge; before the optimizer's step
+        :raise ValueError: if the critics diverge, before the optimizer's step; or if a schedule or a sampled batch has
+            an invalid number
         """
         policy = self.policy
         policy.set_training_mode(True)
         # Update learning rate according to schedule
+        self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
         losses: dict[str, list[float]] = defaultdict(list)
 
@@ -378,7 +382,7 @@ class StaQ(OffPolicyAlgorithm):
         states, old_log_prob = data.next_observations, data.next_log_prob
         q_new = policy.q_values(policy.additive_critics, states)
         self._check_critics("mean Q-value", q_new.mean().item())
-        progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
+        progress = self._current_progress_remaining
         old_sums = self.replay.logit_sums(states)
         kl_coef, ent_coef = self._coefficients().next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
@@ -423,6 +427,15 @@ class StaQ(OffPolicyAlgorithm):
             return 1.0
         return self.gradient_steps / (self.train_freq.frequency * self.n_envs)
 
+    @staticmethod
+    def _check_learning_rate(learning_rate: float | Schedule, progress: float) -> None:
+        value_at("learning_rate", learning_rate, progress, ARGUMENTS["learning_rate"].expected)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # A rollout may end after total_timesteps, where a schedule that falls to 0 would be negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
     def _check_critics(self, what: str, value: float) -> float:
         """Stop before critics that are not finite are trained on, or get into the policy."""
         if not np.isfinite(value):
@@ -437,6 +450,20 @@ class StaQ(OffPolicyAlgorithm):
     def n_policy_updates(self) -> int:
         """Number of policy updates so far."""
         return self._n_policy_updates
+
+    @property
+    def eval_policy(self) -> str:
+        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        policy = self.__dict__.get("policy")
+        return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        policy = self.__dict__.get("policy")
+        if policy is not None:
+            check_argument("eval_policy", eval_policy)
+            policy.eval_policy = eval_policy
+        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
 
     # Coefficients, which callbacks may change during the training: they are read anew at each policy update
 
@@ -456,7 +483,9 @@ class StaQ(OffPolicyAlgorithm):
         check_argument("memory_size", self.memory_size)
         if not isinstance(self.memory_size, str):
             return int(self.memory_size)
-        if isinstance(self.logit_rule, Sequence) and not isinstance(self.logit_rule, str):
+        if isinstance(self.logit_rule, str) and self.logit_rule == "exact":
+            return 1  # it has no effect
+        if isinstance(self.logit_rule, Sized) and not isinstance(self.logit_rule, str):
             return len(self.logit_rule)
         return auto_memory_size(self.gamma, kl_coef, ent_coef)
 
@@ -552,17 +581,18 @@ class StaQ(OffPolicyAlgorithm):
         """The last observations as the replay buffer has them."""
         buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
         assert buffer is not None and self._last_obs is not None
+        normalised = vec_normalize is not None and vec_normalize.norm_obs
 
-        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
-            dtype = space.dtype if vec_normalize is None else None  # normalised ones are floats
+        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...], normalised: bool) -> th.Tensor:
+            dtype = np.float32 if normalised else space.dtype
             return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
 
         if isinstance(self._last_obs, dict):
             assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
-            keys = self.observation_space.spaces
-            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k]) for k in keys}
+            keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
+            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys}
         assert isinstance(buffer.obs_shape, tuple)
-        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape)
+        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
@@ -629,6 +659,7 @@ class StaQ(OffPolicyAlgorithm):
                 finite = np.isfinite(array.astype(np.float32))
             if not finite.all():
                 self._restore_statistics()
+                self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
                 if env_index is None:
                     env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
                     array, finite = array[env_index], finite[env_index]
@@ -636,7 +667,7 @@ class StaQ(OffPolicyAlgorithm):
                 raise ValueError(
                     f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
                     f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                    "can be saved, and learn() can be called again"
+                    "can be saved, and learn() can be called again, which resets the environments"
                 )
 
     # Learning, saving and loading
@@ -652,7 +683,8 @@ class StaQ(OffPolicyAlgorithm):
         self._remember_statistics()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_obs is not None
-        self._check_finite("observation", self._last_obs)
+        original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
+        self._check_finite("observation", self._last_obs if original is None else original)
         return result
 
     def learn(
@@ -691,6 +723,7 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        self.eval_policy = self.policy.eval_policy
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
