@@ -28,6 +28,7 @@ myst_heading_anchors = 3
 myst_linkify_fuzzy_links = False  # names of files are no addresses
 
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 autodoc_typehints = "none"  # the signature and the parameters say it
 # The types of SB3 and Gymnasium are not documented here
 nitpicky = False
