@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint typecheck pytest figures wheel-test clean
+.PHONY: demo test lint typecheck pytest figures docs format wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,10 @@ test: lint typecheck pytest
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 typecheck: $(INSTALLED)
 	$(BIN)/mypy sb3_staq
@@ -25,6 +29,14 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[tests,all]"
+	touch $@
+
+# The site, in docs/_build/html; warnings are errors
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 # The wheel, in an environment of its own without extras, and the literal zoo command from a folder without the sources
@@ -42,7 +54,7 @@ figures: $(INSTALLED)
 	$(BIN)/python -m benchmarks report classic
 	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 1 2 --algos staq sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
 	$(BIN)/python -m benchmarks report mujoco
-	$(BIN)/python docs/how_it_works.py
+	$(BIN)/python docs/diagrams.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo docs/_build

@@ -94,7 +94,7 @@ class StaQ(OffPolicyAlgorithm):
         (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
         newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
-    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
+    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or ``"lin_..."`` string,
         see :func:`sb3_staq.coefficients.value_at`): larger values change the policy less per update. "rel_FACTOR" is
         that multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
@@ -102,7 +102,7 @@ class StaQ(OffPolicyAlgorithm):
         policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most.
         Default: 0.05, Box: "auto_0.2"
     :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
-        largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.6 to 0.2 over the
+        largest possible, in (0, 1) (number, schedule or ``"lin_..."`` string). "auto" falls from 0.6 to 0.2 over the
         training; for a Box with more than 5 values per dimension, between the shares that are as many nats from the
         uniform policy as these are for 5 (from 0.71 to 0.41 for 9).
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
