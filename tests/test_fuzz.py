@@ -116,15 +116,13 @@ def configurations(draw):
     return action_space, arguments, wrong
 
 
-def assert_says_what_is_wrong(error, arguments, wrong):
-    """It names an argument with its value, the wrong one if there is one, and what is expected."""
+def assert_says_what_is_wrong(error, arguments):
+    """It names an argument with its value, and what is expected."""
     message = str(error)
     match = re.match(r"Invalid (\w+)(\[.*?\])?=", message)
     assert match, message
     assert "expected " in message[match.end() :], message
     name = match[1]
-    if wrong is not None:
-        assert wrong in message.partition("expected ")[0], (message, wrong)
     if name in arguments and match[2] is None:
         assert message.startswith(f"Invalid {name}={arguments[name]!r}"), message
 
@@ -138,7 +136,12 @@ def try_out(action_space, arguments, wrong):
     try:
         model = StaQ("MlpPolicy", env, device="cpu", **arguments)
     except ValueError as error:
-        assert_says_what_is_wrong(error, arguments, wrong)
+        assert_says_what_is_wrong(error, arguments)
+        if wrong is not None and wrong not in str(error).partition("expected ")[0]:
+            # Two others that do not go together were found first: they are still found without the wrong one
+            rest = {name: value for name, value in arguments.items() if name != wrong}
+            with pytest.raises(ValueError, match=re.escape(str(error).partition(":")[0])):
+                StaQ("MlpPolicy", env, device="cpu", **rest)
         return False
     assert wrong is None, (wrong, arguments[wrong])
     model.learn(30)
