@@ -59,7 +59,7 @@ setup(
     extras_require={
         **extras,
         "docs": ["sphinx>=7.3", "myst-parser>=3", "furo", "sphinx-copybutton", "linkify-it-py", "matplotlib"],
-        "tests": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=68"],
+        "tests": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff", "mypy", "setuptools>=68"],
         "all": sorted({requirement for requirements in extras.values() for requirement in requirements}),
     },
     classifiers=[

@@ -336,7 +336,7 @@ class StaQ(OffPolicyAlgorithm):
         # Update learning rate according to schedule
         self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
-        losses: dict[str, list[float]] = defaultdict(list)
+        losses: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for n_steps, update_is_due in self._phases(gradient_steps):
             for data in self.replay.batches(n_steps, batch_size):
@@ -351,14 +351,18 @@ class StaQ(OffPolicyAlgorithm):
                 # Each critic has its own regression: mean over the batch, sum over the critics
                 td_error = policy.action_values(data.observations, data.actions) - target_q.squeeze(1)
                 critic_loss = td_error.square().mean(dim=1).sum()
+                losses["critic_loss"].append(critic_loss.detach())
+                losses["td_error"].append(td_error.detach().abs().mean())
                 loss = critic_loss
                 if sweep is not None and policy.main_effects is not None:  # continuous actions only
                     effects_loss = main_effects_loss(policy.main_effects, sweep)
-                    losses["main_effects_loss"].append(effects_loss.item())
+                    losses["main_effects_loss"].append(effects_loss.detach())
                     loss = critic_loss + effects_loss
 
-                losses["critic_loss"].append(self._check_critics("critic_loss", critic_loss.item()))
-                losses["td_error"].append(td_error.detach().abs().mean().item())
+                if not np.isfinite(loss.item()):  # the one number that each step waits for, before anything changes
+                    for name, values in {**losses, "loss": [loss]}.items():
+                        self._check_critics(name, values[-1].item())
+
                 policy.optimizer.zero_grad()
                 loss.backward()
                 policy.optimizer.step()
@@ -372,7 +376,7 @@ class StaQ(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, values in losses.items():
-            self.logger.record(f"train/{name}", np.mean(values))
+            self.logger.record(f"train/{name}", th.stack(values).mean().item())
 
     def update_policy(self) -> None:
         """
@@ -440,7 +444,7 @@ class StaQ(OffPolicyAlgorithm):
         # A rollout may end after total_timesteps, where a schedule that falls to 0 would be negative
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
-    def _check_critics(self, what: str, value: float) -> float:
+    def _check_critics(self, what: str, value: float) -> None:
         """Stop before critics that are not finite are trained on, or get into the policy."""
         if not np.isfinite(value):
             raise ValueError(
@@ -448,7 +452,6 @@ class StaQ(OffPolicyAlgorithm):
                 f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values are more "
                 "stable. Parameters and policy are those of before this step."
             )
-        return value
 
     @property
     def n_policy_updates(self) -> int:

@@ -440,3 +440,21 @@ def test_pendulum():
     model.learn(10_000)
     mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
     assert mean >= -200
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+@pytest.mark.parametrize("name", SPACES)
+def test_no_double_precision(name, critic):
+    """Some devices have none: no parameter, no buffer and nothing that is saved, before and after a training."""
+    space, kwargs = SPACES[name]
+    model = make_model(OneStepEnv(space), net_arch=(8,), critic=critic, **kwargs)
+    for n_steps in (0, 40):
+        model.learn(n_steps)
+        policy = model.policy
+        tensors = dict(policy.named_parameters()) | dict(policy.named_buffers()) | policy.state_dict()
+        assert tensors
+        assert [key for key, tensor in tensors.items() if tensor.dtype == th.float64] == []
+        optimizer = [x for state in policy.optimizer.state.values() for x in state.values() if th.is_tensor(x)]
+        assert not any(x.dtype == th.float64 for x in optimizer)
+    batch = model.replay.sample(4)
+    assert batch.next_log_prob.dtype == policy.logits(batch.observations).dtype == th.float32

@@ -758,6 +758,16 @@ def test_loss_that_overflows_changes_nothing(critic):
     assert bitwise(model.policy) != before
 
 
+def test_main_effects_that_diverge_stop_the_training():
+    """Their loss counts as well, before the step."""
+    model = make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), critic="joint").learn(60)
+    model.policy.main_effects.net.q_net[0].weight.data.mul_(1e30)
+    before = bitwise(model.policy)
+    with pytest.raises(ValueError, match=r"critics have diverged: main_effects_loss is (inf|nan) "):
+        model.train(3, batch_size=16)
+    assert bitwise(model.policy) == before
+
+
 @pytest.mark.parametrize("critic", ["additive", "joint"])
 def test_critics_that_diverge_do_not_become_the_policy(critic):
     """Also if no loss has shown it yet."""
