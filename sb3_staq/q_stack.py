@@ -146,7 +146,9 @@ class FrozenCritics(nn.ModuleList):
             while values and values[-1] == 0.0:
                 values.pop()
             # The mean of an ensemble is a sum as well: one factor for each network
-            self._coefs[average] = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
+            self._coefs[average] = (
+                (th.tensor(values, dtype=th.float32, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
+            )
         return self._coefs[average]
 
     @property
