@@ -208,7 +208,7 @@ def test_sums_for_all_memory_sizes_and_rules(memory_size, rule):
 def test_sums_with_large_steps_between_policies():
     """Critics that change beyond recognition between updates, and Q-values far from zero: the errors stay small."""
     model = make_cached(n_envs=3, learning_rate=0.1, reward_scale=100.0, ent_coef=5.0, memory_size=10, buffer_size=90)
-    model.learn(600)
+    model.learn(300)
     sums = slow_logit_sums(model.policy, model.replay.sample(64).next_observations)
     assert sums.abs().max() > 100
     assert largest_error(model) < 1e-4
@@ -288,7 +288,7 @@ def test_acting_uses_the_current_policy(n_envs):
 
     for kwargs in (dict(), LOW_MEMORY):
         callback = Compare()
-        make_model(vec_env(n_envs=n_envs), logit_cache=True, **kwargs).learn(150, callback=callback)
+        make_model(vec_env(n_envs=n_envs), logit_cache=True, **kwargs).learn(100, callback=callback)
         assert callback.compared > 10
         assert callback.worst < 1e-4
 
@@ -543,7 +543,7 @@ def test_normalization_that_comes_later():
 @pytest.mark.parametrize(
     ("buffer", "n_envs", "n_steps"),
     [
-        ("plain", 1, 1000),
+        ("plain", 1, 600),
         ("n_step", 3, 1200),
         ("dict", 3, 1200),
         ("low_memory", 3, 1200),
@@ -791,16 +791,16 @@ def test_fingerprints_tell_structured_states_apart():
 def test_fingerprints_of_images(shape):
     """One brighter pixel, two that are exchanged, a shifted row, another background."""
     image = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    flat = np.repeat(image.reshape(1, -1), 3 * image.size if image.size < 100 else 600, axis=0)
+    flat = np.repeat(image.reshape(1, -1), 3 * image.size if image.size < 100 else 300, axis=0)
     n = len(flat) // 3
     pixels = np.linspace(0, image.size - 1, n).astype(int)
     for i, pixel in enumerate(pixels):
         flat[i, pixel] ^= 1
         flat[n + i, pixel] = ~flat[n + i, pixel]
         flat[2 * n + i] = np.roll(flat[2 * n + i], i + 1)
-    images = np.unique(np.concatenate([flat, image.reshape(1, -1)]), axis=0)
-    assert len(images) > 2.9 * n
-    assert n_distinct(th.as_tensor(images.reshape(-1, *shape))) == len(images)
+    n_images = len({row.tobytes() for row in flat})
+    assert n_images > 2.9 * n
+    assert n_distinct(th.as_tensor(flat.reshape(-1, *shape))) == n_images
 
 
 def test_fingerprints_of_dictionaries():
@@ -835,9 +835,9 @@ def test_fingerprints_depend_on_nothing_but_the_content():
 
 
 @pytest.mark.parametrize("buffer", ["plain", "dict", "low_memory"])
-def test_state_of_the_cache(buffer, rows):
+def test_state_of_the_cache(buffer):
     """What was saved by one process is, bit by bit, what another one goes on with."""
-    model = make_cached(buffer, n_envs=2, buffer_size=100).learn(300)
+    model = make_cached(buffer, n_envs=2, buffer_size=100).learn(160)
     file = io.BytesIO()
     np.savez(file, **model.replay.cache.state_dict())
     file.seek(0)
@@ -851,29 +851,28 @@ def test_state_of_the_cache(buffer, rows):
     assert len(other.replay.cache) == len(model.replay.cache) == 100
 
     # Both do the same from then on
-    batches = []
-    for one in (model, other):
-        one.replay_buffer = model.replay_buffer
-        cache = one.replay.cache if one is model else other._replay.cache
-        randomise(one.policy.critics, 7)
-        update, deleted = one.policy.push_critics(1.0, 0.3)
-        cache.follow(update, one.policy.frozen_critics.newest, deleted)
-        batches.append(cache.state_dict())
-    assert all(np.array_equal(batches[0][key], batches[1][key]) for key in state)
+    states = []
+    for policy, cache in [(model.policy, model.replay.cache), (other.policy, other.replay.cache)]:
+        randomise(policy.critics, 7)
+        update, deleted = policy.push_critics(1.0, 0.3)
+        cache.follow(update, policy.frozen_critics.newest, deleted)
+        states.append(cache.state_dict())
+    assert states[0].keys() == state.keys()
+    assert all(np.array_equal(states[0][key], states[1][key]) for key in state)
 
 
 def test_state_of_another_stack_or_size_is_left_alone():
     """It is not taken, and what is given then is right."""
-    model = make_cached(buffer_size=100).learn(150)
+    model = make_cached(buffer_size=100).learn(110)
     state = model.replay.cache.state_dict()
     for kwargs, same_stack in [(dict(), False), (dict(buffer_size=50), True), (dict(buffer_size=200), True)]:
-        other = make_cached(**{"buffer_size": 100, **kwargs}, seed=1).learn(100)
+        other = make_cached(**{"buffer_size": 100, **kwargs}, seed=1).learn(40)
         if same_stack:
             other.policy.load_state_dict(model.policy.state_dict())
         other.replay.cache.load_state_dict(state)
         assert len(other.replay.cache) == (100 if kwargs == dict(buffer_size=200) else 0)
         assert largest_error(other) < 1e-4
-        other.learn(100, reset_num_timesteps=False)
+        other.learn(30, reset_num_timesteps=False)
         assert largest_error(other) < 1e-4
     empty = make_cached().replay.cache
     empty.load_state_dict(empty.state_dict())
