@@ -303,7 +303,10 @@ class PolicyReplay:
         :return: the batches
         """
         # What other buffers give may be no set of equals: HER's ends with the relabelled transitions
-        n_at_once = max(1, self.states_at_once // batch_size) if is_plain(self.buffer) else 1
+        if not is_plain(self.buffer):
+            yield from (self.sample(batch_size) for _ in range(n_batches))
+            return
+        n_at_once = max(1, self.states_at_once // batch_size)
         for start in range(0, n_batches, n_at_once):
             yield from self.sample(min(n_at_once, n_batches - start) * batch_size).split(batch_size)
 
