@@ -178,6 +178,9 @@ class FrozenCritics(nn.ModuleList):
         :return: what this does to the weighted sum of the logit rule, and the critics that it deletes from it
         """
         # Prepare all that can fail ...
+        new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
+        if {name: x.shape for name, x in new_params.items()} != {name: x.shape[1:] for name, x in self._blocks.items()}:
+            raise ValueError("Invalid critics: expected the architecture of the stack")
         weights, n_updates = copy.copy(self.weights), self.n_updates + 1
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
@@ -189,7 +192,6 @@ class FrozenCritics(nn.ModuleList):
         layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
         moved = {row: source for row, source in enumerate(layout) if row != source}
         blocks = self._reserved(len(layout))
-        new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
         copies = {
             (name, row): new_params[name] if source == NEW else block[source].clone()
             for name, block in self._blocks.items()
@@ -267,7 +269,15 @@ class FrozenCritics(nn.ModuleList):
                 state[key] = value.clone()
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
             n = len(old["values"])
@@ -275,19 +285,27 @@ class FrozenCritics(nn.ModuleList):
             state_dict[f"{prefix}weights"] = _to_floats(old["values"])
             state_dict[f"{prefix}updates"] = th.arange(1.0, n + 1)
             state_dict[f"{prefix}constants"] = _to_floats([old["scale"], ent_coef, float(n)])
-        if f"{prefix}weights" in state_dict:
-            self._load_numbers(*(state_dict.pop(f"{prefix}{name}") for name in ("weights", "updates", "constants")))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        names = [f"{prefix}{name}" for name in ("weights", "updates", "constants")]
+        numbers = [state_dict.pop(name, None) for name in names]
+        missing = [name for name, value in zip(names, numbers, strict=True) if value is None]
+        if missing:
+            missing_keys.extend(missing)
+        else:
+            self._load_numbers(*numbers)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         self._changed()
 
     def _load_numbers(self, weights: th.Tensor, updates: th.Tensor, constants: th.Tensor) -> None:
         """Take the numbers of a saved stack, and make room for its entries."""
-        n = len(updates)
-        valid = weights.shape[1:] == constants.shape[1:] == (3,) and len(weights) <= n and len(constants) == 3
-        if not valid or not (th.isfinite(weights).all() and th.isfinite(updates).all()):
+        valid = updates.dim() == 1 and weights.shape[1:] == constants.shape[1:] == (3,)
+        valid = valid and len(weights) <= len(updates) and len(constants) == 3
+        valid = valid and all(bool(th.isfinite(x).all()) for x in (weights, updates, constants[::2]))
+        if not valid or th.isinf(constants[1]).any():
             raise ValueError(
-                f"The saved stack is damaged: expected finite weights of at most {n} critics, got {weights.tolist()}"
+                "The saved stack is damaged: expected finite numbers, and at most one weight for each critic, got "
+                f"weights={weights.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
             )
+        n = len(updates)
         scale, ent_coef, n_updates = _from_floats(constants)
         self.weights.values = _from_floats(weights)
         self.weights.scale = scale

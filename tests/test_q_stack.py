@@ -1,19 +1,23 @@
-"""Batched critics against ordinary networks one by one, and the life of the stack of frozen critics."""
+"""The stack of frozen critics: its two weightings, its growth, and whatever copies, moves, saves or interrupts it."""
 
 import copy
 import gc
-import inspect
+import io
+import itertools
 import mmap
 import pickle
 import signal
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
+from architectures import ARCHITECTURES, BOX, make_policy, push
 from helpers import (
-    RandomObsEnv,
     by_age,
+    grow,
     make_model,
     members,
     randomise,
@@ -23,98 +27,12 @@ from helpers import (
     slow_logit_sums,
     slow_q_values,
 )
-from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from torch import nn
 from torch._subclasses import FakeTensor
-from torch.func import functional_call
 
-from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, kernels
+from sb3_staq import MlpPolicy, StaQ, kernels, q_stack
 from sb3_staq.mirror_descent import averaged_updates
 
-
-class NormExtractor(BaseFeaturesExtractor):
-    """A features extractor with parameters of its own, one layer without bias, and dropout."""
-
-    def __init__(self, observation_space, features_dim=6):
-        super().__init__(observation_space, features_dim)
-        n = int(np.prod(observation_space.shape))
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(n, 6, bias=False), nn.LayerNorm(6), nn.Dropout(0.5))
-
-    def forward(self, obs):
-        return self.net(obs)
-
-
-class RecurrentExtractor(BaseFeaturesExtractor):
-    """What PyTorch cannot batch over networks: a recurrent layer, and writing in place."""
-
-    def __init__(self, observation_space, features_dim=5):
-        super().__init__(observation_space, features_dim)
-        self.gru = nn.GRU(2, 5, batch_first=True)
-
-    def forward(self, obs):
-        features = th.zeros(len(obs), 5)
-        features += self.gru(obs.unflatten(1, (2, 2)))[1][0]
-        return features
-
-
-BOX = spaces.Box(-1, 1, (4,), np.float32)
-IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-DICT = spaces.Dict(img=IMAGE, vec=spaces.Box(-2, 2, (3,), np.float64), kind=spaces.Discrete(4))
-ARCHITECTURES = {
-    "mlp": (MlpPolicy, BOX, dict(net_arch=[16, 8])),
-    "wide_input": (MlpPolicy, spaces.Box(-1, 1, (3, 40), np.float32), dict(net_arch=[8])),
-    "linear": (MlpPolicy, BOX, dict(net_arch=[])),
-    "tanh": (MlpPolicy, BOX, dict(net_arch=[8], activation_fn=nn.Tanh)),
-    "prelu": (MlpPolicy, BOX, dict(net_arch=[8, 8], activation_fn=nn.PReLU)),
-    "one_critic": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=1)),
-    "three_critics": (MlpPolicy, BOX, dict(net_arch=[8], n_critics=3)),
-    "extractor": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=NormExtractor)),
-    "recurrent": (MlpPolicy, BOX, dict(net_arch=[8], features_extractor_class=RecurrentExtractor)),
-    "layer_norm": (MlpPolicy, BOX, dict(net_arch=[16, 8], layer_norm=True)),
-    "discrete": (MlpPolicy, spaces.Discrete(5), dict(net_arch=[8])),
-    "multi_discrete": (MlpPolicy, spaces.MultiDiscrete([3, 4]), dict(net_arch=[8])),
-    "multi_binary": (MlpPolicy, spaces.MultiBinary(5), dict(net_arch=[8])),
-    "image": (CnnPolicy, IMAGE, dict(features_extractor_kwargs=dict(features_dim=8))),
-    "image_hidden": (CnnPolicy, IMAGE, dict(net_arch=[8], features_extractor_kwargs=dict(features_dim=8))),
-    "dict": (MultiInputPolicy, DICT, dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))),
-    "branches": (MlpPolicy, BOX, dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]))),
-    "branches_layer_norm": (
-        MlpPolicy,
-        BOX,
-        dict(net_arch=[8, 8], action_space=spaces.MultiDiscrete([2, 3, 4]), layer_norm=True),
-    ),
-    "branches_linear": (MlpPolicy, BOX, dict(net_arch=[], action_space=spaces.MultiBinary(3))),
-    "box_axis": (MlpPolicy, BOX, dict(net_arch=[8], action_space=spaces.Box(-1, 1, (3,)), action_grid="axis")),
-}
-
-
-def make_policy(architecture="mlp", **kwargs):
-    policy_class, space, policy_kwargs = ARCHITECTURES[architecture]
-    own = {"action_space": spaces.Discrete(3), "memory_size": 4, "eval_policy": "last", "average_size": 0}
-    policy_kwargs = {**own, **policy_kwargs, **kwargs}
-    th.manual_seed(0)
-    policy = policy_class(space, lr_schedule=lambda _: 1e-3, **policy_kwargs)
-    randomise(policy.critics, seed=0)
-    return policy
-
-
-def push(policy, seed, kl_coef=1.0, ent_coef=0.1):
-    """Push random critics; return what they are, as ordinary networks."""
-    randomise(policy.critics, seed)
-    nets = members(policy.critics.frozen_copy())
-    policy.push_critics(kl_coef, ent_coef)
-    return nets
-
-
-def loop_sum(policy, stack, obs):
-    """``sum_i w_i mean_j Q_ij`` over ordinary networks."""
-    with th.no_grad():
-        values = [th.stack([net(obs) for net in nets]).mean(0) for nets in stack]
-    return sum(weight * value for weight, value in zip(policy.frozen_critics.weights.values, values, strict=True))
-
-
-# Batched passes
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(params=["AMD", "another maker"])
@@ -124,148 +42,175 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(kernels, "READ_AHEAD_BYTES", 2 * 32 * 32 * 4)  # two networks
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ensemble_equals_networks_one_by_one(architecture, processor):
-    """Values and gradients of the online critics."""
-    policy = make_policy(architecture)
-    policy.critics.eval()  # no dropout
-    obs = policy.preprocess(sample_obs(policy.observation_space, 9))
-    nets = members(policy.critics)
-    assert len(nets) == policy.n_critics
-
-    batched = policy.critics(obs)
-    one_by_one = th.stack([net(obs) for net in nets])
-    n_bins = policy.branches.n_bins
-    assert batched.shape == (policy.n_critics, 9, n_bins)
-    assert batched.std() > 0.01
-    assert relative_error(batched.detach(), one_by_one.detach()) < 1e-5
-
-    target = th.linspace(-1, 1, 9 * n_bins).reshape(9, n_bins)
-    ((batched - target) ** 2).sum().backward()
-    ((one_by_one - target) ** 2).sum().backward()
-    for name, param in policy.critics.net.named_parameters():
-        expected = th.stack([net.get_parameter(name).grad for net in nets])
-        assert relative_error(param.grad, expected) < 1e-4, name
+def window_by_definition(n_updates, window, size):
+    """All updates of the window, every second, every fourth, ...: the first of these that are few enough."""
+    covered = max(1, round(window * n_updates))
+    stride = 1
+    while True:
+        updates = [k for k in range(n_updates - covered + 1, n_updates + 1) if k % stride == 0]
+        if covered <= stride * size:
+            return updates
+        stride *= 2
 
 
-@pytest.mark.parametrize("n_hidden", [0, 1, 3])
-@pytest.mark.parametrize("batch_size", [3, 40])
-def test_derivatives_of_any_order(n_hidden, batch_size, processor):
-    """Of values by observations and parameters, and of these derivatives: as those of ordinary networks."""
-    policy = make_policy("mlp", net_arch=[12] * n_hidden)
-    randomise(policy.critics, seed=0)
-    obs = policy.preprocess(sample_obs(policy.observation_space, batch_size))
+def both_sums(policy, obs):
+    """Under both weightings."""
+    return th.stack([policy.logit_sums(obs, average=average) for average in (False, True)])
 
-    def derivatives(critics, params):
-        x = obs.clone().requires_grad_()
-        first = th.autograd.grad(critics(x).square().sum(), [x, *params], create_graph=True)
-        loss = sum(grad.square().sum() for grad in first)
-        return [*first, *th.autograd.grad(loss, [x, *params])]
 
-    batched = derivatives(policy.critics, list(policy.critics.params.values()))
-    nets = members(policy.critics)
-    params = [
-        th.stack([net.get_parameter(name).data for net in nets]).requires_grad_() for name in policy.critics.params
-    ]
+def slow_sums(policy, obs):
+    """The same, one ordinary network after the other."""
+    total = policy.frozen_critics.weights.total
+    return th.stack([slow_logit_sums(policy, obs), total * slow_average(policy, obs)])
 
-    def one_by_one(x):
-        copies = [dict(zip(policy.critics.params, values, strict=True)) for values in zip(*params, strict=True)]
-        return th.stack([functional_call(nets[0], copy, (x,)) for copy in copies])
 
-    for actual, expected in zip(batched, derivatives(one_by_one, params), strict=True):
-        assert expected.abs().max() > 0
-        assert relative_error(actual, expected) < 1e-4
+def assert_sums(policy, obs, bound=2e-6):
+    """Both weightings, relative to what is added up."""
+    actual, expected = both_sums(policy, obs), slow_sums(policy, obs)
+    assert actual.shape == expected.shape and actual.dtype == th.float32
+    entries = [slow_q_values(entry, policy.preprocess(obs)).abs().max() for entry in policy.frozen_critics]
+    weights = policy.frozen_critics.weights.values
+    assert (actual - expected).abs().max() <= bound * sum(map(abs, weights)) * max(entries)
+
+
+def loop_sum(policy, stack, obs):
+    """``sum_i w_i mean_j Q_ij`` over ordinary networks."""
+    with th.no_grad():
+        values = [th.stack([net(obs) for net in nets]).mean(0) for nets in stack]
+    return sum(weight * value for weight, value in zip(policy.frozen_critics.weights.values, values, strict=True))
+
+
+# Which policy updates are averaged
+
+
+@pytest.mark.parametrize("window", [0.01, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 60])
+def test_averaged_updates(window, size):
+    """Evenly thinned over the window, within the bounds of their number, and never what was dropped before."""
+    held = set()
+    for n in range(1, 800):
+        chosen = list(averaged_updates(n, window, size))
+        assert chosen == window_by_definition(n, window, size)
+        covered = max(1, round(window * n))
+        assert all(n - covered < update <= n for update in chosen)
+        assert len(chosen) <= size
+        if size >= 2:
+            assert len(chosen) >= min(covered, size // 2)
+        strides = {b - a for a, b in itertools.pairwise(chosen)}
+        assert len(strides) <= 1
+        assert held.union([n]).issuperset(chosen)
+        held = set(chosen)
+
+
+# The two weightings
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_stack_equals_networks_one_by_one(architecture, processor):
-    """The weighted sum, with a stack that has been full for a while, at several batch sizes."""
-    policy = make_policy(architecture)
-    stack = []
+    """With a stack that has been full for a while, at several batch sizes; here nothing of the package is summed up."""
+    policy = make_policy(architecture, average_window=0.9, average_size=4)
+    pushed = []
     for i in range(7):
-        stack = [*stack, push(policy, seed=i, kl_coef=1.0 + i, ent_coef=0.1 + 0.2 * (i % 3))][-4:]
+        pushed.append(push(policy, seed=i, kl_coef=1.0 + i, ent_coef=0.1 + 0.2 * (i % 3)))
+    assert policy.frozen_critics.weights.values[-1] == 1.0
     for batch_size in (1, 2, 33):
         obs = sample_obs(policy.observation_space, batch_size)
-        sums = policy.logit_sums(obs)
+        sums, average = both_sums(policy, obs)
         assert sums.shape == (batch_size, policy.branches.n_bins)
-        assert sums.dtype == th.float32
-        assert not sums.requires_grad  # none is asked for
-        expected = loop_sum(policy, stack, policy.preprocess(obs))
+        assert sums.dtype == average.dtype == th.float32
+        expected = loop_sum(policy, pushed[-4:], policy.preprocess(obs))
         assert expected.std() > 0.01
         assert relative_error(sums, expected) < 1e-5
-        th.testing.assert_close(policy.logits(obs), policy.frozen_critics.weights.scale * sums, rtol=1e-6, atol=0)
+        with th.no_grad():  # the window covers 6 of the 7, every second one is kept
+            values = [th.stack([net(policy.preprocess(obs)) for net in pushed[k - 1]]).mean(0) for k in (2, 4, 6)]
+        expected = policy.frozen_critics.weights.total * th.stack(values).mean(0)
+        assert relative_error(average, expected) < 1e-5
+        scale = policy.frozen_critics.weights.scale
+        for eval_policy, value in (("last", sums), ("average", average)):
+            policy.eval_policy = eval_policy
+            th.testing.assert_close(policy.logits(obs), scale * value, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 256, 5000])
 @pytest.mark.parametrize("memory_size", [1, 2, 60])
 def test_stack_of_any_size_at_any_batch_size(memory_size, batch_size, processor):
     """Whatever way of evaluation is chosen for these sizes: the same sums, to float precision."""
-    policy = make_policy("mlp", memory_size=memory_size, net_arch=[32, 32])
+    policy = make_policy("mlp", memory_size=memory_size, net_arch=[32, 32], average_window=1.0, average_size=30)
     for i in range(memory_size + 7):
         push(policy, seed=i, kl_coef=20.0, ent_coef=0.4)
     obs = sample_obs(policy.observation_space, batch_size)
     assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 2e-6
+    assert_sums(policy, obs)
 
 
-def test_batches_do_not_mix_observations():
-    """The value at an observation does not depend on what else is in the batch."""
-    policy = make_policy("mlp", memory_size=20)
-    for i in range(20):
-        push(policy, seed=i)
-    obs = sample_obs(policy.observation_space, 300)
-    one_by_one = th.cat([policy.logit_sums(obs[i : i + 1]) for i in range(300)])
-    assert relative_error(policy.logit_sums(obs), one_by_one) < 1e-6
-
-
-def test_empty_stack_is_uniform():
-    policy = make_policy("dict")
+@pytest.mark.parametrize(
+    ("architecture", "memory_size", "window", "size"),
+    [
+        ("mlp", 3, 0.15, 4),  # the stride doubles at 30, 60, 120 and 240 updates
+        ("one_critic", 50, 0.15, 8),  # the memory is longer than the window at first
+        ("branches", 7, 1.0, 6),  # from the first update on
+        ("linear", 300, 0.3, 60),  # never full
+        ("main_effects", 1, 0.5, 10),
+        ("three_critics", 40, 0.02, 2),  # always longer than the window
+    ],
+)
+def test_hundreds_of_pushes(architecture, memory_size, window, size):
+    """Entries are what the rule or the average needs, and no other; sums are right throughout."""
+    policy = make_policy(architecture, memory_size=memory_size, average_window=window, average_size=size)
+    stack = policy.frozen_critics
     obs = sample_obs(policy.observation_space, 5)
-    assert policy.logits(obs).tolist() == [[0.0] * 3] * 5
-    np.testing.assert_allclose(policy.get_distribution(obs).distribution.probs, 1 / 3, rtol=1e-6)
+    pushed = {}
+    strides = set()
+    for k in range(1, 281):
+        push(policy, seed=k, kl_coef=1.0 + k % 3, ent_coef=0.1)
+        pushed[k] = policy.q_values(policy.additive_critics, obs)
+        recent = set(range(max(1, k - memory_size + 1), k + 1))
+        averaged = window_by_definition(k, window, size)
+        assert sorted(stack.updates) == sorted(recent.union(averaged))
+        assert set(stack.updates[: len(recent)]) == recent
+        assert len(stack) == len(stack.updates) <= memory_size + size
+        assert len(stack.weights) == len(recent)
+        strides.add(averaged[1] - averaged[0] if len(averaged) > 1 else 0)
+        if k % 23 == 0 or k in (1, 2, 3, 280):
+            assert_sums(policy, obs)
+        if k % 70 == 0:
+            for entry, update in zip(stack, stack.updates, strict=True):
+                th.testing.assert_close(policy.q_values(entry, obs), pushed[update], rtol=1e-5, atol=1e-6)
+            newest = policy.q_values(stack.newest, obs)
+            th.testing.assert_close(newest, pushed[k], rtol=1e-5, atol=1e-6)
+    if window >= 0.15 and memory_size < 50:
+        assert len(strides) >= 3
 
 
-def test_new_critics_start_at_zero():
-    """The first policies are uniform whatever the observations."""
-    policy = MlpPolicy(BOX, spaces.Discrete(3), lambda _: 1e-3, net_arch=[16])
-    obs = sample_obs(BOX, 5)
-    assert (policy.critics(obs) == 0).all()
-    policy.push_critics(1.0, 0.1)
-    assert (policy.logits(obs) == 0).all()
-    first, second = policy.critics.net.q_net[0].weight
-    assert not th.equal(first, second)  # but the members are different networks
-
-
-def test_layer_norm_makes_hidden_layers_blind_to_scale():
-    """Without offsets, a larger first layer gives the same values if it is normalised, and others if not."""
-    obs = sample_obs(BOX, 5)
-    for layer_norm in (False, True):
-        policy = make_policy("mlp", layer_norm=layer_norm)
-        params = dict(policy.critics.net.named_parameters())
-        params["q_net.0.bias"].data.zero_()
-        before = policy.critics(obs)
-        params["q_net.0.weight"].data *= 10
-        assert (relative_error(policy.critics(obs).detach(), before.detach()) < 1e-3) == layer_norm
-
-
-def test_preprocessing_is_sb3s():
-    """Images scaled, discrete observations one-hot, and raw images if so wished."""
-    for architecture in ("image", "dict", "discrete"):
-        policy = make_policy(architecture)
-        obs = sample_obs(policy.observation_space, 4)
-        expected = preprocess_obs(obs, policy.observation_space, normalize_images=True)
-        th.testing.assert_close(policy.preprocess(obs), expected)
-    policy = make_policy("image", normalize_images=False, features_extractor_kwargs=dict(normalized_image=False))
-    obs = sample_obs(policy.observation_space, 4)
-    th.testing.assert_close(policy.preprocess(obs), obs.float())
-
-
-# Growth, deletion and freezing
+@pytest.mark.parametrize("rule", ["weight_corrected", "truncated", "exact"])
+def test_memory_that_changes(rule):
+    """A stack that grows, is full, shrinks by several at once and grows again."""
+    policy = make_policy("mlp", memory_size=6, logit_rule=rule, average_window=0.5, average_size=4)
+    stack, obs = policy.frozen_critics, sample_obs(BOX, 6)
+    sums = th.zeros(6, 3, dtype=th.float64)
+    n_recent = 0
+    for k, memory_size in enumerate([6] * 9 + [2] * 5 + [1] * 4 + [9] * 12 + [3] * 6, 1):
+        randomise(policy.critics, seed=k)
+        q_new = slow_q_values(policy.critics, obs)
+        update, deleted = policy.push_critics(1.0 + k % 3, 0.1, memory_size)
+        n_deleted = 0 if rule == "exact" else max(0, n_recent + 1 - memory_size)
+        n_recent += 1 - n_deleted
+        assert len(deleted) == len(update.deleted_weights) == n_deleted
+        assert len(stack.weights) == n_recent
+        recent = set(range(k - n_recent + 1, k + 1))
+        needed = recent.union(window_by_definition(k, 0.5, 4))
+        assert recent <= set(stack.updates) <= needed
+        if memory_size < 9:  # with a longer memory, the next windows need what the shorter one kept
+            assert len(stack) <= n_recent + 4
+        assert_sums(policy, obs)
+        sums = update.apply(sums, q_new, [slow_q_values(entry, obs) for entry in deleted])
+        assert relative_error(policy.logit_sums(obs), sums) < 1e-5
 
 
 @pytest.mark.parametrize("memory_size", [1, 2, 5])
 def test_growth_and_deletion_order(memory_size):
-    """Entries are the critics at the time of their push, oldest first; a full stack loses its oldest entry."""
-    policy = make_policy("mlp", memory_size=memory_size)
+    """Entries are the critics at the time of their push; a full stack loses its oldest entry."""
+    policy = make_policy("mlp", memory_size=memory_size, average_size=0)
     obs = sample_obs(BOX, 6)
     pushed, seen = [], []
     for i in range(3 * memory_size + 1):
@@ -273,17 +218,20 @@ def test_growth_and_deletion_order(memory_size):
         pushed.append(policy.q_values(policy.critics, obs))
         update, deleted = policy.push_critics(1.0, 0.1)
         assert len(policy.frozen_critics) == min(i + 1, memory_size)
-        assert len(deleted) == len(update.deleted_weights) == int(i >= memory_size)
-        for critics in deleted:
-            th.testing.assert_close(policy.q_values(critics, obs), pushed[i - memory_size], rtol=0, atol=0)
-        seen += deleted
+        if i < memory_size:
+            assert deleted == []
+            assert update.deleted_weights == ()
+        else:
+            assert len(deleted) == len(update.deleted_weights) == 1
+            th.testing.assert_close(policy.q_values(deleted[0], obs), pushed[i - memory_size], rtol=0, atol=0)
+            seen += deleted
         randomise(policy.critics, seed=1000 + i)  # the online critics train on
         values = [policy.q_values(entry, obs) for entry in by_age(policy)]
         for value, expected in zip(values, pushed[-memory_size:], strict=True):
             th.testing.assert_close(value, expected, rtol=0, atol=0)
         th.testing.assert_close(policy.q_values(policy.frozen_critics.newest, obs), pushed[i], rtol=0, atol=0)
-    for critics, expected in zip(seen, pushed, strict=False):  # deleted entries stay what they were
-        th.testing.assert_close(policy.q_values(critics, obs), expected, rtol=0, atol=0)
+    for deleted, expected in zip(seen, pushed, strict=False):  # deleted entries stay what they were
+        th.testing.assert_close(policy.q_values(deleted, obs), expected, rtol=0, atol=0)
 
 
 def test_exact_rule_keeps_everything():
@@ -292,6 +240,7 @@ def test_exact_rule_keeps_everything():
     assert len(policy.frozen_critics) == 11
     obs = sample_obs(BOX, 6)
     assert relative_error(policy.logit_sums(obs), loop_sum(policy, stack, obs)) < 1e-5
+    assert_sums(policy, obs)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +248,7 @@ def test_exact_rule_keeps_everything():
 )
 @pytest.mark.parametrize("architecture", ["mlp", "branches"])
 def test_custom_weights(architecture, by_age):
-    """The logits are ``sum_age w(age) Q_{k-age}``, missing critics count as zero."""
+    """The logits are ``sum_age w(age) Q_{k-age}``, missing critics count as zero; the average has the same sum."""
     policy = make_policy(architecture, memory_size=3, logit_rule=by_age)
     obs = sample_obs(BOX, 6)
     pushed: list[th.Tensor] = []
@@ -308,7 +257,45 @@ def test_custom_weights(architecture, by_age):
         pushed.insert(0, slow_q_values(policy.critics, obs))
         policy.push_critics(1.0 + i, 0.1)
         expected = sum(weight * q_values for weight, q_values in zip(by_age, pushed, strict=False))
-        th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=1e-5 * max(map(abs, by_age)))
+        bound = 1e-5 * max(map(abs, by_age))
+        th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=bound)
+        expected = sum(by_age[: i + 1]) * pushed[0]  # the window covers one critic
+        actual = policy.logit_sums(obs, average=True).double()
+        th.testing.assert_close(actual, expected, rtol=1e-5, atol=bound)
+
+
+def test_batches_do_not_mix_observations():
+    """The value at an observation does not depend on what else is in the batch."""
+    policy = make_policy("mlp", memory_size=20, average_window=1.0)
+    for i in range(20):
+        push(policy, seed=i)
+    obs = sample_obs(policy.observation_space, 300)
+    one_by_one = th.cat([both_sums(policy, obs[i : i + 1]) for i in range(300)], dim=1)
+    assert relative_error(both_sums(policy, obs), one_by_one) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dict", "image"])
+def test_parts_of_a_batch(architecture, monkeypatch):
+    """Large batches and long stacks are evaluated in parts: the same values, and none for no observation."""
+    policy = make_policy(architecture, memory_size=9, average_window=1.0)
+    for i in range(9):
+        push(policy, seed=i)
+    obs = sample_obs(policy.observation_space, 23)
+    whole = both_sums(policy, obs)
+    n_numbers = sum(x[0].numel() for x in (obs.values() if isinstance(obs, dict) else [obs]))
+    monkeypatch.setattr(q_stack, "OBS_ELEMENTS", 5 * n_numbers)
+    monkeypatch.setattr(q_stack, "CHUNK_ELEMENTS", 1)
+    assert relative_error(both_sums(policy, obs), whole) < 1e-6
+    none = {key: x[:0] for key, x in obs.items()} if isinstance(obs, dict) else obs[:0]
+    assert both_sums(policy, none).shape == (2, 0, 3)
+
+
+def test_empty_stack_is_uniform():
+    for eval_policy in ("last", "average"):
+        policy = make_policy("dict", eval_policy=eval_policy)
+        obs = sample_obs(policy.observation_space, 5)
+        assert policy.logits(obs).tolist() == [[0.0] * 3] * 5
+        np.testing.assert_allclose(policy.get_distribution(obs).distribution.probs, 1 / 3, rtol=1e-6)
 
 
 def test_no_gradient_reaches_frozen_critics():
@@ -316,7 +303,7 @@ def test_no_gradient_reaches_frozen_critics():
     model = make_model(memory_size=3)
     model.learn(70)
     policy = model.policy
-    assert len(policy.frozen_critics.weights) == 3
+    assert len(policy.frozen_critics) == 3
     trained = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
     assert trained == {id(param) for param in policy.critics.parameters()}
     frozen = [*policy.frozen_critics.parameters(), *policy.critics_target.parameters()]
@@ -336,31 +323,20 @@ def test_no_gradient_reaches_frozen_critics():
     assert not policy.logits(th.zeros(2, 4)).requires_grad
 
 
-def test_dropout_acts_in_training_only():
-    """The policy is a function; only the gradient step draws dropout masks."""
-    policy = make_policy("extractor")
-    for i in range(3):
-        push(policy, seed=i)
-    obs = sample_obs(BOX, 8)
-    policy.set_training_mode(True)
-    assert th.equal(policy.logits(obs), policy.logits(obs))
-    assert th.equal(policy.q_values(policy.critics_target, obs), policy.q_values(policy.critics_target, obs))
-    assert not th.equal(policy.critics(obs), policy.critics(obs))
-
-
 # Memory
 
 
 def assert_entries_are_live(policy):
     """What is written into the parameters of an entry is what the policy evaluates: there is no second copy."""
     obs = sample_obs(policy.observation_space, 6)
-    weights = policy.frozen_critics.weights.values
-    for i, entry in enumerate(by_age(policy)):
+    weights = dict(zip(map(id, by_age(policy)), policy.frozen_critics.weights.values, strict=True))
+    for entry in policy.frozen_critics:
         before = policy.logit_sums(obs)
         with th.no_grad():
             entry.net.q_net[-1].bias += 1.0
         after = policy.logit_sums(obs)
-        th.testing.assert_close(after - before, th.full_like(before, weights[i]), rtol=1e-3, atol=1e-4)
+        expected = th.full_like(before, weights.get(id(entry), 0.0))
+        th.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-4)
         with th.no_grad():
             entry.net.q_net[-1].bias -= 1.0
     storages = {}
@@ -368,6 +344,10 @@ def assert_entries_are_live(policy):
         layer = name.partition(".")[2]
         storages.setdefault(layer, set()).add(param.untyped_storage().data_ptr())
     assert all(len(pointers) == 1 for pointers in storages.values())
+
+
+KINDS = ["push", "dtype", "device", "deepcopy", "deepcopy of the stack", "pickle", "state_dict", "state_dict as file"]
+AVERAGE = dict(average_window=0.6, average_size=3)
 
 
 def round_trip(policy, kind):
@@ -381,68 +361,69 @@ def round_trip(policy, kind):
         policy.to("cpu")
     elif kind == "deepcopy":
         return copy.deepcopy(policy)
-    elif kind == "pickle":
-        return pickle.loads(pickle.dumps(policy.frozen_critics)), policy
-    elif kind == "state_dict":
-        other = make_policy("mlp", memory_size=5)
-        other.load_state_dict(policy.state_dict())
+    elif kind in ("deepcopy of the stack", "pickle"):
+        other = make_policy("mlp", memory_size=5, **AVERAGE)
+        stack = policy.frozen_critics
+        other.frozen_critics = copy.deepcopy(stack) if kind != "pickle" else pickle.loads(pickle.dumps(stack))
+        return other
+    elif kind in ("state_dict", "state_dict as file"):
+        state = policy.state_dict()
+        if kind == "state_dict as file":
+            file = io.BytesIO()
+            th.save(state, file)
+            file.seek(0)
+            state = th.load(file, weights_only=True)
+        other = make_policy("mlp", memory_size=5, **AVERAGE)
+        other.load_state_dict(state)
         return other
     return policy
 
 
-@pytest.fixture(params=["usual", "large", "large, refused"])
+@pytest.fixture(params=["usual", "large"])
 def pages(request, monkeypatch):
     """How the memory of the stack is asked for: stacks of these tests would be too small for large pages."""
-    if request.param == "usual":
-        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-        yield
-        return
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        pytest.skip("this system has no way to ask for large pages")
-    asked = []
-
-    class Memory(mmap.mmap):
-        def madvise(self, *args):
-            asked.append(args)
-            if request.param == "large, refused":
-                raise OSError("invalid argument")
-            return super().madvise(*args)
-
-    monkeypatch.setattr(mmap, "mmap", Memory)
+    monkeypatch.setattr(kernels, "_special", lambda: request.param == "large")
     monkeypatch.setattr(kernels, "LARGE_PAGE_BYTES", 1)
-    yield
-    assert set(asked) == {(mmap.MADV_HUGEPAGE,)}
+    if request.param == "large" and not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("this system has no way to ask for large pages")
 
 
 @pytest.mark.usefixtures("pages")
-@pytest.mark.parametrize("n_entries", [1, 3, 5, 8])
-@pytest.mark.parametrize("kind", ["push", "dtype", "device", "deepcopy", "pickle", "state_dict"])
-def test_block_and_entries_share_memory(kind, n_entries):
-    """Also after everything that moves or copies a module; and the stack grows on correctly afterwards."""
-    policy = make_policy("mlp", memory_size=5)
+@pytest.mark.parametrize("n_entries", [1, 3, 8, 17])
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trips(kind, n_entries):
+    """
+    What moves or copies a module leaves the logits of both weightings as they are, to the last bit.
+
+    Blocks and entries go on sharing their memory, and the stack grows on as the original does.
+    """
+    policy = make_policy("mlp", memory_size=5, **AVERAGE)
     for i in range(n_entries):
         push(policy, seed=i)
     obs = sample_obs(BOX, 6)
-    before = policy.logit_sums(obs)
-    if kind == "pickle":
-        copied, original = round_trip(policy, kind)
-        policy = make_policy("mlp", memory_size=5)
-        policy.frozen_critics = copied
-    else:
-        original = policy
-        policy = round_trip(policy, kind)
+    before = both_sums(policy, obs)
+    original = policy
+    policy = round_trip(policy, kind)
+    stack = policy.frozen_critics
     if kind != "push":
-        th.testing.assert_close(policy.logit_sums(obs), before, rtol=0, atol=0)
-        assert policy.frozen_critics.weights.values == original.frozen_critics.weights.values
-    assert not any(param.requires_grad for param in policy.frozen_critics.parameters())
+        assert th.equal(both_sums(policy, obs), before)
+        assert stack.weights.values == original.frozen_critics.weights.values
+        assert stack.weights.scale == original.frozen_critics.weights.scale
+        assert stack.weights.ent_coef == original.frozen_critics.weights.ent_coef
+        assert (list(stack.updates), stack.n_updates) == (list(original.frozen_critics.updates), n_entries)
+    assert not any(param.requires_grad for param in stack.parameters())
     assert_entries_are_live(policy)
-    expected = original.logit_sums(obs)
+    expected = both_sums(original, obs)
+    twin = copy.deepcopy(original)
     for i in range(7):
         push(policy, seed=100 + i)
         assert_entries_are_live(policy)
-        assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+        assert_sums(policy, obs)
+        if policy is not original:
+            push(twin, seed=100 + i)
+            assert th.equal(both_sums(policy, obs), both_sums(twin, obs))
     if policy is not original:  # a copy is independent of its original
-        th.testing.assert_close(original.logit_sums(obs), expected, rtol=0, atol=0)
+        assert th.equal(both_sums(original, obs), expected)
 
 
 def live_tensor_bytes():
@@ -460,13 +441,24 @@ def live_tensor_bytes():
 def test_memory_of_a_full_stack(memory_size):
     """A full stack takes at most 5% more than its critics' parameters: no copies, no spare capacity."""
     before = live_tensor_bytes()
-    policy = make_policy("mlp", memory_size=memory_size, net_arch=[64, 64])
+    policy = make_policy("mlp", memory_size=memory_size, net_arch=[64, 64], average_size=0)
     empty = live_tensor_bytes() - before
     for i in range(memory_size + 20):
         push(policy, seed=i)
         policy.logit_sums(th.zeros(1, 4))
     one_entry = sum(param.nbytes for param in policy.critics.parameters())
     assert live_tensor_bytes() - before - empty <= 1.05 * memory_size * one_entry
+
+
+def test_memory_of_a_full_stack_with_an_average():
+    """At most room for ``memory_size + average_size`` critics, however many there are pushed."""
+    before = live_tensor_bytes()
+    policy = make_policy("mlp", memory_size=10, net_arch=[64, 64], average_window=1.0, average_size=20)
+    empty = live_tensor_bytes() - before
+    for i in range(150):
+        push(policy, seed=i)
+    one_entry = sum(param.nbytes for param in policy.critics.parameters())
+    assert live_tensor_bytes() - before - empty <= 1.05 * 30 * one_entry
 
 
 def test_memory_while_growing_is_at_most_doubled():
@@ -488,13 +480,13 @@ def test_skipping_negligible_weights(batch_size, coefs):
     """Skipping changes the weighted average of the Q-values by less than float resolution, however old they are."""
     policy = make_policy("mlp", memory_size=40)
     for i in range(45):
-        push(policy, *(i, *coefs))
+        push(policy, i, *coefs)
     obs = sample_obs(BOX, 50)
     values = th.stack([slow_q_values(entry, obs) for entry in by_age(policy)])
     weights = th.tensor(policy.frozen_critics.weights.values, dtype=th.float64)
     # The stated bound: less than 2^-32 of the sum of the weights times max|Q| for each skipped critic, and rounding
     bound = (40 * 2.0**-32 + 1e-6) * weights.sum() * values.abs().max()
-    sums = policy.logit_sums(obs.repeat(-(-batch_size // 50), 1)[:batch_size])  # skips in large batches only
+    sums = policy.logit_sums(obs.repeat(-(-batch_size // 50), 1)[:batch_size])
     error = (sums[:50] - th.tensordot(weights, values, dims=1)[:batch_size]).abs().max()
     assert error <= bound
 
@@ -519,243 +511,190 @@ def test_old_critics_with_huge_values_are_within_the_bound():
     assert relative_error(policy.logit_sums(obs), expected) < 1e-6
 
 
-# Loading
+# Saving and loading
 
 
-@pytest.mark.parametrize("n_entries", range(6))
-@pytest.mark.parametrize("n_before", [0, 2, 5, 7])
-def test_a_stack_of_any_size_loads(n_before, n_entries):
-    """Whatever the stack held before; and it goes on as the original does."""
-    policy = make_policy("mlp", memory_size=5)
-    for i in range(n_entries):
-        push(policy, seed=i, kl_coef=1.0 + i)
-    other = make_policy("mlp", memory_size=5)
-    for i in range(n_before):
-        push(other, seed=50 + i)
-    other.load_state_dict(policy.state_dict())
-    obs = sample_obs(BOX, 6)
-    assert len(other.frozen_critics) == n_entries
-    for i in range(8):
-        th.testing.assert_close(other.logits(obs), policy.logits(obs), rtol=0, atol=0)
-        push(policy, seed=100 + i)
-        push(other, seed=100 + i)
-
-
-def test_a_larger_stack_loads_and_shrinks():
-    """It is the same policy; the next update deletes what is too much, as the recursion says."""
-    policy = make_policy("mlp", memory_size=5)
-    for i in range(5):
-        push(policy, seed=i)
-    obs = sample_obs(BOX, 6)
-    for memory_size, logit_rule in ((3, "weight_corrected"), (9, "weight_corrected"), (3, "exact")):
-        other = make_policy("mlp", memory_size=memory_size, logit_rule=logit_rule)
-        other.load_state_dict(policy.state_dict())
-        before = other.logit_sums(obs)
-        th.testing.assert_close(before, policy.logit_sums(obs), rtol=0, atol=0)
-        update, deleted = other.push_critics(1.0, 0.1)
-        assert len(deleted) == (3 if (memory_size, logit_rule) == (3, "weight_corrected") else 0)
-        assert len(other.frozen_critics) == 6 - len(deleted)
-        q_new = other.q_values(other.frozen_critics.newest, obs)
-        followed = update.apply(before, q_new, [other.q_values(critics, obs) for critics in deleted])
-        assert relative_error(other.logit_sums(obs), slow_logit_sums(other, obs)) < 1e-5
-        assert relative_error(followed, slow_logit_sums(other, obs)) < 1e-5
-
-
-# The average
-
-
-def needed_updates(n_updates, window, size):
-    """Brute force: every stride-th update of the window, for the smallest power of two that leaves at most size."""
-    covered = max(1, round(window * n_updates))
-    stride = next(2**i for i in range(40) if covered <= 2**i * size)
-    return [u for u in range(1, n_updates + 1) if u > n_updates - covered and u % stride == 0]
-
-
-@pytest.mark.parametrize(("window", "size"), [(0.15, 60), (0.15, 5), (1.0, 4), (0.01, 2), (0.5, 30)])
-def test_averaged_updates(window, size):
-    """As by brute force; never too many, never what was not needed one update before."""
-    before: set[int] = set()
-    for n in range(1, 3000):
-        now = list(averaged_updates(n, window, size))
-        assert now == needed_updates(n, window, size)
-        assert 1 <= len(now) <= size
-        assert set(now) <= before | {n}
-        before = set(now)
-        if round(window * n) >= size:
-            assert len(now) >= (size - 1) // 2
-
-
-@pytest.mark.parametrize("architecture", ["mlp", "branches_layer_norm", "image", "dict"])
-@pytest.mark.parametrize(("memory_size", "window", "size"), [(4, 0.5, 6), (1, 1.0, 5), (30, 0.2, 3)])
-def test_two_weightings_of_one_stack(architecture, memory_size, window, size):
-    """Both sums are those of ordinary networks, and nothing is kept that neither needs."""
-    policy = make_policy(architecture, memory_size=memory_size, average_window=window, average_size=size)
-    obs = sample_obs(policy.observation_space, 7)
-    stack = policy.frozen_critics
-    for i in range(60):
-        push(policy, seed=i, kl_coef=1.0 + i % 3, ent_coef=0.2)
-        recent = set(range(max(1, i + 2 - memory_size), i + 2))
-        assert sorted(stack.updates) == sorted(recent | set(needed_updates(i + 1, window, size)))
-        assert set(stack.updates[: len(stack.weights)]) == recent
-        if i % 13 == 0 or i > 57:
-            assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
-            expected = sum(stack.weights.values) * slow_average(policy, obs)
-            assert relative_error(policy.logit_sums(obs, average=True), expected) < 1e-5
-    policy.eval_policy = "last"
-    th.testing.assert_close(policy.logits(obs), stack.weights.scale * policy.logit_sums(obs))
-    policy.eval_policy = "average"
-    th.testing.assert_close(policy.logits(obs), stack.weights.scale * policy.logit_sums(obs, average=True))
-
-
-@pytest.mark.parametrize("kind", ["deepcopy", "pickle", "state_dict", "dtype"])
-def test_both_weightings_survive(kind):
-    """Copies give bitwise the same logits, and grow on as their original does."""
-    policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
-    for i in range(17):
-        push(policy, seed=i)
-    if kind == "deepcopy":
-        other = copy.deepcopy(policy)
-    elif kind == "dtype":
-        other = copy.deepcopy(policy).to(th.float64).to(th.float32)
-    else:
-        other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
-        if kind == "pickle":
-            other.frozen_critics = pickle.loads(pickle.dumps(policy.frozen_critics))
-        else:
-            other.load_state_dict(policy.state_dict())
-    obs = sample_obs(BOX, 6)
-    for i in range(20):
-        for average in (False, True):
-            assert th.equal(other.logit_sums(obs, average), policy.logit_sums(obs, average))
-        push(policy, seed=100 + i)
-        push(other, seed=100 + i)
-
-
-# The state
-
-
-def test_state_is_of_float_tensors():
-    """What users do with any state_dict: random values of the same kind, averages, other devices."""
-    policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
-    for i in range(9):
+@pytest.mark.parametrize("architecture", ["mlp", "main_effects", "branches_layer_norm"])
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_state_dict_holds_floats_only(architecture, n):
+    """Tensors of single precision, as other tools for weights expect."""
+    policy = make_policy(architecture)
+    for i in range(n):
         push(policy, seed=i)
     state = policy.state_dict()
-    assert {value.dtype for value in state.values()} == {th.float32}
-    other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=5)
-    other.load_state_dict({key: th.rand_like(value) for key, value in state.items()})
+    assert {key for key in state if key.startswith("frozen_critics.") and "net" not in key} == {
+        f"frozen_critics.{name}" for name in ("weights", "updates", "constants")
+    }
+    for key, value in state.items():
+        assert isinstance(value, th.Tensor) and value.dtype == th.float32, key
+        assert not value.requires_grad and value.is_contiguous(), key
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_numbers_in_the_place_of_all_tensors(n, seed):
+    """As tools that perturb or reset all tensors give them: they load, predict, and the stack grows on."""
+    policy = make_policy("mlp", eval_policy="average")
+    for i in range(n):
+        push(policy, seed=i)
+    th.manual_seed(seed)
+    policy.load_state_dict({key: th.rand_like(value) for key, value in policy.state_dict().items()})
     obs = sample_obs(BOX, 6)
-    for average in (False, True):
-        assert th.isfinite(other.logit_sums(obs, average)).all()
-    push(other, seed=0)
-    assert relative_error(other.logit_sums(obs), slow_logit_sums(other, obs)) < 1e-5
+    for i in range(12):
+        assert th.isfinite(both_sums(policy, obs)).all()
+        assert np.isin(policy.predict(obs.numpy())[0], [0, 1, 2]).all()
+        push(policy, seed=i)
+    assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_arithmetic_on_state_dicts(factor):
+    """Of two models of the same age can be averaged; weights that are halved halve the sums."""
+    policy = make_policy("mlp")
+    for i in range(6):
+        push(policy, seed=i)
+    obs = sample_obs(BOX, 6)
+    before = both_sums(policy, obs)
+    state = policy.state_dict()
+    mean = {key: (value + value) / 2 for key, value in state.items()}
+    policy.load_state_dict(mean)
+    assert th.equal(both_sums(policy, obs), before)
+    state["frozen_critics.weights"] = state["frozen_critics.weights"] * factor
+    policy.load_state_dict(state)
+    th.testing.assert_close(both_sums(policy, obs), before * factor)
+
+
+def damaged(state, what):
+    """The state of a stack with one of its numbers damaged."""
+    weights, updates, constants = (f"frozen_critics.{name}" for name in ("weights", "updates", "constants"))
+    state = dict(state)
+    if what == "NaN weight":
+        state[weights][1, 0] = float("nan")
+    elif what == "infinite weight":
+        state[weights][0, 1] = float("inf")
+    elif what == "NaN update":
+        state[updates][2] = float("nan")
+    elif what == "infinite scale":
+        state[constants][0, 0] = float("inf")
+    elif what == "NaN scale":
+        state[constants][0, 2] = float("nan")
+    elif what == "infinite entropy coefficient":
+        state[constants][1, 0] = float("inf")
+    elif what == "NaN number of updates":
+        state[constants][2, 0] = float("nan")
+    elif what == "more weights than critics":
+        state[weights] = state[weights].repeat(3, 1)
+    elif what == "weights without their parts":
+        state[weights] = state[weights][:, :2]
+    elif what == "weights as a list":
+        state[weights] = state[weights].flatten()
+    elif what == "updates as a table":
+        state[updates] = state[updates].unsqueeze(1)
+    elif what == "updates as a number":
+        state[updates] = state[updates][0]
+    elif what == "too few constants":
+        state[constants] = state[constants][:2]
+    return state
 
 
 @pytest.mark.parametrize(
-    ("key", "damage"),
+    "what",
     [
-        ("weights", lambda x: x.fill_(float("nan"))),
-        ("updates", lambda x: x.fill_(float("inf"))),
-        ("weights", lambda x: x[:, :2]),
-        ("weights", lambda x: x.repeat(5, 1)),
-        ("constants", lambda x: x[:1]),
+        "NaN weight",
+        "infinite weight",
+        "NaN update",
+        "infinite scale",
+        "NaN scale",
+        "infinite entropy coefficient",
+        "NaN number of updates",
+        "more weights than critics",
+        "weights without their parts",
+        "weights as a list",
+        "updates as a table",
+        "updates as a number",
+        "too few constants",
     ],
 )
-def test_a_damaged_state_is_refused(key, damage):
-    policy = make_policy("mlp", memory_size=3)
-    for i in range(4):
+def test_damaged_numbers_are_refused(what):
+    """The error says so, and the policy stays as it was."""
+    policy, other = make_policy("mlp"), make_policy("mlp")
+    for i in range(7):
         push(policy, seed=i)
+        push(other, seed=50 + i)
+    obs = sample_obs(BOX, 6)
+    before, online = both_sums(other, obs), other.critics(obs)
+    with pytest.raises(ValueError, match="saved stack is damaged"):
+        other.load_state_dict(damaged(policy.state_dict(), what))
+    assert th.equal(both_sums(other, obs), before)
+    assert th.equal(other.critics(obs), online)
+    push(other, seed=99)
+    assert_sums(other, obs)
+
+
+@pytest.mark.parametrize(
+    "names", [["weights", "updates", "constants"], ["weights"], ["updates"], ["constants"]], ids=str
+)
+def test_missing_numbers_are_refused(names):
+    """By the error of PyTorch that names what is missing."""
+    policy, other = make_policy("mlp"), make_policy("mlp")
+    for i in range(3):
+        push(policy, seed=i)
+        push(other, seed=50 + i)
     state = policy.state_dict()
-    state[f"frozen_critics.{key}"] = damage(state[f"frozen_critics.{key}"])
-    obs = sample_obs(BOX, 6)
-    other = make_policy("mlp", memory_size=3)
-    push(other, seed=9)
-    before = other.logit_sums(obs)
-    with pytest.raises(ValueError, match="The saved stack is damaged"):
+    for name in names:
+        del state[f"frozen_critics.{name}"]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*frozen_critics\.{names[0]}"):
         other.load_state_dict(state)
-    assert th.equal(other.logit_sums(obs), before)
 
 
-@pytest.mark.parametrize("n_before", [1, 3, 12])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_push_happens_or_does_not(n_before, error, monkeypatch):
-    """Whatever copy or allocation fails: the policy is the old or the new one, saves, loads and goes on."""
-
-    def make():
-        policy = make_policy("mlp", memory_size=3, average_window=0.6, average_size=4)
-        for i in range(n_before):
-            push(policy, seed=i)
-        randomise(policy.critics, seed=99)
-        return policy
-
+@pytest.mark.parametrize("n_entries", [0, 1, 5, 12])
+@pytest.mark.parametrize("n_before", [0, 2, 7])
+def test_a_stack_of_any_size_loads(n_before, n_entries):
+    """Whatever the stack held before; and it goes on as the original does."""
+    policy = make_policy("mlp", memory_size=5, **AVERAGE)
+    for i in range(n_entries):
+        push(policy, seed=i, kl_coef=1.0 + i)
+    other = make_policy("mlp", memory_size=5, **AVERAGE)
+    for i in range(n_before):
+        push(other, seed=50 + i)
+    version = other.frozen_critics.version
+    other.load_state_dict(policy.state_dict())
+    assert other.frozen_critics.version != version
     obs = sample_obs(BOX, 6)
-    allowed = [make(), make()]
-    allowed[1].push_critics(1.0, 0.1)
-    allowed = [policy.logit_sums(obs, average=True) for policy in allowed]
-    n_failed = 0
-    for method in ("copy_", "clone", "new_empty"):
-        for at in range(100):
-            policy, count, original = make(), iter(range(10**6)), getattr(th.Tensor, method)
-
-            def failing(*args, original=original, at=at, count=count, **kwargs):
-                if next(count) == at:
-                    if error is KeyboardInterrupt:
-                        signal.raise_signal(signal.SIGINT)
-                    elif inspect.stack()[1].function != "push":  # what cannot fail: copies into memory that is there
-                        raise error
-                return original(*args, **kwargs)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(th.Tensor, method, failing)
-                try:
-                    policy.push_critics(1.0, 0.1)
-                    failed = False
-                except error:
-                    failed = True
-            n_failed += failed
-            logits = policy.logit_sums(obs, average=True)
-            assert any(th.equal(logits, x) for x in allowed)
-            other = make_policy("mlp", memory_size=3, average_window=0.6, average_size=4)
-            other.load_state_dict(policy.state_dict())
-            assert th.equal(other.logit_sums(obs, average=True), logits)
-            push(policy, seed=5)
-            assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
-            if next(count) <= at:
-                break
-    assert n_failed > 0
+    assert len(other.frozen_critics) == len(policy.frozen_critics)
+    for i in range(8):
+        assert th.equal(both_sums(other, obs), both_sums(policy, obs))
+        push(policy, seed=100 + i)
+        push(other, seed=100 + i)
 
 
-def test_gradients_with_respect_to_observations():
-    """On request, as finite differences say: for attribution and adversarial tests."""
-    policy = make_policy("mlp", memory_size=3, net_arch=[8])
-    for i in range(5):
+def test_larger_and_smaller_memories_load_a_stack():
+    """The policy is the saved one; the next push deletes what is too much."""
+    policy = make_policy("mlp", memory_size=5, **AVERAGE)
+    for i in range(8):
         push(policy, seed=i)
-    policy.to(th.float64)
-    obs = sample_obs(BOX, 3).double().requires_grad_()
-    assert th.autograd.gradcheck(lambda x: policy.frozen_critics(x).double(), obs, eps=1e-4, atol=1e-3, rtol=1e-3)
+    obs = sample_obs(BOX, 6)
+    expected = both_sums(policy, obs)
+    for kwargs in (dict(memory_size=9), dict(memory_size=3), dict(memory_size=3, logit_rule="exact")):
+        other = make_policy("mlp", **kwargs, **AVERAGE)
+        other.load_state_dict(policy.state_dict())
+        assert th.equal(both_sums(other, obs), expected)
+        update, deleted = other.push_critics(1.0, 0.1)
+        assert len(deleted) == len(update.deleted_weights) == (3 if kwargs == dict(memory_size=3) else 0)
+        assert_sums(other, obs)
 
 
-@pytest.mark.parametrize("critic", ["additive", "joint"])
-def test_other_ways_to_run_the_critics(critic):
-    """torch.func differentiates them as autograd does, autocast runs them forwards and backwards."""
-    policy = make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3])), critic=critic).policy
-    randomise(policy.critics, seed=0)
-    obs, actions = th.rand(20, 4), th.randint(2, (20, 2))
-    names, params = zip(*policy.critics.params.items(), strict=True)
-
-    def loss(*values):
-        policy.critics.params = dict(zip(names, values, strict=True))
-        return policy.action_values(obs, actions).square().mean()
-
-    value = loss(*params)
-    expected = th.autograd.grad(value, params)
-    actual = th.func.grad(loss, argnums=tuple(range(len(params))))(*params)
-    for a, b in zip(actual, expected, strict=True):
-        th.testing.assert_close(a, b)
-    with th.autocast("cpu", dtype=th.bfloat16):
-        approximate = loss(*params)
-    th.testing.assert_close(approximate.float(), value, rtol=0.1, atol=0)
-    for a, b in zip(th.autograd.grad(approximate, params), expected, strict=True):
-        assert th.isfinite(a).all() and relative_error(a, b) < 0.2
+def test_model_takes_a_larger_stack():
+    """By set_parameters(), and goes on learning with its own memory."""
+    model, other = make_model(memory_size=4), make_model(memory_size=2, seed=1)
+    grow(model, 4)
+    grow(other, 2, seed=9)
+    obs = sample_obs(other.observation_space, 6).clamp(-3, 3)
+    other.set_parameters(model.get_parameters())
+    assert th.equal(both_sums(other.policy, obs), both_sums(model.policy, obs))
+    other.learn(60)
+    assert len(other.policy.frozen_critics.weights) == 2
+    assert_sums(other.policy, obs)
 
 
 def test_wrong_architecture_is_refused():
@@ -771,11 +710,208 @@ def test_saved_stack_has_no_unused_rows(n_pushed):
     policy = make_policy(memory_size=50)
     for _ in range(n_pushed):
         policy.push_critics(0.5, 0.05)
-    size = sum(
-        value.untyped_storage().nbytes()
-        for value in policy.frozen_critics.state_dict().values()
-        if isinstance(value, th.Tensor)
-    )
+    state = policy.frozen_critics.state_dict()
+    size = sum(value.untyped_storage().nbytes() for value in state.values())
     critics = sum(param.numel() * param.element_size() for param in policy.critics.parameters())
     numbers = 4 * (3 * n_pushed + n_pushed + 9)
     assert size == n_pushed * critics + numbers
+
+
+@pytest.mark.parametrize("name", ["cartpole", "pendulum"])
+def test_files_of_version_0_1_0(name):
+    """Models, policies and their dictionaries give the logits that they gave then, and learn on."""
+    expected = np.load(DATA / f"{name}_0.1.0_expected.npz")
+    obs, n = th.as_tensor(expected["obs"]), int(expected["n_frozen"])
+    policy = MlpPolicy.load(DATA / f"{name}_0.1.0.pth")
+    model = StaQ.load(DATA / f"{name}_0.1.0.zip", device="cpu")
+    state = th.load(DATA / f"{name}_0.1.0.pth", weights_only=False)["state_dict"]
+    again = MlpPolicy.load(DATA / f"{name}_0.1.0.pth")
+    push(again, seed=0)
+    again.load_state_dict(state)
+    assert "frozen_critics._extra_state" in state  # as it was given
+    for loaded in (policy, model.policy, again):
+        assert len(loaded.frozen_critics) == n
+        loaded.eval_policy = "last"
+        np.testing.assert_allclose(loaded.logits(obs).numpy(), expected["logits"], rtol=0, atol=1e-6)
+        saved = io.BytesIO()
+        loaded.save(saved)
+        saved.seek(0)
+        assert th.equal(both_sums(MlpPolicy.load(saved), obs), both_sums(loaded, obs))
+        for i in range(5):
+            push(loaded, seed=i)
+            assert_sums(loaded, obs)
+
+
+# What interrupts a policy update
+
+
+class Interruptions:
+    """
+    Interrupt the n-th of what may be interrupted while a stack is pushed on.
+
+    :param monkeypatch: puts all back afterwards
+    :param interrupt: what happens then
+    :param what: "memory": where memory is asked for; "copies": where it is written; "lines": before any line of the
+        stack's code
+    """
+
+    def __init__(self, monkeypatch, interrupt, what):
+        self.interrupt, self.what = interrupt, what
+        self.n, self.at, self.active = 0, -1, False
+        owners = {"memory": [(th.Tensor, "clone"), (th.Tensor, "new_empty"), (copy, "deepcopy"), (q_stack, "allocate")]}
+        owners["copies"] = [(th.Tensor, "copy_"), *owners["memory"]]
+        for owner, name in owners.get(what, []):
+            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+
+    def _count(self):
+        self.n += 1
+        if self.n == self.at:
+            self.interrupt()
+
+    def _wrapped(self, function):
+        def wrapper(*args, **kwargs):
+            if self.active:
+                self._count()
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def _trace(self, frame, event, arg):
+        if frame.f_code.co_filename != q_stack.__file__:
+            return None
+        if event == "line":
+            self._count()
+        return self._trace
+
+    def run(self, function, at=-1):
+        """Call a function that is interrupted at the n-th place; give the number of places."""
+        self.n, self.at, self.active = 0, at, True
+        tracer = sys.gettrace()
+        if self.what == "lines":
+            sys.settrace(self._trace)
+        try:
+            function()
+        finally:
+            sys.settrace(tracer)
+            self.active = False
+        return self.n
+
+
+def out_of_memory():
+    raise MemoryError
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "what", "error"),
+    [
+        (ctrl_c, "copies", KeyboardInterrupt),
+        (ctrl_c, "lines", KeyboardInterrupt),
+        (out_of_memory, "memory", MemoryError),
+    ],
+    ids=["Ctrl-C in copies", "Ctrl-C in any line", "out of memory"],
+)
+@pytest.mark.parametrize("n_pushed", [1, 4, 12])
+def test_interrupted_push(n_pushed, interrupt, what, error, monkeypatch):
+    """Wherever it happens, the policy is that before or after the push, can be saved and loaded, and goes on."""
+    original = make_policy("mlp", net_arch=[4], memory_size=3, **AVERAGE)
+    for i in range(n_pushed):
+        push(original, seed=i)
+    randomise(original.critics, seed=99)
+    obs = sample_obs(BOX, 6)
+    before = both_sums(original, obs)
+    interruptions = Interruptions(monkeypatch, interrupt, what)
+    done = copy.deepcopy(original)
+    n_places = interruptions.run(lambda: done.push_critics(1.0, 0.1))
+    assert n_places > 5
+    after = both_sums(done, obs)
+    assert not th.allclose(before, after)
+    seen = set()
+    handler = signal.getsignal(signal.SIGINT)
+    for at in range(1, n_places + 1):
+        policy = copy.deepcopy(original)
+        with pytest.raises(error):
+            interruptions.run(lambda policy=policy: policy.push_critics(1.0, 0.1), at)
+        assert signal.getsignal(signal.SIGINT) is handler
+        now = both_sums(policy, obs)
+        is_after = th.equal(now, after)
+        assert is_after or th.equal(now, before)
+        seen.add(is_after)
+        other = make_policy("mlp", net_arch=[4], memory_size=3, **AVERAGE)
+        other.load_state_dict(policy.state_dict())
+        assert th.equal(both_sums(other, obs), now)
+        if not is_after:
+            policy.push_critics(1.0, 0.1)
+        assert th.equal(both_sums(policy, obs), after)
+        push(policy, seed=100)
+        assert_sums(policy, obs)
+    assert False in seen
+    assert (True in seen) == (error is KeyboardInterrupt)
+
+
+def test_critics_of_another_architecture_are_refused():
+    """Before anything changes."""
+    policy = make_policy("mlp")
+    for i in range(5):
+        push(policy, seed=i)
+    obs = sample_obs(BOX, 6)
+    before = both_sums(policy, obs)
+    for other in (make_policy("tanh"), make_policy("one_critic"), make_policy("mlp", net_arch=[1, 8])):
+        with pytest.raises((KeyError, RuntimeError, ValueError)):
+            policy.frozen_critics.push(other.critics, 1.0, 0.1)
+        assert th.equal(both_sums(policy, obs), before)
+        assert len(policy.frozen_critics.updates) == len(policy.frozen_critics) == 5
+
+
+def test_push_in_a_thread():
+    """Where no signal can be handled: the same as in the main thread."""
+    policies = [make_policy("mlp", **AVERAGE) for _ in range(2)]
+    obs = sample_obs(BOX, 6)
+    for i in range(9):
+        push(policies[0], seed=i)
+    errors = []
+
+    def work():
+        try:
+            for i in range(9):
+                push(policies[1], seed=i)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert th.equal(both_sums(policies[1], obs), both_sums(policies[0], obs))
+
+
+def test_vector_of_parameters():
+    """Parameters that are set from a vector are those that act; the stack grows on."""
+    policy = make_policy("mlp", **AVERAGE)
+    for i in range(7):
+        push(policy, seed=i)
+    obs = sample_obs(BOX, 6)
+    before = both_sums(policy, obs)
+    vector = policy.parameters_to_vector()
+    version = policy.frozen_critics.version
+    policy.load_from_vector(0.5 * vector)
+    assert not th.allclose(both_sums(policy, obs), before)
+    assert policy.frozen_critics.version != version
+    assert_sums(policy, obs)
+    policy.load_from_vector(vector)
+    assert th.equal(both_sums(policy, obs), before)
+    assert_entries_are_live(policy)
+
+
+def test_members_of_entries_are_ordinary_modules():
+    """Slices are lists, and entries are what was pushed."""
+    policy = make_policy("mlp")
+    nets = [push(policy, seed=i) for i in range(3)]
+    assert isinstance(policy.frozen_critics[:2], list)
+    obs = sample_obs(BOX, 6)
+    for entry, expected in zip(policy.frozen_critics[:], nets, strict=True):
+        for net, other in zip(members(entry), expected, strict=True):
+            assert th.equal(net(obs), other(obs))
