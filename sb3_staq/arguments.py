@@ -96,6 +96,7 @@ ARGUMENTS = {
     "critic": _one_of(CRITICS, "additive", "joint"),
     "eval_policy": _one_of(EVAL_POLICIES),
     "average_window": _positive_share(),
+    "average_share": _share(),
     "average_size": Argument(lambda x: _is_integer(x, 2, 10_000), "an integer from 2 to 10000"),
     "reward_scale": Argument(lambda x: is_number(x) and x > 0, "a finite number > 0"),
     "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),

@@ -74,6 +74,17 @@ def _rows(fields: Any, rows: Any) -> Any:
     return _map(lambda x: x[rows], fields)
 
 
+def first_rows(obs: PyTorchObs, n: int) -> PyTorchObs:
+    """
+    Take the first of some observations.
+
+    :param obs: a tensor or a dictionary of tensors
+    :param n: how many
+    :return: views of them
+    """
+    return _rows(obs, slice(n))
+
+
 @cache
 def _multipliers(n_words: int) -> np.ndarray:
     """Odd numbers for a multilinear hash, the same in every process."""

@@ -42,7 +42,7 @@ from sb3_staq.mirror_descent import (
 )
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
-from sb3_staq.replay import PolicyReplay, cache_fits, is_plain
+from sb3_staq.replay import PolicyReplay, cache_fits, first_rows, is_plain
 from sb3_staq.save_util import atomic_write, check_is_staq, check_pickle, check_zip, with_checksum
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
@@ -129,6 +129,8 @@ class StaQ(OffPolicyAlgorithm):
         ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
+    :param average_share: share of the environments, rounded down, that collect with the average while the others
+        collect with the last policy: the replay buffer then keeps what acting well looks like
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
@@ -190,6 +192,7 @@ class StaQ(OffPolicyAlgorithm):
         eval_policy: str = "average",
         average_window: float = 0.15,
         average_size: int = 60,
+        average_share: float = 0.0,
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -256,6 +259,7 @@ class StaQ(OffPolicyAlgorithm):
         self.eval_policy = eval_policy
         self.average_window = average_window
         self.average_size = average_size
+        self.average_share = average_share
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 
@@ -566,13 +570,17 @@ class StaQ(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Act by the last policy, which is the one that learns."""
+        """Act by the last policy, which is the one that learns; in a share of the environments by the average."""
         self._remember_statistics()
         assert self._last_obs is not None
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
             actions = self._uniform_actions(n_envs)
         else:
-            sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
+            obs = self._last_obs_as_tensor()
+            sums = self.replay.logit_sums(obs, remember=False)
+            n_average = int(self.average_share * n_envs)
+            if n_average > 0:
+                sums[:n_average] = self.policy.logit_sums(first_rows(obs, n_average), average=True)
             with self.policy.collecting(sums):
                 actions, _ = self.predict(self._last_obs)
         return actions, self.policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
