@@ -19,7 +19,8 @@ callback = CheckpointCallback(
 saved = sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: path.stat().st_mtime)
 if saved:
     model = StaQ.load(saved[-1], env=gym.make("CartPole-v1"))
-    model.load_replay_buffer(folder / f"rl_model_replay_buffer_{model.num_timesteps}_steps.pkl")
+    buffer = f"rl_model_replay_buffer_{model.num_timesteps}_steps.pkl"
+    model.load_replay_buffer(folder / buffer)
     print(f"Going on from {model.num_timesteps} steps")
 else:
     model = StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[64, 64]), seed=0)

@@ -32,7 +32,8 @@ def test_snippet(code, tmp_path, monkeypatch):
     learn = OffPolicyAlgorithm.learn
 
     def learn_little(self, total_timesteps, *args, **kwargs):
-        return learn(self, min(total_timesteps, MAX_STEPS), *args, **kwargs)
+        limit = MAX_STEPS if self.num_timesteps == 0 else 40
+        return learn(self, min(total_timesteps, limit), *args, **kwargs)
 
     monkeypatch.setattr(OffPolicyAlgorithm, "learn", learn_little)
     exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
