@@ -26,7 +26,7 @@ extras = {
     "atari": ["ale-py", "opencv-python-headless"],
     "box2d": ["gymnasium[box2d]"],
     # RLiable's bootstrap does not work with pandas 3 yet
-    "benchmarks": ["rliable>=1.2", "pandas<3", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
+    "benchmarks": ["rliable>=1.2", "pandas<3", "tabulate", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
     # "client" for addresses ray://
     "ray": ["ray[client]>=2.52"],
 }
