@@ -14,18 +14,16 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
-import torch as th
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import report, speed, speed_report, statistics
+from benchmarks import report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
 from benchmarks.suites import Cell, Environment, Suite, file_name, load_suites, make_cells
-from sb3_staq import StaQ
 
 ROOT = Path(__file__).parents[1]
 SUITES = load_suites()
@@ -599,64 +597,15 @@ def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -
 
 
 def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
-    pytest.importorskip("mujoco")
-    path = speed.run(tmp_path, speed.QUICK, repetitions=1, note="A note.")
-    text = path.read_text()
-    assert "A note." in text and f"--folder {tmp_path}`" in text and "nan" not in text
-    assert "reference, 1 environment, M = 4" in text and "floor, 8 environments, M = 4" in text
-    assert "HalfCheetah-v4: SAC, batches of 128, 8 environments" in text
-    assert "two policy updates that are 100 steps apart" in text
-    for figure in ("iteration.png", "acting.png"):
-        assert figure in text and (tmp_path / figure).stat().st_size > 10_000
-    # A model that has not been trained: the stack, online critics and targets, and a few kB of arguments
-    memory = pd.read_csv(tmp_path / "memory.csv").set_index("M")
-    assert (memory["zip"] - memory["parameters"]).between(0, 2.1 * memory["parameters"][1]).all()
-
-
-def test_no_part_of_an_iteration_leaves_work_to_the_next_one() -> None:
-    """Else the next repetition would evaluate the whole replay anew and count that as collecting."""
-    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=4, action_grid="axis")
-    for part, (action, _) in speed.iteration_parts(model, "StaQ", speed.QUICK).items():
-        action()
-        assert model._logit_cache is not None and model._logit_cache.in_sync, part
-
-
-def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
-    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=3, action_grid="axis")
-    obs = th.randn(9, 17)
-    expected = model.policy.frozen_critics(obs)
-    assert expected.std() > 0
-    th.testing.assert_close(speed.ReferenceStack(model.policy.frozen_critics)(obs), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_operations_of_a_gradient_step_are_a_gradient_step() -> None:
-    model, other = (speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=1, action_grid="axis") for _ in range(2))
-    other.policy.load_state_dict(model.policy.state_dict())
-    batch = next(model._batches(1, speed.BATCH_SIZE))
-    other._batches = lambda *_: [batch]  # type: ignore[method-assign]
-    other._evaluate_policy(1, speed.BATCH_SIZE)
-    before = {name: value.clone() for name, value in model.policy.critics.params.items()}
-    speed.bare_gradient_step(model, *batch[:2])
-    for name, expected in other.policy.critics.params.items():
-        th.testing.assert_close(model.policy.critics.params[name].grad, expected.grad, rtol=1e-4, atol=1e-6)
-        th.testing.assert_close(model.policy.critics.params[name], expected, rtol=0, atol=1e-5)
-        target = model.policy.critics_target.params[name]
-        th.testing.assert_close(target, other.policy.critics_target.params[name], rtol=0, atol=1e-5)
-        assert (expected - before[name]).abs().mean() > 1e-4
-
-
-def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
-    acting = pd.DataFrame({"batch_size": [1, 8], "bytes": [10**9] * 2, "flops": [5 * 10**8, 4 * 10**9]})
-    rates = {"reading": 20.0, "large matmul": 50.0, "matmul with 1 rows": 5.0, "matmul with 8 rows": 40.0}
-    machine = pd.DataFrame({"what": list(rates), "unit": "", "value": list(rates.values()), "repetition": 0})
-    floors = speed_report.acting_floors(acting, machine)
-    assert floors[1] == pytest.approx({"read": 50.0, "compute": 10.0, "floor": 50.0, "narrow": 100.0})
-    assert floors[8] == pytest.approx({"read": 50.0, "compute": 80.0, "floor": 80.0, "narrow": 100.0})
-
-    # 10**9 bytes are 250 million parameters, 2.5 million in each of 100 entries: 5 million operations per state
-    machine.loc[len(machine)] = ["operations of a gradient step", "", 400.0, 0]
-    sizes = {"memory_sizes": (1, 100), "n_envs": (1, 8), "buffer_size": 1000, "iteration": 500}
-    parts = speed_report.iteration_floors(acting, machine, sizes)
-    others = {"logits of the replay": 0.2, "critic steps": 200.0, "policy update": 0.0}
-    assert parts[1] == pytest.approx({"collect": 50.0, **others})
-    assert parts[8] == pytest.approx({"collect": 6.25, **others})
+    """Two measures and their ratio, with both kernels, against this version itself: every row is there."""
+    names = ["dqn gradient step", "gradient step", "act M=50, 1 row"]
+    here = Path(speed.__file__).parent.parent
+    path = speed.run(tmp_path, repetitions=2, scale=0.05, against=here, names=names)
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    counts = rows.groupby(["measure", "variant"]).size()
+    expected = {(name, variant) for name in names[1:] for variant in ("this version", "plain kernels", "other version")}
+    assert set(counts.index) == expected | {(names[0], "this version")}
+    assert (counts == 2).all() and (rows["seconds"] > 0).all()
+    ratios = rows[rows.variant == "this version"].pivot(index="repetition", columns="measure", values="seconds")
+    ratio = (ratios["gradient step"] / ratios["dqn gradient step"]).median()
+    assert f"share of DQN's: {ratio:.2f}" in path.read_text()
