@@ -138,16 +138,19 @@ class FrozenCritics(nn.ModuleList):
         :param average: those of the average, instead of those of the logit rule
         :return: shape (number of entries up to the last that has one, n_critics)
         """
-        if average not in self._coefs:
-            n_critics, device = len(next(iter(self._template[0].params.values()))), self._device
-            values = self._average_values() if average else self._rule_values()
-            threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
-            values = [value if abs(value) > threshold else 0.0 for value in values]
-            while values and values[-1] == 0.0:
-                values.pop()
-            # The mean of an ensemble is a sum as well: one factor for each network
-            self._coefs[average] = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
-        return self._coefs[average]
+        if average in self._coefs:
+            return self._coefs[average]
+        n_critics, device = len(next(iter(self._template[0].params.values()))), self._device
+        values = self._average_values() if average else self._rule_values()
+        threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
+        values = [value if abs(value) > threshold else 0.0 for value in values]
+        while values and values[-1] == 0.0:
+            values.pop()
+        # The mean of an ensemble is a sum as well: one factor for each network
+        coefs = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
+        if not exporting():  # a trace would differ from the next one
+            self._coefs[average] = coefs
+        return coefs
 
     @property
     def _device(self) -> th.device:
