@@ -140,17 +140,20 @@ class FrozenCritics(nn.ModuleList):
         :param average: those of the average, instead of those of the logit rule
         :return: shape (number of entries up to the last that has one, n_critics)
         """
-        if average not in self._coefs:
-            block = next(iter(self._blocks.values()))
-            values = self._average_values() if average else self._rule_values()
-            threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
-            values = [value if abs(value) > threshold else 0.0 for value in values]
-            while values and values[-1] == 0.0:
-                values.pop()
-            # The mean of an ensemble is a sum as well: one factor for each network
-            coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
-            self._coefs[average] = coefs.unsqueeze(1).repeat(1, block.shape[1])
-        return self._coefs[average]
+        if average in self._coefs:
+            return self._coefs[average]
+        block = next(iter(self._blocks.values()))
+        values = self._average_values() if average else self._rule_values()
+        threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
+        values = [value if abs(value) > threshold else 0.0 for value in values]
+        while values and values[-1] == 0.0:
+            values.pop()
+        # The mean of an ensemble is a sum as well: one factor for each network
+        coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
+        coefs = coefs.unsqueeze(1).repeat(1, block.shape[1])
+        if not exporting():  # a trace would differ from the next one
+            self._coefs[average] = coefs
+        return coefs
 
     def _rule_values(self) -> list[float]:
         """The weights by the logit rule, in the order of the entries."""
