@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint typecheck pytest figures docs format wheel-test clean
+.PHONY: demo test test-all lint type fast slow figures docs format wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: lint typecheck pytest
+# Linters, type checker and the tests that are quick; test-all adds those that take longer
+test: lint type fast
+
+test-all: test slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -19,11 +22,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(INSTALLED)
+type: $(INSTALLED)
 	$(BIN)/mypy sb3_staq
 
-pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)

@@ -29,6 +29,8 @@ extras = {
     "benchmarks": ["rliable>=1.2", "pandas<3", "tabulate", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
     # "client" for addresses ray://
     "ray": ["ray[client]>=2.52"],
+    # Policies as ONNX files
+    "export": ["onnx", "onnxscript", "onnxruntime"],
 }
 
 setup(
@@ -54,7 +56,6 @@ setup(
         "requests",
         "gymnasium>=0.29.1,<2.0",
         "torch>=2.8,<3.0",
-        "numpy>=2.0,<3.0",
     ],
     extras_require={
         **extras,

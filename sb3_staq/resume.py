@@ -219,6 +219,10 @@ class ResumeCallback(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def _on_training_end(self) -> None:
+        if self.model.num_timesteps >= self.model._total_timesteps:  # else it was stopped within a rollout
+            self.save()
+
     def _own_arguments(self) -> dict[str, Any]:
         """The arguments of the algorithm that are plain values."""
         kinds = (bool, int, float, str, type(None))

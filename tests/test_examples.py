@@ -50,7 +50,7 @@ def test_resume_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run("resume", "1100")
     run("resume", "1500")
-    assert "Going on from 1100 steps" in capsys.readouterr().out
+    assert "Training goes on from step 1100 " in capsys.readouterr().out
 
 
 def test_export_acts_alike(tmp_path, monkeypatch, capsys):
