@@ -184,11 +184,12 @@ def check_zip(path: PathOrFile, suffix: str = "") -> None:
             raise ValueError(f"{_name(path)} is damaged: the contents of {bad!r} do not fit their checksum")
 
 
-def check_is_staq(path: PathOrFile) -> None:
+def read_staq_data(path: PathOrFile) -> dict[str, Any]:
     """
     Look into a zip file of SB3 without unpickling anything.
 
     :param path: the file, or an open one
+    :return: its data, as JSON has them
     :raise ValueError: if it is of another algorithm; says which
     """
     with _opened(path, "zip") as file:
@@ -197,7 +198,7 @@ def check_is_staq(path: PathOrFile) -> None:
             data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
         file.seek(start)
     if data.keys() >= STAQ_ARGUMENTS:
-        return
+        return data
     policy = data.get("policy_class", {})
     text = f"{policy.get('__init__', '')} {policy.get(':type:', '')}" if isinstance(policy, dict) else ""
     found = re.search(r"function (\w+)\.", text)

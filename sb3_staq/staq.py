@@ -43,7 +43,7 @@ from sb3_staq.mirror_descent import (
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.replay import PolicyReplay, cache_fits, first_rows, is_plain
-from sb3_staq.save_util import atomic_write, check_is_staq, check_pickle, check_zip, with_checksum
+from sb3_staq.save_util import atomic_write, check_pickle, check_zip, read_staq_data, with_checksum
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -750,7 +750,8 @@ class StaQ(OffPolicyAlgorithm):
         :raise ValueError: if the file is damaged, or of another algorithm
         """
         check_zip(path, "zip")
-        check_is_staq(path)
+        if "eval_policy" not in read_staq_data(path):  # of version 0.1.0, which had the last policy only
+            kwargs.setdefault("eval_policy", "last")
         return super().load(path, *args, **kwargs)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:

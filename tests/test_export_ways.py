@@ -78,7 +78,9 @@ def compile_(module, obs):
 
 
 def onnxruntime_session(graph):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install sb3_staq[tests]")
+    onnxruntime = pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is missing: pip install sb3-staq[export]"
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options)
@@ -87,7 +89,7 @@ def onnxruntime_session(graph):
 
 
 def legacy_onnx(module, obs):
-    pytest.importorskip("onnx", reason="onnx is not installed: pip install sb3_staq[tests]")
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install sb3-staq[export]")
     file = io.BytesIO()
     axes = {"observation": {0: "batch"}, "output": {0: "batch"}}
     names = dict(input_names=["observation"], output_names=["output"], dynamic_axes=axes)
@@ -96,7 +98,7 @@ def legacy_onnx(module, obs):
 
 
 def dynamo_onnx(module, obs):
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install sb3_staq[tests]")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install sb3-staq[export]")
     shapes = ({0: th.export.Dim("batch")},)
     program = th.onnx.export(module, (obs,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     file = io.BytesIO()
