@@ -78,9 +78,7 @@ def compile_(module, obs):
 
 
 def onnxruntime_session(graph):
-    onnxruntime = pytest.importorskip(
-        "onnxruntime", reason="onnxruntime is missing: pip install sb3-staq[export]"
-    )
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install sb3-staq[export]")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options)
