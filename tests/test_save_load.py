@@ -541,7 +541,6 @@ def stop(obj, file, *args, **kwargs):
     sys.stdin.read()
 if what == "buffer":
     import pickle
-from pathlib import Path
     pickle.dump = stop
     model.save_replay_buffer(path)
 elif what == "policy":
