@@ -493,3 +493,24 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
         loaded.eval_policy = "mean"
     with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
         StaQ.load(tmp_path / "model", eval_policy="mean")
+
+
+@pytest.mark.parametrize(("share", "n_by_average"), [(0.0, 0), (0.3, 1), (0.5, 2), (1.0, 4)])
+def test_a_share_of_the_environments_collects_with_the_average(share, n_by_average):
+    """The first ones, rounded down: frequencies of the actions that each environment got, in its only state."""
+    env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * 4)
+    model = make_model(
+        env, learning_starts=0, gradient_steps=0, buffer_size=8000, average_share=share, average_window=1.0,
+        memory_size=2, exploration_initial_eps=0.0, exploration_final_eps=0.0,
+    )  # fmt: skip
+    grow(model, 6)
+    stack, obs = model.policy.frozen_critics, th.ones(1, 2)
+    logits = [slow_logit_sums(model.policy, obs)[0], sum(stack.weights.values) * slow_average(model.policy, obs)[0]]
+    stack.weights.scale = 2.0 / max((x.max() - x.min()).item() for x in logits)
+    last, average = ((stack.weights.scale * x).softmax(-1).numpy() for x in logits)
+    assert np.abs(last - average).max() > 0.1
+    model.learn(8000)
+    actions = model.replay_buffer.actions[:2000, :, 0]
+    for i in range(4):
+        frequencies = np.bincount(actions[:, i], minlength=3) / 2000
+        np.testing.assert_allclose(frequencies, average if i < n_by_average else last, atol=0.05)
