@@ -28,6 +28,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.arguments import ARGUMENTS, check_argument, check_policy_kwargs, defaults_for
 from sb3_staq.coefficients import Coefficients, default_target_entropy
+from sb3_staq.distill import DistillReport, distill
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.mirror_descent import (
     LogitRule,
@@ -668,6 +669,15 @@ class StaQ(OffPolicyAlgorithm):
             )
         finally:
             self.policy_update_hooks = []
+
+    def distill(self, **kwargs: Any) -> tuple[StaQPolicy, DistillReport]:
+        """
+        Regress one small network on the policy that is delivered: for robots, which cannot carry a stack.
+
+        :param kwargs: arguments of :func:`sb3_staq.distill.distill`, as ``max_kl``, ``max_steps``, ``progress_bar``
+        :return: a policy whose stack holds one critic, and a report of how close it is
+        """
+        return distill(self, **kwargs)
 
     def save(
         self,
