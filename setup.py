@@ -25,6 +25,8 @@ extras = {
     "minatar": ["minatar>=1.0.15"],
     "atari": ["ale-py", "opencv-python-headless"],
     "box2d": ["gymnasium[box2d]"],
+    # `python -m sb3_staq.export model.zip policy.onnx`
+    "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
     # RLiable's bootstrap does not work with pandas 3 yet
     "benchmarks": ["rliable>=1.2", "pandas<3", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
     # "client" for addresses ray://
