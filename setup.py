@@ -25,12 +25,12 @@ extras = {
     "minatar": ["minatar>=1.0.15"],
     "atari": ["ale-py", "opencv-python-headless"],
     "box2d": ["gymnasium[box2d]"],
+    # `python -m sb3_staq.export model.zip policy.onnx`
+    "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
     # RLiable's bootstrap does not work with pandas 3 yet
     "benchmarks": ["rliable>=1.2", "pandas<3", "tabulate", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
     # "client" for addresses ray://
     "ray": ["ray[client]>=2.52"],
-    # Policies as ONNX files
-    "export": ["onnx", "onnxscript", "onnxruntime"],
 }
 
 setup(

@@ -104,6 +104,14 @@ ARGUMENTS = {
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
 }
+# Those of `distill`
+DISTILL_ARGUMENTS = {
+    "max_kl": Argument(lambda x: is_number(x) and x >= 0, "a finite number >= 0"),
+    "max_steps": _integer(1),
+    "states_per_round": _integer(2),
+    "n_eval_episodes": _integer(1),
+    "seed": _integer(0),
+}
 
 
 def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:
@@ -122,21 +130,22 @@ def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[st
     }
 
 
-def check_argument(name: str, value: Any) -> None:
+def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUMENTS) -> None:
     """
     Check one argument by itself.
 
     :param name: its name
     :param value: its value
+    :param arguments: the table that it is in
     :raise ValueError: if the value is not accepted
     """
     try:
-        valid = bool(ARGUMENTS[name].valid(value))
+        valid = bool(arguments[name].valid(value))
     except (TypeError, ValueError):  # an array where a number is expected
         valid = False
     if not valid:
         limit = f", at most {LARGEST_INTEGER}" if isinstance(value, int) and value > LARGEST_INTEGER else ""
-        raise ValueError(f"Invalid {name}={value!r}: expected {ARGUMENTS[name].expected}{limit}")
+        raise ValueError(f"Invalid {name}={value!r}: expected {arguments[name].expected}{limit}")
 
 
 def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:

@@ -5,7 +5,7 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -44,6 +44,9 @@ from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInput
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.replay import PolicyReplay, cache_fits, first_rows, is_plain
 from sb3_staq.save_util import atomic_write, check_pickle, check_zip, read_staq_data, with_checksum
+
+if TYPE_CHECKING:
+    from sb3_staq.distill_report import DistillReport
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -718,6 +721,17 @@ class StaQ(OffPolicyAlgorithm):
             )
         finally:
             self.policy_update_hooks = []
+
+    def distill(self, **kwargs: Any) -> "tuple[StaQPolicy, DistillReport]":
+        """
+        Regress one small network on the policy that is delivered: for robots, which cannot carry a stack.
+
+        :param kwargs: arguments of :func:`sb3_staq.distill.distill`, as ``max_kl``, ``max_steps``, ``progress_bar``
+        :return: a policy whose stack holds one critic, and a report of how close it is
+        """
+        from sb3_staq.distill import distill  # it needs tqdm
+
+        return distill(self, **kwargs)
 
     def save(
         self,

@@ -1,0 +1,200 @@
+"""
+From the stack to one small network: regress it on the logits of the policy that is delivered.
+
+The student is a policy whose stack holds one critic, so it predicts, saves, loads and evaluates as any other. It learns
+from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from those that it visits itself.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from tqdm import tqdm
+
+from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
+from sb3_staq.distill_report import DistillReport, measure_policy
+from sb3_staq.mirror_descent import kl_divergence, log_policy
+from sb3_staq.policies import StaQPolicy
+
+if TYPE_CHECKING:
+    from sb3_staq.staq import StaQ
+
+HELD_OUT = 1 / 8  # of the states
+STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
+TAU = 0.005  # of the Polyak average, which is what becomes the student
+
+
+def select(obs: Any, rows: Any) -> Any:
+    """Take some rows of observations, which may be dictionaries."""
+    return {key: x[rows] for key, x in obs.items()} if isinstance(obs, dict) else obs[rows]
+
+
+def join(parts: Any) -> Any:
+    """Concatenate observations, which may be dictionaries."""
+    return {key: th.cat([x[key] for x in parts]) for key in parts[0]} if isinstance(parts[0], dict) else th.cat(parts)
+
+
+def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
+    return th.cat([x - x.mean(dim=1, keepdim=True) for x in logits.split(list(branch_sizes), dim=1)], dim=1)
+
+
+def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
+    return kl_divergence(log_policy(logits, branch_sizes), log_policy(other, branch_sizes))
+
+
+@contextmanager
+def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]:
+    """Leave the random numbers and the statistics of the training as they are."""
+    normalize: Any = None if env is None else unwrap_vec_normalize(env)
+    settings = normalize and (normalize.training, normalize.norm_reward)
+    numpy_state = np.random.get_state()
+    try:
+        with th.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            th.manual_seed(seed)
+            np.random.seed(seed)
+            if normalize is not None:
+                normalize.training = normalize.norm_reward = False
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        if normalize is not None:
+            normalize.training, normalize.norm_reward = settings
+        if env is not None and env is model.get_env():
+            model._last_obs = None  # the next learn() begins with a new episode
+
+
+def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
+    """Wrap an environment as the model's own is."""
+    if env is None:
+        return model.get_env()
+    own, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
+    check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
+    if own is not None and own.norm_obs:
+        normalize: Any = unwrap_vec_normalize(vec_env)
+        if normalize is None:
+            raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
+        normalize.obs_rms = copy.deepcopy(own.obs_rms)
+    return vec_env
+
+
+class _States:
+    """New states: entries of the replay buffer, each once, and what a policy visits in the environment."""
+
+    def __init__(self, model: "StaQ", env: VecEnv | None):
+        self.model, self.env, self.buffer = model, env, model.replay_buffer
+        n_replayed = 0 if self.buffer is None else self.buffer.size() * self.buffer.n_envs
+        if n_replayed == 0 and env is None:
+            raise ValueError("Invalid env=None: expected an environment, as the model has neither one nor a replay")
+        self.order = np.random.permutation(n_replayed)
+        self.obs: Any = None if env is None else env.reset()
+
+    def collect(self, actor: StaQPolicy, n: int, deterministic: bool) -> Any:
+        """Give up to n states of each kind, as tensors; None if all are used up."""
+        parts: list[Any] = []
+        rows, self.order = self.order[:n], self.order[n:]
+        if self.buffer is not None and len(rows):
+            normalize = self.model.get_vec_normalize_env()
+            obs: Any = select(self.buffer.observations, np.divmod(rows, self.buffer.n_envs))
+            obs = obs[:, 0] if isinstance(self.buffer.observation_space, spaces.Discrete) else obs
+            parts.append(obs if normalize is None else normalize.normalize_obs(obs))
+        for _ in range(0 if self.env is None else -(-n // self.env.num_envs)):
+            parts.append(self.obs)
+            actions: Any = actor.predict(self.obs, deterministic=deterministic)[0]
+            self.obs = self.env.step(actions)[0]  # type: ignore[union-attr]
+        return join([self.model.policy.obs_to_tensor(part)[0] for part in parts]) if parts else None
+
+
+def _make_student(policy: StaQPolicy, policy_kwargs: dict[str, Any]) -> StaQPolicy:
+    """Make a policy of the same class whose stack takes one critic, by default as one of the stack."""
+    arguments = policy._get_constructor_parameters()
+    arguments.update(
+        net_arch=policy.net_arch["pi"] if isinstance(policy.net_arch, dict) else policy.net_arch,
+        layer_norm=policy.layer_norm and policy.critic == "additive",
+        lr_schedule=lambda _: LEARNING_RATE,
+        logit_rule="weight_corrected",
+        **dict(critic="additive", n_critics=1, memory_size=1, average_size=0, eval_policy="last"),
+    )
+    return type(policy)(**{**arguments, **policy_kwargs}).to(policy.device)
+
+
+def distill(
+    model: "StaQ",
+    max_kl: float = 0.01,
+    max_steps: int = 20_000,
+    policy_kwargs: dict[str, Any] | None = None,
+    env: GymEnv | str | None = None,
+    states_per_round: int = 4000,
+    n_eval_episodes: int = 20,
+    seed: int = 0,
+    progress_bar: bool = False,
+) -> tuple[StaQPolicy, DistillReport]:
+    """
+    Regress one network on the logits of the policy that is delivered, see ``eval_policy``.
+
+    Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; sampled
+    and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is the
+    squared error of the logits, up to a constant of each branch, plus the KL divergence. The training's random numbers
+    and statistics stay as they are; the model's own environment, if it is used, is reset.
+
+    :param model: the model, with a replay buffer or an environment
+    :param max_kl: stop once the mean of ``KL(stack || student)`` over the held-out states is at most this
+    :param max_steps: stop after so many gradient steps at the latest
+    :param policy_kwargs: the student's architecture, as of :class:`StaQPolicy` (``dict(net_arch=[64, 64])``), by
+        default that of one critic of the stack
+    :param env: the environment to visit states and to compare returns in, by default the model's
+    :param states_per_round: number of states of each kind that a round adds
+    :param n_eval_episodes: number of episodes of each policy, with deterministic actions and on the same seeds
+    :param seed: of all random numbers
+    :param progress_bar: whether to show a progress bar
+    :return: the student and a report, which says whether ``max_kl`` was reached
+    """
+    check_policy_kwargs(policy_kwargs := {} if policy_kwargs is None else policy_kwargs, "additive")
+    for name in DISTILL_ARGUMENTS:
+        check_argument(name, locals()[name], DISTILL_ARGUMENTS)
+    policy, sizes, vec_env = model.policy, model.policy.branches.sizes, _wrap(model, env)
+    if not policy.frozen_critics:
+        raise ValueError(f"Invalid model={model!r}: expected one with at least one policy update")
+    with _undisturbed(model, vec_env, seed), tqdm(total=max_steps, disable=not progress_bar, unit="step") as bar:
+        student, states = _make_student(policy, policy_kwargs), _States(model, vec_env)
+        critics: Any = student.critics
+        trained, tested, scale, n_steps = list[Any](), list[Any](), 1.0, 0
+        while True:
+            new = states.collect(student if trained else policy, states_per_round, len(trained) % 2 == 1)
+            if new is not None:
+                with th.no_grad():
+                    new_logits = _centre(policy.logits(new), sizes)
+                held_out = th.randperm(len(new_logits)) < HELD_OUT * len(new_logits)
+                trained.append((select(new, ~held_out), new_logits[~held_out]))
+                tested.append((select(new, held_out), new_logits[held_out]))
+            (obs, logits), (test_obs, test_logits) = (map(join, zip(*x, strict=True)) for x in (trained, tested))
+            with th.no_grad():
+                student_logits = student.logits(test_obs)
+            kl = _kl(test_logits, student_logits, sizes)
+            bar.set_postfix(kl=f"{kl.mean().item():.3g}")
+            if n_steps >= max_steps or (n_steps > 0 and kl.mean() <= max_kl):
+                break
+            if n_steps == 0:  # the student's outputs are of the order of 1
+                scale = max(logits.square().mean().sqrt().item(), 1e-6)
+            for rows in th.randint(len(logits), (min(STEPS_PER_ROUND, max_steps - n_steps), BATCH_SIZE)):
+                outputs = _centre(critics.q_values(student.preprocess(select(obs, rows))), sizes)
+                loss = (outputs - logits[rows] / scale).square().mean()
+                loss = loss + _kl(logits[rows], scale * outputs, sizes).mean()
+                student.optimizer.zero_grad()
+                loss.backward()
+                student.optimizer.step()
+                student.update_targets(TAU)
+                n_steps += 1
+                bar.update()
+            student.frozen_critics.push(student.critics_target, 0.0, 1 / scale)  # type: ignore[arg-type]
+        same = policy.branches.mode(test_logits) == policy.branches.mode(student_logits)
+        worth = [measure_policy(x, test_obs, vec_env, n_eval_episodes, seed) for x in (policy, student)]
+    closeness = kl.mean().item(), kl.max().item(), same.float().mean().item()
+    return student, DistillReport(*closeness, max_kl, n_steps, len(logits), worth[0], worth[1], test_obs)

@@ -1,0 +1,174 @@
+"""
+The policy in a file that runs without this package: ONNX, TorchScript or ``torch.export``.
+
+``python -m sb3_staq.export model.zip policy.onnx``, or :func:`export_policy`. The file takes a batch of observations as
+environments give them (statistics of ``VecNormalize`` are folded in; images channel-first), one input for each key of a
+Dict. It gives ``action``, the deterministic actions of ``predict``, and ``prob``, the probabilities of the bins, branch
+after branch. To sample, draw a bin ``i`` of each branch ``d`` by its ``branch_sizes[d]`` probabilities, and look up
+``bins[d][i]``: both lists are in the metadata of the file.
+"""
+
+import argparse
+import copy
+import importlib.util
+import io
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.vec_env import VecNormalize
+
+import sb3_staq
+from sb3_staq.distill import select
+from sb3_staq.exported_policy import ExportedPolicy
+from sb3_staq.mirror_descent import log_policy
+from sb3_staq.policies import EVAL_POLICIES, StaQPolicy
+from sb3_staq.save_util import atomic_write
+from sb3_staq.staq import StaQ
+
+OUTPUTS = ["action", "prob"]
+SUFFIXES = (".onnx", ".pt", ".pt2")
+N_CHECKED = 64  # observations at which a file must do what `predict` does
+TOLERANCE = 1e-3  # of probabilities, and of actions as a share of their range
+TIES = 0.05  # share of the observations where rounding may decide between equally good actions
+
+
+def _write(module: ExportedPolicy, arrays: list[np.ndarray], suffix: str, metadata: dict[str, str]) -> bytes:
+    file, example = io.BytesIO(), tuple(map(th.as_tensor, arrays))
+    if suffix == ".pt":
+        th.jit.save(th.jit.trace(module, example, check_trace=False), file, _extra_files=metadata)
+        return file.getvalue()
+    dynamic_shapes = (tuple({0: th.export.Dim("batch")} for _ in example),)
+    program = th.export.export(module, example, dynamic_shapes=dynamic_shapes)
+    if suffix == ".pt2":
+        th.export.save(program, file, extra_files=metadata)
+        return file.getvalue()
+    onnx: Any = th.onnx.export(program, input_names=module.keys, output_names=OUTPUTS, dynamo=True, verbose=False)
+    onnx.model.metadata_props.update(metadata)
+    return onnx.model_proto.SerializeToString()
+
+
+def _run(data: bytes, suffix: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    if suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        return session.run(OUTPUTS, {x.name: array for x, array in zip(session.get_inputs(), arrays, strict=True)})
+    file = io.BytesIO(data)
+    module: Any = th.jit.load(file) if suffix == ".pt" else th.export.load(file).module()
+    return [x.numpy() for x in module(*map(th.as_tensor, arrays))]
+
+
+def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
+    """Compare outputs with what the policy does at the (normalised) observations, one at a time."""
+    singles = [select(obs, slice(i, i + 1)) for i in range(len(outputs[0]))]
+    actions = np.concatenate([policy.predict(single, deterministic=True)[0] for single in singles])
+    with th.no_grad():
+        logits = th.cat([policy.logits(policy.obs_to_tensor(single)[0]) for single in singles])
+    prob = log_policy(logits, policy.branches.sizes).exp().numpy()
+    error, difference = np.abs(outputs[1] - prob).max(), np.abs(outputs[0] - actions)
+    if isinstance(policy.action_space, spaces.Box):
+        difference = difference / (policy.action_space.high - policy.action_space.low).clip(min=1e-30)
+    n_wrong = (difference > TOLERANCE).reshape(len(prob), -1).any(axis=1).sum()
+    if not error <= TOLERANCE or n_wrong > TIES * len(prob):
+        raise RuntimeError(
+            f"The exported file would be wrong, so it was not written: at {len(prob)} observations its probabilities "
+            f"differ by up to {error:.3g} from those of predict, and {n_wrong} actions do. A features extractor whose "
+            "computation depends on values cannot be exported"
+        )
+
+
+def export_policy(
+    model: StaQ | StaQPolicy,
+    path: str | pathlib.Path,
+    vec_normalize: VecNormalize | str | pathlib.Path | None = None,
+    eval_policy: str | None = None,
+) -> pathlib.Path:
+    """
+    Write the policy that is delivered into a file, once it does what ``predict`` does. A failure leaves an old file.
+
+    :param model: the model; or its policy, or a student of :func:`sb3_staq.distill.distill`
+    :param path: the file: .onnx, .pt (TorchScript) or .pt2 (``torch.export``)
+    :param vec_normalize: statistics to normalise observations with, or the file of them; by default those of the
+        model's environment
+    :param eval_policy: "average" or "last", by default that of the policy
+    :return: the path
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"Invalid path={str(path)!r}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if eval_policy not in (None, *EVAL_POLICIES):
+        raise ValueError(f"Invalid eval_policy={eval_policy!r}: expected 'average' or 'last'")
+    needed = ("onnx", "onnxscript", "onnxruntime") if path.suffix == ".onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'{", ".join(missing)} missing. Please run: pip install "sb3-staq[export]"')
+    if isinstance(vec_normalize, (str, pathlib.Path)):
+        vec_normalize = load_from_pkl(vec_normalize)
+    elif vec_normalize is None and isinstance(model, StaQ):
+        vec_normalize = model.get_vec_normalize_env()
+    if not isinstance(vec_normalize, VecNormalize | None):
+        raise ValueError(f"Invalid vec_normalize={vec_normalize!r}: expected VecNormalize, or a file that it saved")
+    policy = copy.deepcopy(model.policy if isinstance(model, StaQ) else model).to("cpu")
+    policy.eval_policy = eval_policy or policy.eval_policy
+    if len(policy.frozen_critics) == 0:
+        raise ValueError(f"Invalid model={model!r}: expected one with at least one policy update")
+
+    module = ExportedPolicy(policy, vec_normalize)
+    obs = module.draw_observations(N_CHECKED)
+    metadata = {
+        "algorithm": "StaQ",
+        "version": sb3_staq.__version__,
+        "observation_space": str(policy.observation_space),
+        "action_space": str(policy.action_space),
+        "inputs": json.dumps(module.keys),
+        "branch_sizes": json.dumps(module.branches.sizes),
+        "bins": json.dumps(module.bins()),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: the check says what matters
+        data = _write(module, obs, path.suffix, metadata)
+    batches = [_run(data, path.suffix, [x[rows] for x in obs]) for rows in (slice(1), slice(1, None))]
+    _check(policy, module.normalise(obs), [np.concatenate(outputs) for outputs in zip(*batches, strict=True)])
+    with atomic_write(path) as file:
+        file.write(data)
+    return path
+
+
+def main() -> None:
+    """Export a model from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_staq.export", description=export_policy.__doc__)
+    parser.add_argument("model", help="zip-file of the model")
+    parser.add_argument("path", help=f"the file to write: {', '.join(SUFFIXES)}")
+    parser.add_argument("--vecnormalize", metavar="FILE", help="statistics that VecNormalize saved")
+    parser.add_argument("--policy", choices=EVAL_POLICIES, help="by default that of the model")
+    parser.add_argument("--distill", action="store_true", help="into one small network first; needs --env")
+    parser.add_argument("--env", help="id of the environment for --distill")
+    parser.add_argument("--replay-buffer", metavar="FILE", help="replayed states for --distill")
+    parser.add_argument("--net-arch", type=int, nargs="*", help="hidden layers of the student")
+    parser.add_argument("--max-kl", type=float, default=0.01, help="largest mean KL divergence to the stack")
+    args = parser.parse_args()
+    if args.distill and args.env is None:
+        parser.error("--distill needs --env")
+    env: Any = args.env and make_vec_env(args.env)
+    if env is not None and args.vecnormalize is not None:
+        env = VecNormalize.load(args.vecnormalize, env)
+    model = StaQ.load(args.model, env=env, device="cpu")
+    model.policy.eval_policy = args.policy or model.policy.eval_policy
+    policy = model.policy
+    if args.replay_buffer:
+        model.load_replay_buffer(args.replay_buffer)
+    if args.distill:
+        policy_kwargs = None if args.net_arch is None else dict(net_arch=args.net_arch)
+        policy, report = model.distill(max_kl=args.max_kl, policy_kwargs=policy_kwargs, progress_bar=True)
+        print(report)
+    print("Wrote", export_policy(policy, args.path, args.vecnormalize))
+
+
+if __name__ == "__main__":
+    main()

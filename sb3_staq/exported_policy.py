@@ -1,0 +1,120 @@
+"""The policy as one module of tensors only, from observations to actions, as it is exported."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
+
+from sb3_staq.mirror_descent import log_policy
+from sb3_staq.policies import StaQPolicy
+from sb3_staq.q_networks import batched_forward
+
+
+class ExportedPolicy(nn.Module):
+    """
+    What is exported: the critics that act, in one batched pass, between raw observations and actions.
+
+    :param policy: the policy, on the CPU
+    :param vec_normalize: the statistics that its observations are normalised with, if any
+    """
+
+    def __init__(self, policy: StaQPolicy, vec_normalize: VecNormalize | None):
+        super().__init__()
+        self.space, self.normalize_images = policy.observation_space, policy.normalize_images
+        self.action_space, self.branches = policy.action_space, policy.branches
+        self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["obs"]
+        stack = policy.frozen_critics
+        used: Any = [x for x in zip(stack, stack.coefs(policy.eval_policy == "average"), strict=False) if x[1].any()]
+        self.net = stack.newest.net
+        self.coef = th.cat([coef for _, coef in used]) * stack.weights.scale
+        self.params = {name: th.cat([entry.params[name].detach() for entry, _ in used]) for name in used[0][0].params}
+        self.vec_normalize = vec_normalize if vec_normalize is not None and vec_normalize.norm_obs else None
+        self.statistics: dict[str, Any] = {}
+        if self.vec_normalize is not None:
+            rms: Any = self.vec_normalize.obs_rms
+            self.statistics = rms if isinstance(rms, dict) else {"obs": rms}
+        for key, rms in self.statistics.items():
+            shape = self.space[key].shape if isinstance(self.space, spaces.Dict) else self.space.shape
+            if rms.mean.shape != shape:
+                raise ValueError(f"Invalid vec_normalize: expected shape {shape} of {key!r}, got {rms.mean.shape}")
+
+    def to_env(self, stored: th.Tensor) -> th.Tensor:
+        """
+        Scale stored actions as the environment takes them.
+
+        :param stored: shape (batch, action_dim)
+        :return: shape (batch, *action_space.shape)
+        """
+        if isinstance(self.action_space, spaces.Box):
+            low, high = _floats(self.action_space.low).flatten(), _floats(self.action_space.high).flatten()
+            stored = (low + 0.5 * (stored + 1.0) * (high - low)).maximum(low).minimum(high)
+        return stored.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+
+    def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Act.
+
+        :param inputs: observations, one tensor for each key
+        :return: deterministic actions, and the probabilities of the bins
+        """
+        obs = dict(zip(self.keys, inputs, strict=True))
+        for key, rms in self.statistics.items():
+            std, clip = np.sqrt(rms.var + self.vec_normalize.epsilon), self.vec_normalize.clip_obs  # type: ignore
+            obs[key] = ((obs[key].float() - _floats(rms.mean)) / _floats(std)).clamp(-clip, clip)
+        x = preprocess_obs(self._unnamed(obs), self.space, normalize_images=self.normalize_images)
+        logits = batched_forward(self.net, self.params, x, coef=self.coef)
+        return self.to_env(self.branches.deterministic(logits)), log_policy(logits, self.branches.sizes).exp()
+
+    def bins(self) -> list[Any]:
+        """
+        List what the bins mean.
+
+        :return: the actions of the bins of each branch: numbers, or vectors if there is one branch of whole actions
+        """
+        n_bins = max(self.branches.sizes)
+        bins = th.arange(n_bins).unsqueeze(1).minimum(self.branches.last)
+        actions = self.to_env(self.branches.decode(bins)).reshape(n_bins, -1).T.tolist()
+        if len(actions) != len(self.branches.sizes):
+            return [np.transpose(actions).tolist()]
+        return [values[:size] for values, size in zip(actions, self.branches.sizes, strict=True)]
+
+    def draw_observations(self, n: int) -> list[np.ndarray]:
+        """
+        Draw observations as environments give them, from the space or around the statistics.
+
+        :param n: how many
+        :return: one array for each input
+        """
+        space = copy.deepcopy(self.space)
+        space.seed(0)
+        samples = [space.sample() for _ in range(n)]
+        drawn = []
+        for key in self.keys:
+            obs = np.stack([np.asarray(x[key] if isinstance(x, dict) else x) for x in samples])
+            if key in self.statistics:
+                rms = self.statistics[key]
+                obs = rms.mean + np.sqrt(rms.var) * np.random.default_rng(0).normal(size=obs.shape)
+            drawn.append(obs.clip(-1e6, 1e6).astype(np.float32) if np.issubdtype(obs.dtype, np.floating) else obs)
+        return drawn
+
+    def normalise(self, arrays: list[np.ndarray]) -> Any:
+        """
+        Normalise observations by SB3's own code.
+
+        :param arrays: one for each input
+        :return: as the policy takes them
+        """
+        obs = self._unnamed(dict(zip(self.keys, arrays, strict=True)))
+        return obs if self.vec_normalize is None else self.vec_normalize.normalize_obs(obs)
+
+    def _unnamed(self, obs: dict[str, Any]) -> Any:
+        return obs if isinstance(self.space, spaces.Dict) else obs["obs"]
+
+
+def _floats(array: Any) -> th.Tensor:
+    return th.as_tensor(array, dtype=th.float32)

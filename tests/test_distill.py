@@ -1,0 +1,189 @@
+"""Distillation: the report against brute force, the student as an SB3 policy, and a training that does not notice."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_staq import StaQPolicy
+from sb3_staq.distill import distill
+
+QUICK = dict(max_steps=40, states_per_round=60, n_eval_episodes=3)
+
+
+def distillable(kind="box", policy="MlpPolicy", action_space=None, n=5, **kwargs):
+    """A model with replayed states and a stack of different critics."""
+    model = make_model(RandomObsEnv(kind, action_space=action_space), policy, learning_starts=100, **kwargs)
+    model.learn(40)
+    grow(model, n)
+    return model
+
+
+@pytest.mark.parametrize("eval_policy", ["average", "last"])
+def test_report_is_true(eval_policy):
+    """KL divergence and agreement at the held-out states by brute force, in double precision."""
+    model = distillable(action_space=spaces.MultiDiscrete([2, 3]), eval_policy=eval_policy)
+    student, report = model.distill(**QUICK)
+
+    stack = model.policy
+    sums = slow_average(stack, report.held_out) if eval_policy == "average" else slow_logit_sums(stack, report.held_out)
+    factor = stack.frozen_critics.weights.total if eval_policy == "average" else 1.0
+    log_p = slow_log_policy(stack, stack.frozen_critics.weights.scale * factor * sums)
+    log_q = slow_log_policy(student, student.frozen_critics.weights.scale * slow_logit_sums(student, report.held_out))
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    assert report.kl_mean == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert report.kl_max == pytest.approx(kl.max().item(), rel=1e-3)
+    same = [(log_p[:, rows].argmax(1) == log_q[:, rows].argmax(1)).float().mean() for rows in (slice(2), slice(2, 5))]
+    assert report.agreement == pytest.approx(np.mean(same))
+
+
+def test_close_to_the_stack():
+    """What is asked for is reached, and stops the training before its budget is spent."""
+    model = distillable(n=3)
+    student, report = model.distill(max_kl=0.02, max_steps=10_000, states_per_round=500, n_eval_episodes=1)
+    assert report.reached and report.kl_mean <= 0.02 and report.n_steps < 10_000
+    assert "max_kl=0.02 was reached" in str(report)
+
+    obs = np.random.default_rng(0).uniform(-1, 1, (500, 4)).astype(np.float32)  # states of its own
+    log_p, log_q = (slow_log_policy(p, p.logits(th.as_tensor(obs)).detach().double()) for p in (model.policy, student))
+    assert (log_p.exp() * (log_p - log_q)).sum(dim=1).mean() < 0.05
+    same = model.policy.predict(obs, deterministic=True)[0] == student.predict(obs, deterministic=True)[0]
+    assert same.mean() == pytest.approx(report.agreement, abs=0.05) and same.mean() > 0.9
+
+
+def test_spent_budget_is_said():
+    _, report = distillable().distill(max_kl=0, **QUICK)
+    assert not report.reached and report.n_steps == 40
+    assert "max_kl=0 was NOT reached (40 gradient steps" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "action_space", "kwargs"),
+    [
+        ("dict", "MultiInputPolicy", spaces.MultiBinary([2, 2]), {}),
+        ("discrete", "MlpPolicy", spaces.Box(-2, 3, (2,)), dict(critic="joint")),
+        ("image", "CnnPolicy", spaces.Box(-2, 3, (2,)), dict(action_grid="axis")),
+    ],
+)
+def test_student_is_an_sb3_policy(kind, policy, action_space, kwargs, tmp_path):
+    """One critic, with the architecture of those of the stack; it acts, evaluates, saves and loads."""
+    model = distillable(kind, policy, action_space, n=2, **kwargs)
+    student, report = model.distill(**QUICK)
+    assert type(student) is type(model.policy)
+    assert len(student.frozen_critics) == 1 and student.n_critics == 1
+    shapes = [list(param.shape[1:]) for param in model.policy.frozen_critics[0].params.values()]
+    own_shapes = [list(param.shape[1:]) for param in student.frozen_critics[0].params.values()]
+    assert own_shapes[:-2] == shapes[:-2]  # the output layer may have a value of the state as well
+    assert report.student.n_parameters == sum(int(np.prod(shape)) for shape in own_shapes)
+
+    student.save(tmp_path / "student.pth")
+    assert report.student.n_bytes == pytest.approx((tmp_path / "student.pth").stat().st_size, rel=0.05)
+    loaded = type(student).load(tmp_path / "student.pth")
+    env = model.get_env()
+    obs = env.reset()
+    np.testing.assert_array_equal(
+        loaded.predict(obs, deterministic=True)[0], student.predict(obs, deterministic=True)[0]
+    )
+    assert all(action_space.contains(action) for action in student.predict(obs)[0])
+    assert np.isfinite(evaluate_policy(loaded, env, 2)[0])
+
+
+def test_architecture():
+    student, report = distillable().distill(policy_kwargs=dict(net_arch=[8, 4], activation_fn=th.nn.Tanh), **QUICK)
+    assert report.student.n_parameters == (4 * 8 + 8) + (8 * 4 + 4) + (4 * 3 + 3)
+    assert any(isinstance(layer, th.nn.Tanh) for layer in student.modules())
+
+
+def test_training_does_not_notice():
+    """Random numbers, parameters and normalisation go on as if nothing had happened."""
+
+    def trained(distilled):
+        env = VecNormalize(DummyVecEnv([RandomObsEnv, RandomObsEnv]), clip_obs=2.0)
+        model = make_model(env)
+        model.learn(60)
+        if distilled:
+            other = VecNormalize(DummyVecEnv([RandomObsEnv]), norm_reward=False)
+            model.distill(env=other, **QUICK)
+            np.testing.assert_array_equal(other.obs_rms.mean, env.obs_rms.mean)  # that of the training
+        model.learn(40, reset_num_timesteps=False)
+        return model, env
+
+    (model, env), (other, other_env) = trained(False), trained(True)
+    assert env.training and other_env.training and other_env.norm_reward
+    np.testing.assert_array_equal(env.obs_rms.mean, other_env.obs_rms.mean)
+    assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), other.policy.parameters(), strict=True))
+
+
+def test_own_environment_is_left_ready():
+    """The training goes on with a new episode: what the environment returns next belongs to what is remembered."""
+    model = distillable()
+    model.distill(**QUICK)
+    model.learn(1, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    np.testing.assert_array_equal(buffer.next_observations[(buffer.pos - 1)][0], model.env.envs[0].unwrapped._last)
+
+
+def test_returns_are_of_the_same_seeds():
+    """By plain Gymnasium, episode by episode."""
+    model = make_model("CartPole-v1")
+    grow(model, 3)
+    student, report = model.distill(**{**QUICK, "seed": 7, "n_eval_episodes": 4})
+    env = gym.make("CartPole-v1")
+    for policy, returns in ((model.policy, report.stack.returns), (student, report.student.returns)):
+        for i in range(4):
+            obs, _ = env.reset(seed=7 + i)
+            total, done = 0.0, False
+            while not done:
+                obs, reward, terminated, truncated, _ = env.step(int(policy.predict(obs, deterministic=True)[0]))
+                total, done = total + reward, terminated or truncated
+            assert returns[i] == total
+
+
+def test_same_seed_same_student():
+    students = [distillable().distill(**QUICK)[0] for _ in range(2)]
+    assert all(th.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
+
+
+def test_replay_without_environment(tmp_path):
+    model = distillable()
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "replay.pkl")
+    loaded = type(model).load(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match="Invalid env=None"):
+        loaded.distill(**QUICK)
+    loaded.load_replay_buffer(tmp_path / "replay.pkl")
+    student, report = loaded.distill(**QUICK)
+    assert report.student.returns == [] and isinstance(student, StaQPolicy)
+    assert report.n_states + len(report.held_out) == 40  # each of them once
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_kl", -1),
+        ("max_steps", 0),
+        ("states_per_round", 1.5),
+        ("n_eval_episodes", 0),
+        ("seed", None),
+        ("policy_kwargs", dict(memory_size=3)),
+        ("policy_kwargs", 3),
+    ],
+)
+def test_bad_arguments(name, value):
+    with pytest.raises(ValueError, match=f"Invalid {name}="):
+        distill(make_model(), **{name: value})
+
+
+def test_bad_models_and_environments():
+    with pytest.raises(ValueError, match=r"Invalid model=.*: expected one with at least one policy update"):
+        make_model().distill()
+    with pytest.raises(ValueError, match="spaces do not match"):
+        distillable().distill(env="CartPole-v1")
+    model = make_model(VecNormalize(DummyVecEnv([RandomObsEnv])))
+    grow(model, 1)
+    with pytest.raises(ValueError, match=r"Invalid env=.*: expected one in VecNormalize"):
+        model.distill(env=RandomObsEnv())

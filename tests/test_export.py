@@ -1,0 +1,270 @@
+"""Exported policies against `predict` and brute force, in other processes, and what a failure leaves behind."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_staq import StaQ, export
+from sb3_staq.export import export_policy
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+ACTION_SPACES = [
+    spaces.Discrete(3, start=2),
+    spaces.MultiDiscrete([[2, 3], [4, 2]]),
+    spaces.MultiBinary(3),
+    spaces.Box(np.float32([-2, 0]), np.float32([3, 0])),
+]
+
+
+def make_normalised(kind="dict", policy="MultiInputPolicy", action_space=None, **kwargs):
+    """A model whose observations are normalised by statistics that are not trivial, with different critics."""
+    env = VecNormalize(DummyVecEnv([lambda: RandomObsEnv(kind, action_space=action_space)]), **kwargs)
+    model = make_model(env, policy, eval_policy="average")
+    grow(model, 5)
+    rms = env.obs_rms["a"] if kind == "dict" else env.obs_rms
+    rms.mean, rms.var = np.linspace(-1, 5, len(rms.mean)), np.linspace(0.1, 9, len(rms.mean))
+    return model
+
+
+def draw(space, n, seed=1):
+    """A batch of observations as an environment gives them, one array for each key."""
+    space.seed(seed)
+    samples = [space.sample() for _ in range(n)]
+    if isinstance(space, spaces.Dict):
+        return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
+    return np.stack([np.asarray(sample) for sample in samples])
+
+
+def run_script(path, obs):
+    """What a TorchScript file gives, as arrays."""
+    inputs = [th.as_tensor(x) for x in (obs.values() if isinstance(obs, dict) else [obs])]
+    return [x.numpy() for x in th.jit.load(path)(*inputs)]
+
+
+def slow_prob(policy, obs):
+    """Probabilities of the bins of the delivered policy, one ordinary network after the other."""
+    weights, obs = policy.frozen_critics.weights, policy.obs_to_tensor(obs)[0]
+    average = policy.eval_policy == "average"
+    sums = weights.total * slow_average(policy, obs) if average else slow_logit_sums(policy, obs)
+    return slow_log_policy(policy, weights.scale * sums).exp().numpy()
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=str)
+@pytest.mark.parametrize(("kind", "policy"), [("box", "MlpPolicy"), ("dict", "MultiInputPolicy")])
+def test_all_action_spaces(kind, policy, action_space, tmp_path):
+    """Actions as `predict` gives them, for any batch size; probabilities by brute force; the bins that they are of."""
+    model = make_model(RandomObsEnv(kind, action_space=action_space), policy, eval_policy="average")
+    grow(model, 5)
+    path = export_policy(model, tmp_path / "policy.pt")
+    for n in (1, 5):
+        obs = draw(model.observation_space, n)
+        actions, prob = run_script(path, obs)
+        np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-5)
+        np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
+
+    extra = dict.fromkeys(("branch_sizes", "bins", "algorithm", "action_space"), "")
+    th.jit.load(path, _extra_files=extra)
+    bins = json.loads(extra["bins"])
+    assert [len(branch) for branch in bins] == json.loads(extra["branch_sizes"]) == list(model.policy.branches.sizes)
+    for choose in (min, max):  # the first and the last bin of each branch make the lowest and the highest action
+        action = np.reshape([choose(branch) for branch in bins], action_space.shape).astype(action_space.dtype)
+        assert action_space.contains(action if action_space.shape else action_space.dtype.type(action))
+    if isinstance(action_space, spaces.Box):
+        np.testing.assert_allclose(bins, np.linspace(action_space.low, action_space.high, 5).T, atol=1e-6)
+
+
+@pytest.mark.parametrize("action_grid", ["axis", "joint"])
+@pytest.mark.parametrize(("kind", "policy"), [("discrete", "MlpPolicy"), ("image", "CnnPolicy")])
+def test_whole_actions_as_bins(kind, policy, action_grid, tmp_path):
+    """The bins of one branch are vectors; the action is the most probable one."""
+    env = RandomObsEnv(kind, action_space=spaces.Box(-2, 3, (2,)))
+    model = make_model(env, policy, action_grid=action_grid, action_bins=3, average_size=2)
+    grow(model, 2)
+    path = export_policy(model, tmp_path / "policy.pt")
+    obs = draw(model.observation_space, 4)
+    actions, prob = run_script(path, obs)
+    extra = {"bins": ""}
+    th.jit.load(path, _extra_files=extra)
+    (bins,) = json.loads(extra["bins"])
+    np.testing.assert_allclose(actions, np.array(bins)[prob.argmax(axis=1)], atol=1e-6)
+    np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["of the model", "object", "file"])
+def test_normalisation_is_folded_in(how, tmp_path):
+    """Raw observations give what SB3 gives for those that it has normalised, clipping included."""
+    model = make_normalised("box", "MlpPolicy", clip_obs=1.5, epsilon=0.5)
+    normalize = model.get_vec_normalize_env()
+    normalize.save(tmp_path / "vecnormalize.pkl")
+    source = {"of the model": None, "object": normalize, "file": str(tmp_path / "vecnormalize.pkl")}[how]
+    path = export_policy(model if source is None else model.policy, tmp_path / "policy.pt", source)
+    obs = np.random.default_rng(0).normal(2, 4, (50, 4)).astype(np.float32)
+    actions, prob = run_script(path, obs)
+    normalised = normalize.normalize_obs(obs)
+    assert (np.abs(normalised) == 1.5).any()
+    np.testing.assert_allclose(prob, slow_prob(model.policy, normalised), atol=1e-5)
+    np.testing.assert_array_equal(actions, model.policy.predict(normalised, deterministic=True)[0])
+
+
+ROBOT = """
+import json, sys
+sys.modules["torch"] = None  # an import of it would fail
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+obs = dict(np.load(sys.argv[2]))
+action, prob = session.run(["action", "prob"], obs)
+single = session.run(["action"], {key: x[:1] for key, x in obs.items()})[0]
+meta = session.get_modelmeta().custom_metadata_map
+bins, ends = json.loads(meta["bins"]), np.cumsum(json.loads(meta["branch_sizes"]))
+rng = np.random.default_rng(0)
+p = [branch / branch.sum() for branch in np.split(prob[0].astype(float), ends[:-1])]
+sampled = [[rng.choice(values, p=q) for values, q in zip(bins, p)] for _ in range(2000)]
+np.savez(sys.argv[3], action=action, single=single, prob=prob, sampled=sampled, meta=json.dumps(meta))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "action_space"),
+    [("dict", "MultiInputPolicy", spaces.Box(-2, 3, (2,))), ("box", "MlpPolicy", spaces.MultiDiscrete([2, 3]))],
+)
+def test_onnx_without_torch(kind, policy, action_space, tmp_path):
+    """A second process has onnxruntime and NumPy only; its samples follow the policy."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    keys = dict(norm_obs_keys=["a"]) if kind == "dict" else {}
+    model = make_normalised(kind, policy, action_space, **keys)
+    path = export_policy(model, tmp_path / "policy.onnx")
+    obs = draw(model.observation_space, 7)
+    np.savez(tmp_path / "obs.npz", **(obs if isinstance(obs, dict) else dict(obs=obs)))
+    result = tmp_path / "result.npz"
+    subprocess.run([sys.executable, "-c", ROBOT, path, tmp_path / "obs.npz", result], check=True)
+
+    found, normalised = np.load(result), model.get_vec_normalize_env().normalize_obs(obs)
+    expected = model.policy.predict(normalised, deterministic=True)[0]
+    np.testing.assert_allclose(found["action"], expected, atol=1e-4)
+    np.testing.assert_allclose(found["single"], expected[:1], atol=1e-4)
+    prob = slow_prob(model.policy, normalised)
+    np.testing.assert_allclose(found["prob"], prob, atol=1e-4)
+    assert all(action_space.contains(x.astype(action_space.dtype)) for x in found["sampled"])
+    values = json.loads(json.loads(str(found["meta"]))["bins"])
+    shares = [(found["sampled"][:, d] == value).mean() for d, branch in enumerate(values) for value in branch]
+    np.testing.assert_allclose(shares, prob[0], atol=0.04)
+    meta = json.loads(str(found["meta"]))
+    assert meta["algorithm"] == "StaQ" and meta["action_space"] == str(action_space)
+
+
+def test_torch_export(tmp_path):
+    model = make_normalised("box", "MlpPolicy")
+    path = export_policy(model, tmp_path / "policy.pt2")
+    module = th.export.load(path).module()
+    for n in (1, 6):
+        obs = draw(model.observation_space, n)
+        normalised = model.get_vec_normalize_env().normalize_obs(obs)
+        np.testing.assert_allclose(module(th.as_tensor(obs))[1], slow_prob(model.policy, normalised), atol=1e-5)
+
+
+@pytest.mark.parametrize("eval_policy", ["average", "last"])
+def test_either_policy(eval_policy, tmp_path):
+    """The choice is made for the file only."""
+    other = {"average": "last", "last": "average"}[eval_policy]
+    model = make_model(RandomObsEnv(), eval_policy=other, memory_size=3, average_window=1.0, average_size=8)
+    grow(model, 8)
+    obs = draw(model.observation_space, 5)
+    _, prob = run_script(export_policy(model, tmp_path / "policy.pt", eval_policy=eval_policy), obs)
+    assert model.policy.eval_policy == other
+    model.policy.eval_policy = eval_policy
+    np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
+
+
+class Branching(BaseFeaturesExtractor):
+    """Takes one of two ways by the values that it sees: a trace knows one of them only."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 4)
+
+    def forward(self, obs):
+        return obs if obs.mean() > 0 else -3 * obs
+
+
+def test_failure_leaves_the_old_file(tmp_path):
+    model = make_model(RandomObsEnv(), policy_kwargs=dict(features_extractor_class=Branching))
+    grow(model, 3)
+    path = tmp_path / "policy.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="The exported file would be wrong, so it was not written: at 64 obs"):
+        export_policy(model, path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_packages(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    model = make_model()
+    grow(model, 1)
+    with pytest.raises(ImportError, match=r'onnxruntime missing. Please run: pip install "sb3-staq\[export\]"'):
+        export_policy(model, tmp_path / "policy.onnx")
+    export_policy(model, tmp_path / "policy.pt")
+
+
+def test_bad_arguments(tmp_path):
+    model = make_model(RandomObsEnv())
+    with pytest.raises(ValueError, match=r"Invalid model=.*: expected one with at least one policy update"):
+        export_policy(model, tmp_path / "policy.pt")
+    grow(model, 1)
+    with pytest.raises(ValueError, match=r"Invalid path='policy': expected a name that ends in .onnx, .pt, .pt2"):
+        export_policy(model, "policy")
+    with pytest.raises(ValueError, match="Invalid eval_policy='best': expected 'average' or 'last'"):
+        export_policy(model, tmp_path / "policy.pt", eval_policy="best")
+    with pytest.raises(ValueError, match="Invalid vec_normalize=3: expected VecNormalize"):
+        export_policy(model, tmp_path / "policy.pt", vec_normalize=3)
+    other = VecNormalize(DummyVecEnv([lambda: RandomObsEnv("image")]))
+    with pytest.raises(ValueError, match=r"Invalid vec_normalize: expected shape \(4,\) of 'obs', got \(36, 36, 1\)"):
+        export_policy(model, tmp_path / "policy.pt", vec_normalize=other)
+
+
+def test_command_line(monkeypatch, capsys, tmp_path):
+    """The stack, then a student with the statistics of VecNormalize, from files."""
+    env = VecNormalize(DummyVecEnv([lambda: RandomObsEnv()]))
+    monkeypatch.setattr(export, "make_vec_env", lambda name: DummyVecEnv([RandomObsEnv]))
+    model = make_model(env)
+    model.learn(60)
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "replay.pkl")
+    env.save(tmp_path / "vecnormalize.pkl")
+    paths = [str(tmp_path / name) for name in ("model.zip", "policy.pt", "vecnormalize.pkl", "replay.pkl")]
+    obs = draw(env.observation_space, 40)
+    expected = slow_prob(model.policy, env.normalize_obs(obs))
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["export", *paths[:2], "--vecnormalize", paths[2], *args])
+        export.main()
+        return run_script(paths[1], obs)[1]
+
+    np.testing.assert_allclose(run("--policy", "last"), expected, atol=1e-5)
+    options = ["--env", "X", "--replay-buffer", paths[3], "--net-arch", "32", "--max-kl", "0.05"]
+    prob = run("--distill", *options)
+    assert "max_kl=0.05 was reached" in capsys.readouterr().out
+    assert (expected * np.log(expected / prob)).sum(axis=1).mean() < 0.2
+    with pytest.raises(SystemExit):
+        run("--distill")
+    assert "--distill needs --env" in capsys.readouterr().err
+
+
+def test_module_runs(tmp_path):
+    model = make_model(RandomObsEnv())
+    grow(model, 2)
+    model.save(tmp_path / "model.zip")
+    command = [sys.executable, "-m", "sb3_staq.export", tmp_path / "model.zip", tmp_path / "policy.pt"]
+    subprocess.run(command, check=True)
+    loaded = StaQ.load(tmp_path / "model.zip")
+    obs = draw(model.observation_space, 5)
+    actions, _ = run_script(tmp_path / "policy.pt", obs)
+    np.testing.assert_array_equal(actions, loaded.predict(obs, deterministic=True)[0])
