@@ -4,27 +4,45 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint typecheck pytest figures wheel-test clean
+.PHONY: demo test test-all lint type fast slow figures docs format wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: lint typecheck pytest
+# Linters, type checker and the tests that are quick; test-all adds those that take longer
+test: lint type fast
+
+test-all: test slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typecheck: $(INSTALLED)
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(INSTALLED)
 	$(BIN)/mypy sb3_staq
 
-pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[tests,all]"
+	touch $@
+
+# The site, in docs/_build/html; warnings are errors
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 # The wheel, in an environment of its own without extras, and the literal zoo command from a folder without the sources
@@ -42,7 +60,7 @@ figures: $(INSTALLED)
 	$(BIN)/python -m benchmarks report classic
 	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 1 2 --algos staq sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
 	$(BIN)/python -m benchmarks report mujoco
-	$(BIN)/python docs/how_it_works.py
+	$(BIN)/python docs/diagrams.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo docs/_build

@@ -28,7 +28,7 @@ extras = {
     # `python -m sb3_staq.export model.zip policy.onnx`
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
     # RLiable's bootstrap does not work with pandas 3 yet
-    "benchmarks": ["rliable>=1.2", "pandas<3", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
+    "benchmarks": ["rliable>=1.2", "pandas<3", "tabulate", "matplotlib", "seaborn", "rich", "pyyaml", "filelock"],
     # "client" for addresses ray://
     "ray": ["ray[client]>=2.52"],
 }
@@ -56,11 +56,11 @@ setup(
         "requests",
         "gymnasium>=0.29.1,<2.0",
         "torch>=2.8,<3.0",
-        "numpy>=2.0,<3.0",
     ],
     extras_require={
         **extras,
-        "tests": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=68"],
+        "docs": ["sphinx>=7.3", "myst-parser>=3", "furo", "sphinx-copybutton", "linkify-it-py", "matplotlib"],
+        "tests": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff", "mypy", "setuptools>=68"],
         "all": sorted({requirement for requirements in extras.values() for requirement in requirements}),
     },
     classifiers=[

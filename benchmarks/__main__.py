@@ -12,10 +12,7 @@ RAY_ADDRESSES = '"auto" (the cluster of this machine), HOST:PORT (seen from a no
 
 
 def positive(text: str) -> int:
-    """
-    :param text: a whole number above 0
-    :return: the number
-    """
+    """A number of the command line, which must be a whole one above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not accepted; accepted: a whole number >= 1")
@@ -23,9 +20,7 @@ def positive(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """
-    :return: parser of the command line
-    """
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train all cells of a suite that are not done, going on where they were")
@@ -47,9 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """
-    :return: exit status
-    """
+    """Run the command that the arguments name; gives the exit status."""
     parser = make_parser()
     args = parser.parse_args()
     suites = load_suites(args.suites)
@@ -75,7 +68,7 @@ def main() -> int:
     for cell in cells:
         if cell.steps < cell.eval_freq:
             parser.error(f"--steps {cell.steps} ends before the first evaluation; accepted: at least {cell.eval_freq}")
-    from benchmarks.runner import Runner, train_locally
+    from benchmarks.runner import run_cells, train_locally
 
     train = partial(train_locally, n_jobs=args.jobs)
     if args.ray is not None:
@@ -87,7 +80,7 @@ def main() -> int:
             parser.error(f"--ray {args.ray!r}: {error}; accepted: {RAY_ADDRESSES}")
         train = partial(train_on_ray, shared=args.shared)
     try:
-        return 0 if Runner(cells, train, args.fresh).run() else 1
+        return 0 if run_cells(cells, train, args.fresh) else 1
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoints")
         return 130

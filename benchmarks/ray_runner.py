@@ -6,6 +6,7 @@ A cell works in a temporary folder of its node, so one that is repeated starts f
 the folder of the results, it works there and goes on from its last checkpoint.
 """
 
+import logging
 import socket
 import tempfile
 from collections.abc import Generator
@@ -47,7 +48,7 @@ def connect(address: str) -> None:
                 raise ValueError("not an address")
             # Ray itself waits for minutes
             socket.create_connection((parts.hostname, parts.port), timeout=5).close()
-        ray.init(address, runtime_env=RUNTIME_ENV, log_to_driver=False, logging_level="error")
+        ray.init(address, runtime_env=RUNTIME_ENV, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ConnectionError(str(error)) from error
 
@@ -60,31 +61,18 @@ class Board:
         self.reports: dict[int, tuple[Any, ...]] = {}
 
     def post(self, index: int, *report: Any) -> None:
-        """
-        :param index: index of the cell
-        :param report: its node, and its progress as in ``benchmarks.cell.Report``
-        """
+        """Put up the report of a cell: its node, and its progress as in ``benchmarks.cell.Report``."""
         self.reports[index] = report
 
     def read(self) -> dict[int, tuple[Any, ...]]:
-        """
-        :return: the last report of each cell that has sent any
-        """
+        """The last report of each cell that has sent any."""
         return self.reports
 
 
 # A process of its own for each cell, as on a single machine
 @ray.remote(num_cpus=1, max_retries=MAX_RETRIES, max_calls=1)
 def train_cell(cell: Cell, index: int, board: Any, shared: bool) -> bytes:
-    """
-    What a node does.
-
-    :param cell: the cell
-    :param index: index of the cell on the board
-    :param board: where to report
-    :param shared: whether the cell's folder is here as well
-    :return: the result file
-    """
+    """What a node does; gives the result file."""
     node = ray.get_runtime_context().get_node_id()
     board.post.remote(index, node, 0, 0.0, None)
     from benchmarks.cell import run_cell  # takes seconds
@@ -96,12 +84,7 @@ def train_cell(cell: Cell, index: int, board: Any, shared: bool) -> bytes:
 
 
 def train_on_ray(jobs: list[Job], shared: bool) -> Generator[None, None, None]:
-    """
-    Train cells on the cluster that this process is connected to, see ``benchmarks.runner.Train``.
-
-    :param jobs: jobs that are waiting
-    :param shared: whether the nodes have the folder of the cells, under the same path
-    """
+    """Train cells on the cluster that this process is connected to; ``shared`` if its nodes have the cells' folder."""
     board = Board.remote()  # type: ignore[attr-defined]
     reports: dict[int, tuple[Any, ...]] = {}
     tasks = {train_cell.remote(job.cell, index, board, shared): index for index, job in enumerate(jobs)}
@@ -111,11 +94,9 @@ def train_on_ray(jobs: list[Job], shared: bool) -> Generator[None, None, None]:
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for index in tasks.values():
             node, *progress = reports.get(index, (None,))
+            jobs[index].state = "running" if node in nodes else "waiting"
             if node in nodes:
-                jobs[index].state = "running"
                 jobs[index].step, jobs[index].seconds, jobs[index].last_return = progress
-            else:
-                jobs[index].state = "waiting"
         for task in ended:
             _finish(jobs[tasks.pop(task)], task)
         yield

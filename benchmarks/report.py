@@ -1,4 +1,4 @@
-"""Markdown and figures from the result files of a suite, and from nothing else."""
+"""Markdown and figures from the result files of a suite, and from nothing else but what others have published."""
 
 from collections.abc import Iterable, Mapping
 from itertools import cycle
@@ -12,13 +12,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from benchmarks import statistics
 from benchmarks.results import Results
-from benchmarks.suites import Suite, file_name
+from benchmarks.suites import FOLDER, Suite, file_name
 
 LABELS = {
     "staq": "StaQ",
@@ -28,61 +29,73 @@ LABELS = {
     "trpo": "TRPO",
     "sac": "SAC",
     "td3": "TD3",
+    "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",
-    "staq_additive": "StaQ, additive critics",
 }
-# Dashes beside colours that colour-blind people can tell apart
-STYLES = ["", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1)]
+# Okabe and Ito's colours, which colour-blind people can tell apart, with grey, and dashes beside them
+COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#000000", "#999999", "#F0E442")
+DASHES = ("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1))
 
-# Algorithms with fewer trainings in common are not compared over all environments
-MIN_RUNS = 2
-
-# Evaluations at the end of a training whose mean is reported
-N_LAST = 5
+MIN_RUNS = 2  # algorithms with fewer trainings in common are not compared over all environments
+N_LAST = 5  # evaluations at the end of a training whose mean is reported
+TARGETS = (0.25, 0.5, 0.75, 1.0)  # scores of the returns whose time is reported
 
 # What all trainings of an algorithm in an environment should have in common
 SETTINGS = ("hyperparams_sha256", "steps", "eval_freq", "n_eval_episodes")
 
-# The measures of stability, in the order of tables and panels
-STABILITY = ("across time", "short-term risk", "long-term risk", "across runs", "across episodes")
+# The measures of stability in the order of tables and panels: those of Chan et al., and those without a unit
+RISKS = {
+    "across time": statistics.dispersion_across_time,
+    "short-term risk": statistics.short_term_risk,
+    "long-term risk": statistics.long_term_risk,
+}
+SHARES = {"relative drawdown": statistics.relative_drawdown, "low share": statistics.low_share}
+STABILITY = (*RISKS, "across runs", "across episodes", *SHARES)
 
 
 def label(algo: str) -> str:
-    """
-    :param algo: name of an algorithm in a suite
-    :return: what it is called in reports
-    """
+    """What an algorithm of a suite is called in reports."""
     base, _, variant = algo.partition("_")
     return LABELS.get(algo) or (f"{label(base)}, {variant}" if variant else algo.upper())
 
 
-def styles(labels: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    :param labels: of the algorithms in a figure
-    :return: colours and dashes by label; those in ``LABELS`` look the same in all figures
-    """
+def styles(labels: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Colours and dashes by label; the algorithms in ``LABELS`` look the same in all figures."""
     names = list(dict.fromkeys([*LABELS.values(), *labels]))
-    colors = dict(zip(names, cycle(sns.color_palette("colorblind")), strict=False))
-    return colors, dict(zip(names, cycle(STYLES), strict=False))
+    return dict(zip(names, cycle(COLORS), strict=False)), dict(zip(names, cycle(DASHES), strict=False))
 
 
-def write_report(suite: Suite, folder: Path) -> Path:
+def load_published(path: Path = FOLDER / "published.yml") -> tuple[pd.DataFrame, str]:
+    """What others have published, one row per algorithm, environment and number of steps; and its source."""
+    contents = yaml.safe_load(path.read_text())
+    return pd.DataFrame(contents["rows"], columns=contents["columns"]), contents["source"]
+
+
+def write_report(suite: Suite, folder: Path, published: pd.DataFrame | None = None, source: str = "") -> Path:
     """
+    Write the report of a suite, a Markdown file.
+
     :param suite: the suite
     :param folder: where its results are, and where the report goes
-    :return: the Markdown file
+    :param published: what others have published, None for what :func:`load_published` gives
+    :param source: where that comes from
+    :return: the report
     """
+    if published is None:
+        published, source = load_published()
+    published = published[published["env"].isin(suite.envs)]
     curves, finals = load_results(suite, folder)
     if curves.empty:
         raise SystemExit(f"No results in {folder}; run the suite first")
-    text = [f"# Suite `{suite.name}`", suite.description, summary(suite, finals)]
-
     sns.set_theme(style="whitegrid", context="notebook")
-    save(plot_curves(suite, curves, "step", "environment steps"), folder / "curves.png")
+    save(plot_curves(suite, curves, published, "step", "environment steps"), folder / "curves.png")
     curves["minutes"] = curves.groupby(["env", "algo", "step"])["seconds"].transform("mean") / 60
-    save(plot_curves(suite, curves, "minutes", "minutes of training"), folder / "wall_clock.png")
-    text += [
+    save(plot_curves(suite, curves, published, "minutes", "minutes of training"), folder / "wall_clock.png")
+    text = [
+        f"# Suite `{suite.name}`",
+        suite.description,
+        summary(suite, finals),
         "## Learning curves",
         f"Greedy evaluations, {suite.n_eval_episodes} episodes each on fixed seeds. Mean over the seeds, with 95% "
         "bootstrap confidence bands.",
@@ -91,23 +104,20 @@ def write_report(suite: Suite, folder: Path) -> Path:
         "what else ran on it.",
         "![Return over wall-clock time](wall_clock.png)",
     ]
+    if not published.empty:
+        text.append(f"Published: {source}. A number in brackets after a name: gradient steps per environment step.")
     if not finals.empty:
-        text += final_section(suite, curves, finals)
-        text += aggregate_section(finals, folder)
-        text += stability_section(curves, finals, folder)
+        curves = curves.merge(finals[["env", "algo", "seed"]])  # from here on, trainings that are complete
+        text += final_section(curves, finals, published) + time_section(suite, curves)
+        text += aggregate_section(finals, folder) + stability_section(curves, finals, published, folder)
     report = folder / "report.md"
     report.write_text("\n\n".join(text) + "\n")
     return report
 
 
 def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """
-    :param suite: the suite
-    :param folder: where its results are
-    :return: evaluations during the trainings, and final evaluations of those that are complete; one row each
-    """
-    training: list[dict[str, Any]] = []
-    final: list[dict[str, Any]] = []
+    """Evaluations during the trainings, and final evaluations of those that are complete; one row each."""
+    rows: list[dict[str, Any]] = []
     for env_id, env in suite.envs.items():
         for algo in suite.algos:
             for path in sorted((folder / file_name(env_id) / algo).glob("seed_*.csv")):
@@ -119,100 +129,102 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                         "algo": label(algo),
                         "seed": results.metadata["seed"],
                         "asked": results.metadata["steps"],
+                        "final": evaluation.final,
                         # With several environments, evaluations are a few steps late
                         "step": evaluation.step if evaluation.final else evaluation.step // freq * freq,
                         "seconds": evaluation.seconds,
                         "cpu_seconds": evaluation.cpu_seconds,
                         "return": evaluation.mean,
                         "score": statistics.normalise(evaluation.mean, env.random, env.reference),
+                        "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
                         "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
                         "settings": tuple(results.metadata[key] for key in SETTINGS),
                     }
-                    (final if evaluation.final else training).append(row)
+                    rows.append(row)
+    training, final = [row for row in rows if not row["final"]], [row for row in rows if row["final"]]
     return pd.DataFrame(training), pd.DataFrame(final)
 
 
 def summary(suite: Suite, finals: pd.DataFrame) -> str:
     """How much there is, and whether it belongs together."""
     lines = [f"{len(finals)} complete trainings."]
-    groups = finals.groupby(["env", "algo"], sort=False) if len(finals) else []
-    for (env_id, algo), group in groups:
+    groups = dict(list(finals.groupby(["env", "algo"], sort=False))) if len(finals) else {}
+    for (env_id, algo), group in groups.items():
         if group["settings"].nunique() > 1:
             lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters, steps and evaluations.**")
     for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items() if len(finals) else []:
         if len(lengths) > 1:
             lines.append(f"**{env_id}: trainings of {' and '.join(f'{n:,}' for n in sorted(lengths))} steps.**")
-    n_seeds = len(suite.seeds)
-    counts = {f"{algo} on {env_id}": len(group) for (env_id, algo), group in groups}
-    wanted = [f"{label(algo)} on {env_id}" for env_id in suite.envs for algo in suite.algos]
-    missing = [f"{name} ({counts.get(name, 0)} of {n_seeds})" for name in wanted if counts.get(name, 0) < n_seeds]
+    missing = []
+    for env_id in suite.envs:
+        for algo in suite.algos:
+            n_done, n_seeds = len(groups.get((env_id, label(algo)), ())), len(suite.seeds_of(algo))
+            if n_done < n_seeds:
+                missing.append(f"{label(algo)} on {env_id} ({n_done} of {n_seeds})")
     if missing:
         lines.append(f"Seeds that the suite asks for and that are not complete: {', '.join(missing)}.")
     return " ".join(lines)
 
 
-def plot_curves(suite: Suite, curves: pd.DataFrame, x: str, x_label: str) -> Figure:
-    """
-    One panel per environment: mean return over ``x``, with 95% bootstrap bands over the seeds, and published returns.
-
-    :param suite: the suite
-    :param curves: evaluations during the trainings
-    :param x: column for the horizontal axis
-    :param x_label: its label
-    :return: the figure
-    """
-    env_ids = [env_id for env_id in suite.envs if env_id in set(curves["env"])]
-    n_columns = min(len(env_ids), 2 if len(env_ids) <= 4 else 3)
-    n_rows = -(-len(env_ids) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(5.5 * n_columns, 3.8 * n_rows + 0.8), squeeze=False)
+def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: str, x_label: str) -> Figure:
+    """One panel per environment: mean return over ``x``, with bands over the seeds, and published returns."""
     algos = [label(algo) for algo in suite.algos if label(algo) in set(curves["algo"])]
-    colors, dashes = styles(map(label, suite.algos))
-    for ax, env_id in zip(axes.flat, env_ids, strict=False):
-        sns.lineplot(
-            curves[curves["env"] == env_id],
-            x=x,
-            y="return",
-            hue="algo",
-            style="algo",
-            hue_order=algos,
-            style_order=algos,
-            palette=colors,
-            dashes=dashes,
-            errorbar=("ci", 95),
-            n_boot=500,
-            seed=0,
-            linewidth=2,
-            ax=ax,
-        )
-        env = suite.envs[env_id]
-        for algo, value in env.published.items():
-            name = f"{label(algo)}, published ({suite.published_steps:,} steps)"
-            ax.axhline(value, color=colors[label(algo)], linewidth=1.5, linestyle=":", label=name)
-        if env.reference not in env.published.values():
-            ax.axhline(env.reference, color="0.4", linewidth=1, linestyle=":", label="reference")
-        n_seeds = curves[curves["env"] == env_id].groupby("algo")["seed"].nunique()
+    colors, dashes = styles(algos)
+    grid = sns.relplot(
+        curves,
+        kind="line",
+        x=x,
+        y="return",
+        hue="algo",
+        style="algo",
+        hue_order=algos,
+        style_order=algos,
+        palette=colors,
+        dashes=dashes,
+        n_boot=500,
+        seed=0,
+        linewidth=2,
+        err_kws={"alpha": 0.15, "linewidth": 0},
+        col="env",
+        col_wrap=min(curves["env"].nunique(), 2 if curves["env"].nunique() <= 4 else 3),
+        height=3.8,
+        aspect=1.45,
+        facet_kws={"sharex": False, "sharey": False},
+    )
+    for env_id, ax in grid.axes_dict.items():
+        of_env = curves[curves["env"] == env_id]
+        others = published[(published["env"] == env_id) & published["algo"].isin(algos)]
+        for algo, group in others.groupby("algo"):
+            last = group.loc[group["steps"].idxmax()]
+            name = f"{algo}, published ({last['steps']:,} steps)"
+            ax.axhline(last["return"], color=colors[algo], linewidth=1.5, linestyle=":", label=name)
+            points = group[group["steps"] <= of_env["step"].max()]
+            if x == "step" and not points.empty:
+                marks = {"color": colors[algo], "markerfacecolor": "white", "label": f"{algo}, published"}
+                ax.plot("steps", "return", "o", data=points, clip_on=False, zorder=3, **marks)
+        if others.empty:
+            ax.axhline(suite.envs[env_id].reference, color="0.4", linewidth=1, linestyle=":", label="reference")
+        n_seeds = of_env.groupby("algo")["seed"].nunique()
         seeds = " to ".join(str(n) for n in sorted({n_seeds.min(), n_seeds.max()}))
         ax.set(title=f"{env_id} (seeds: {seeds})", xlabel=x_label, ylabel="return per episode")
         ax.set_xlim(left=0)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_major_locator(MaxNLocator(6))
-    share_legend(figure, axes.flat)
-    for ax in list(axes.flat)[len(env_ids) :]:
-        ax.remove()
-    return figure
+    grid.legend.remove()
+    share_legend(grid.figure, grid.axes.flat)
+    return grid.figure
 
 
 def share_legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """One legend above all panels in place of one in each."""
-    entries = {}
+    entries: dict[str, Any] = {}
     for ax in axes:
-        entries.update(dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)))
-        legend = ax.get_legend()
-        if legend is not None:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        if (legend := ax.get_legend()) is not None:
             legend.remove()
-    figure.tight_layout()
-    legend = figure.legend(entries.values(), entries.keys(), ncols=len(entries), loc="lower center", frameon=False)
-    legend.set_bbox_to_anchor((0.5, 1.0))
+    figure.set_layout_engine("constrained")
+    n_columns = min(len(entries), 6)
+    figure.legend(entries.values(), entries.keys(), ncols=n_columns, loc="outside upper center", frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -221,44 +233,29 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> list[str]:
-    """
-    :param suite: the suite
-    :param curves: evaluations during the trainings
-    :param finals: final evaluations
-    :return: what the trained policies reach: one table of all, and one per environment with its seeds
-    """
-    env_ids = list(finals["env"].unique())
-    algos = list(finals["algo"].unique())
-    n_episodes = len(finals["episodes"].iloc[0])
-    means = finals.groupby(["algo", "env"])["return"].agg(["mean", "min"])
-    best = finals.groupby(["env", "algo"])["return"].mean().groupby("env").max()
-    overview = {}
-    for algo in algos:
-        cells = []
-        for env_id in env_ids:
-            if (algo, env_id) not in means.index:
-                cells.append("")
-                continue
-            mean, lowest = means.loc[(algo, env_id)]
-            bold = "**" if mean == best[env_id] else ""
-            cells.append(f"{bold}{mean:,.1f}{bold} ({lowest:,.1f})")
-        overview[algo] = cells
+def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame) -> list[str]:
+    """What the trained policies reach: one table of all, and one per environment with its seeds."""
+    means = finals.pivot_table("return", "algo", "env", sort=False)
+    lowest = finals.pivot_table("return", "algo", "env", aggfunc="min", sort=False)
+    texts = means.map("{:,.1f}".format)
+    texts = texts.where(means < means.max(), "**" + texts + "**") + lowest.map(" ({:,.1f})".format)
+    overview = texts.where(means.notna(), "").T.to_dict("list")
+    columns = ["", "each seed", "mean", "worst seed", f"last {N_LAST}", "steps", "minutes", "of the processor"]
     text = [
         "## Final returns",
-        f"Greedy, {n_episodes} episodes after the training: mean over the seeds, in brackets the worst seed.",
-        markdown_table(["", *env_ids], overview),
+        f"Greedy, {len(finals['episodes'].iloc[0])} episodes after the training: mean over the seeds, in brackets the "
+        "worst seed.",
+        markdown_table(["", *means.columns], overview),
         f"By environment, also the mean of the last {N_LAST} evaluations (in brackets that of each seed). Minutes and "
         "rates are those of the clock, and depend on what else ran on the machine; minutes of the processor (means of "
         "the seeds where they were measured) do so less.",
     ]
-    for env_id in env_ids:
+    for env_id, of_env in finals.groupby("env", sort=False):
         rows = {}
-        for algo, group in finals[finals["env"] == env_id].groupby("algo", sort=False):
-            minutes = group["seconds"].mean() / 60
-            cpu_minutes = group["cpu_seconds"].mean() / 60
-            of_group = (curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])
-            last = curves[of_group].sort_values("step").groupby("seed").tail(N_LAST).groupby("seed")["return"].mean()
+        for algo, group in of_env.groupby("algo", sort=False):
+            own = curves[(curves["env"] == env_id) & (curves["algo"] == algo)]
+            last = own.groupby("seed").tail(N_LAST).groupby("seed")["return"].mean()
+            minutes, cpu_minutes = group["seconds"].mean() / 60, group["cpu_seconds"].mean() / 60
             rows[algo] = [
                 ", ".join(f"{value:,.1f}" for value in group.sort_values("seed")["return"]),
                 f"{group['return'].mean():,.1f}",
@@ -269,45 +266,80 @@ def final_section(suite: Suite, curves: pd.DataFrame, finals: pd.DataFrame) -> l
                 "" if np.isnan(cpu_minutes) else f"{cpu_minutes:,.1f}",
                 f"{group['step'].mean() / (60 * minutes):,.0f}",
             ]
-        for algo, value in suite.envs[env_id].published.items():
-            rows[f"{label(algo)}, published"] = ["", f"{value:,.0f}", "", "", f"{suite.published_steps:,}", "", "", ""]
-        columns = [
-            "",
-            "each seed",
-            "mean",
-            "worst seed",
-            f"last {N_LAST}",
-            "steps",
-            "minutes",
-            "of the processor",
-            "steps/s",
-        ]
-        text += [f"### {env_id}", markdown_table(columns, rows)]
-    if any(suite.envs[env_id].published for env_id in env_ids):
-        text.append(f"Published: {suite.published_source}.")
+        steps, others = of_env["asked"].max(), published[published["env"] == env_id]
+        longer = others["algo"].isin(of_env["algo"]) & (others["steps"] > steps)
+        for row in others[longer | (others["steps"] == steps)].to_dict("records"):
+            cells = [f"{row['seeds']} seeds", f"{row['return']:,.0f}", "", "", f"{row['steps']:,}", "", "", ""]
+            rows[f"{row['algo']}, published ({row['steps']:,} steps)"] = cells
+        text += [f"### {env_id}", markdown_table([*columns, "steps/s"], rows)]
     return text
 
 
+def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
+    """How long the trainings take to some returns, one table per environment where the processor's time is known."""
+    text = [
+        "## Time to a return",
+        "Minutes of the processor until an evaluation first reaches a return: median over the seeds whose time was "
+        "measured; in brackets how many reach the return, if not all do. The returns are those of the scores "
+        f"{', '.join(map(str, TARGETS))}.",
+    ]
+    for env_id, of_env in curves.dropna(subset="cpu_seconds").groupby("env", sort=False):
+        env = suite.envs[env_id]
+        targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
+        rows: dict[str, list[str]] = {}
+        for algo, group in of_env.groupby("algo", sort=False):
+            trainings = [(one["cpu_seconds"].to_numpy(), one["return"].to_numpy()) for _, one in group.groupby("seed")]
+            rows[algo] = []
+            for target in targets:
+                minutes = np.array([statistics.time_to_return(*training, target) for training in trainings]) / 60
+                n_reached, median = np.isfinite(minutes).sum(), np.median(minutes)
+                share = f" ({n_reached} of {len(minutes)})" if n_reached < len(minutes) else ""
+                rows[algo].append((f"{median:,.1f}" if np.isfinite(median) else "") + share)
+            rows[algo].append(str(len(trainings)))
+        text += [f"### {env_id}", markdown_table(["", *(f"{target:,.1f}" for target in targets), "seeds"], rows)]
+    return text if len(text) > 2 else []
+
+
 def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
-    """
-    :param finals: final evaluations
-    :param folder: where the figure goes
-    :return: interquartile means and performance profiles over all environments that all algorithms were trained on
-    """
+    """Interquartile means and performance profiles over all environments that all algorithms were trained on."""
     scores = score_matrices(finals)
     if not scores:
         return []
+    from rliable import plot_utils  # takes seconds
+
     thresholds = np.linspace(0.0, max(1.0, max(matrix.max() for matrix in scores.values())), 51)
-    means = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=10_000)
-    profiles = statistics.bootstrap(scores, lambda matrix: statistics.performance_profile(matrix, thresholds))
-    save(plot_aggregates(means, profiles, thresholds), folder / "aggregate.png")
+    means, intervals = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=10_000)
+    profiles, bands = statistics.bootstrap(scores, lambda matrix: statistics.performance_profile(matrix, thresholds))
+    colors, dashes = styles(scores)
+    with sns.plotting_context("notebook", font_scale=0.75):
+        figure, ax = plot_utils.plot_interval_estimates(
+            means,
+            intervals,
+            ["Interquartile mean of final scores"],
+            algorithms=list(scores)[::-1],
+            colors=colors,
+            subfigure_width=8,
+            row_height=0.5,
+            xlabel="",
+        )
+        ax.set_xlabel("score (0: random, 1: reference)", fontsize="x-large")
+        ax.set_xlim(left=min(0.0, *(low for (low,), _ in intervals.values())))
+        save(figure, folder / "aggregate.png")
+        ax = plot_utils.plot_performance_profiles(
+            profiles,
+            thresholds,
+            bands,
+            colors=colors,
+            linestyles={algo: (0, dashes[algo]) if dashes[algo] else "-" for algo in scores},
+            figsize=(8, 4),
+            xlabel="score s",
+            ylabel="share of final scores above s",
+        )
+        share_legend(ax.figure, [ax])
+        save(ax.figure, folder / "profiles.png")
     rows = {
-        algo: [
-            f"{mean[0]:.3f}",
-            f"{low[0]:.3f} to {high[0]:.3f}",
-            str(len(scores[algo])),
-        ]
-        for algo, (mean, (low, high)) in means.items()
+        algo: [f"{means[algo][0]:.3f}", f"{low:.3f} to {high:.3f}", str(len(scores[algo]))]
+        for algo, ((low,), (high,)) in intervals.items()
     }
     n_envs = next(iter(scores.values())).shape[1]
     return [
@@ -316,63 +348,28 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
         f"environment(s) with at least {MIN_RUNS} seeds, for algorithms with complete trainings on all of them by at "
         "least as many, which are those that count. 95% intervals by stratified bootstrap (rliable).",
         markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows),
-        "![Interquartile mean scores and performance profiles](aggregate.png)",
+        "![Interquartile mean scores](aggregate.png)",
+        "![Performance profiles](profiles.png)",
     ]
 
 
 def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
     """
-    :param finals: final evaluations
-    :return: by algorithm with at least ``MIN_RUNS`` seeds that are complete in all environments, their scores, shape
-        (seeds, environments); an environment with fewer seeds of every algorithm is only a first look, and left out
+    Scores, shape (seeds, environments), of the algorithms with ``MIN_RUNS`` complete seeds in all environments.
+
+    An environment with fewer seeds of every algorithm is only a first look, and left out.
     """
-    n_seeds = finals.groupby("env")["seed"].nunique()
-    finals = finals[finals["env"].map(n_seeds) >= MIN_RUNS]
-    n_envs = finals["env"].nunique()
+    finals = finals[finals.groupby("env")["seed"].transform("nunique") >= MIN_RUNS]
     scores = {}
     for algo, group in finals.groupby("algo", sort=False):
         matrix = group.pivot(index="seed", columns="env", values="score").dropna()
-        if matrix.shape[1] == n_envs and len(matrix) >= MIN_RUNS:
+        if matrix.shape[1] == finals["env"].nunique() and len(matrix) >= MIN_RUNS:
             scores[algo] = matrix.to_numpy()
     return scores
 
 
-def plot_aggregates(
-    means: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    profiles: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    thresholds: np.ndarray,
-) -> Figure:
-    """
-    :param means: interquartile means with intervals by algorithm
-    :param profiles: performance profiles with intervals by algorithm
-    :param thresholds: the scores at which the profiles are taken
-    :return: the figure
-    """
-    colors, dashes = styles(means)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    for position, (algo, (mean, (low, high))) in enumerate(means.items()):
-        left.barh(position, high - low, left=low, height=0.6, color=colors[algo], alpha=0.45)
-        left.vlines(mean, position - 0.3, position + 0.3, color=colors[algo], linewidth=4)
-    left.set_yticks(range(len(means)), list(means))
-    left.invert_yaxis()
-    left.set_xlim(left=min(0.0, *(low[0] for _, (low, _) in means.values())))
-    left.set(title="Interquartile mean of final scores", xlabel="score (0: random, 1: reference)")
-    for algo, (shares, (low, high)) in profiles.items():
-        right.plot(thresholds, shares, color=colors[algo], dashes=dashes[algo] or (1, 0), linewidth=2, label=algo)
-        right.fill_between(thresholds, low, high, color=colors[algo], alpha=0.15, linewidth=0)
-    right.set(title="Performance profiles", xlabel="score s", ylabel="share of runs with a final score above s")
-    right.set_ylim(-0.02, 1.02)
-    share_legend(figure, [left, right])
-    return figure
-
-
-def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, folder: Path) -> list[str]:
-    """
-    :param curves: evaluations during the trainings
-    :param finals: final evaluations, which tell the trainings that are complete
-    :param folder: where the figure goes
-    :return: the measures of stability, one table per environment
-    """
+def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame, folder: Path) -> list[str]:
+    """The measures of stability, one table per environment."""
     measures = stability_measures(curves, finals)
     save(plot_stability(measures), folder / "stability.png")
     text = [
@@ -382,82 +379,103 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, folder: Path) 
         "Short-term risk: drops between successive evaluations. Long-term risk: distance from the best so far. These "
         "three are means over the seeds. Across runs: between the seeds at each evaluation, averaged, if several. "
         "Across episodes: between the episodes of the final evaluation, mean over the seeds.",
+        "Two measures without a unit, medians over the seeds (in brackets each seed). Relative drawdown: the largest "
+        "fall below the best evaluation so far, as a share of the best of the whole training. Low share: the share of "
+        "the second half's evaluations that lie below 75% of that best. Both count returns from 0 in MuJoCo, elsewhere "
+        "from the return of random actions (`zero` and `random` in `suites.yml`); a training that never exceeds that "
+        "has neither.",
         "![Measures of stability](stability.png)",
     ]
+    steps = finals.groupby("env")["asked"].max()
+    published = published[published["steps"] == published["env"].map(steps)].dropna()
     for env_id, group in measures.groupby("env", sort=False):
-        rows = {
-            row["algo"]: ["" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in STABILITY] + [str(row["seeds"])]
-            for row in group.to_dict("records")
-        }
+        rows = {row["algo"]: stability_cells(row) for row in group.to_dict("records")}
+        for row in published[published["env"] == env_id].to_dict("records"):
+            rows[f"{row['algo']}, published"] = stability_cells(row)
         text += [f"### {env_id}", markdown_table(["", *STABILITY, "seeds"], rows)]
+    if not published.empty:
+        text.append(
+            "Published trainings were evaluated at other steps and by other numbers of episodes. Falls between two "
+            "evaluations do not show: of two equal trainings, the one that is evaluated less often seems steadier."
+        )
     return text
 
 
+def stability_cells(row: Mapping[Any, Any]) -> list[str]:
+    """A row of a table of stability: one cell per measure, and the number of seeds."""
+    cells = []
+    for name in STABILITY:
+        value, digits = row.get(name, np.nan), 2 if name in SHARES else 3
+        each = ", ".join("-" if np.isnan(one) else f"{one:.{digits}f}" for one in row.get(f"{name}, each", ()))
+        cells.append("" if np.isnan(value) else f"{value:.{digits}f}" + (f" ({each})" if each else ""))
+    return [*cells, str(row["seeds"])]
+
+
 def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
-    """
-    :param curves: evaluations during the trainings
-    :param finals: final evaluations, which tell the trainings that are complete
-    :return: one row per environment and algorithm, with the number of seeds and a column per measure
-    """
+    """The measures of stability, one row per environment and algorithm, with the number of seeds."""
     rows = []
     for (env_id, algo), group in finals.groupby(["env", "algo"], sort=False):
-        complete = curves[(curves["env"] == env_id) & (curves["algo"] == algo) & curves["seed"].isin(group["seed"])]
+        own = curves[(curves["env"] == env_id) & (curves["algo"] == algo)]
         # One row per seed, one column per evaluation
-        matrix = complete.pivot(index="seed", columns="step", values="score").dropna(axis="columns").to_numpy()
-        measures = dict(zip(STABILITY, stability(matrix, list(group["episodes"])), strict=True))
-        rows.append({"env": env_id, "algo": algo, "seeds": len(matrix), **measures})
+        matrices = own.pivot(index="seed", columns="step", values=["score", "gain"]).dropna(axis="columns")
+        scores, gains = matrices["score"].to_numpy(), matrices["gain"].to_numpy()
+        measures = stability(scores, gains, list(group["episodes"]))
+        rows.append({"env": env_id, "algo": algo, "seeds": len(scores), **measures})
     return pd.DataFrame(rows)
 
 
-def stability(curves: np.ndarray, episodes: list[np.ndarray]) -> list[float]:
+def stability(scores: np.ndarray, gains: np.ndarray, episodes: list[np.ndarray]) -> dict[str, Any]:
     """
-    :param curves: scores of the evaluations, shape (number of trainings, number of evaluations)
+    The measures in ``STABILITY``, and those of each training where they are medians.
+
+    :param scores: scores of the evaluations, shape (number of trainings, number of evaluations)
+    :param gains: their returns, counted from the return that is worth nothing
     :param episodes: scores of the final episodes of each training
-    :return: the measures in ``STABILITY``; NaN for the dispersion across runs if there is one training only
+    :return: measures by name; NaN for the dispersion across runs if there is one training only
     """
-    return [
-        float(np.mean([statistics.dispersion_across_time(curve) for curve in curves])),
-        float(np.mean([statistics.short_term_risk(curve) for curve in curves])),
-        float(np.mean([statistics.long_term_risk(curve) for curve in curves])),
-        statistics.dispersion_across_runs(curves) if len(curves) > 1 else float("nan"),
-        float(np.mean([statistics.dispersion_across_episodes(returns) for returns in episodes])),
-    ]
+    shares = {name: [measure(curve) for curve in gains] for name, measure in SHARES.items()}
+    return {
+        **{name: float(np.mean([measure(curve) for curve in scores])) for name, measure in RISKS.items()},
+        "across runs": statistics.dispersion_across_runs(scores) if len(scores) > 1 else float("nan"),
+        "across episodes": float(np.mean([statistics.dispersion_across_episodes(returns) for returns in episodes])),
+        **{name: float(pd.Series(each).dropna().median()) for name, each in shares.items()},
+        **{f"{name}, each": each for name, each in shares.items()},
+    }
 
 
 def plot_stability(measures: pd.DataFrame) -> Figure:
-    """
-    :param measures: from :func:`stability_measures`
-    :return: one panel per measure that there are values of, with all environments and algorithms
-    """
+    """One panel per measure that there are values of, with all environments and algorithms."""
     names = [name for name in STABILITY if measures[name].notna().any()]
-    env_ids, algos = list(measures["env"].unique()), list(measures["algo"].unique())
-    size = (3.2 * len(names), 1.6 + 0.22 * len(env_ids) * len(algos))
-    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True)
-    for ax, name in zip(axes, names, strict=True):
-        sns.barplot(
-            measures,
-            x=name,
-            y="env",
-            hue="algo",
-            order=env_ids,
-            hue_order=algos,
-            palette=styles(algos)[0],
-            saturation=1,
-            orient="h",
-            ax=ax,
-        )
-        ax.set(title=name, xlabel="in scores (less is better)", ylabel="")
-        ax.set_xlim(left=0)
+    algos = list(measures["algo"].unique())
+    height = 1.4 + 0.2 * measures["env"].nunique() * len(algos)
+    grid = sns.catplot(
+        measures.melt(["env", "algo"], names, "measure"),
+        kind="bar",
+        x="value",
+        y="env",
+        hue="algo",
+        palette=styles(algos)[0],
+        saturation=1,
+        col="measure",
+        col_wrap=4,
+        height=height,
+        aspect=4 / height,
+        sharex=False,
+    )
+    for name, ax in grid.axes_dict.items():
+        ax.set(title=name, ylabel="", xlabel="share (less is better)" if name in SHARES else "score (less is better)")
         ax.xaxis.set_major_locator(MaxNLocator(4))
-    share_legend(figure, axes)
-    return figure
+    grid.legend.remove()
+    share_legend(grid.figure, grid.axes.flat)
+    return grid.figure
 
 
 def markdown_table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
     """
+    A table of Markdown.
+
     :param columns: headings, the first one that of the rows' names
     :param rows: cells by name of the row
-    :return: the table
     """
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)] + [[name, *cells] for name, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[1:]).rename_axis(columns[0])
+    return table.to_markdown(disable_numparse=True, colalign=("left", *("right" for _ in columns[1:])))

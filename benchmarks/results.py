@@ -16,21 +16,13 @@ COLUMNS = ("evaluation", "step", "seconds", "cpu_seconds", "mean", "std", "retur
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
-    The returns of a policy.
+    """The returns of a policy."""
 
-    :param step: environment steps of training so far
-    :param seconds: wall-clock seconds of training so far, without evaluations and checkpoints
-    :param cpu_seconds: likewise those of the processor, which do not count what other programs took; NaN if not known
-    :param returns: return of each episode
-    :param final: whether it is the long evaluation after the training
-    """
-
-    step: int
-    seconds: float
-    cpu_seconds: float
-    returns: list[float]
-    final: bool = False
+    step: int  # environment steps of training so far
+    seconds: float  # of the wall clock so far, without evaluations and checkpoints
+    cpu_seconds: float  # likewise of the processor, which do not count what other programs took; NaN if not known
+    returns: list[float]  # of each episode
+    final: bool = False  # whether it is the long evaluation after the training
 
     @property
     def mean(self) -> float:
@@ -40,15 +32,10 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """
-    What one cell has yielded so far.
+    """What one cell has yielded so far."""
 
-    :param metadata: the cell, its settings, versions; anything that JSON can hold
-    :param evaluations: in the order of their steps, the final one last
-    """
-
-    metadata: dict[str, Any]
-    evaluations: list[Evaluation] = field(default_factory=list)
+    metadata: dict[str, Any]  # the cell, its settings, versions; anything that JSON can hold
+    evaluations: list[Evaluation] = field(default_factory=list)  # in the order of their steps, the final one last
 
     @property
     def done(self) -> bool:
@@ -56,44 +43,33 @@ class Results:
         return bool(self.evaluations) and self.evaluations[-1].final
 
     def write(self, path: Path) -> None:
-        """
-        Write all rows, or leave the file as it was.
-
-        :param path: the CSV file
-        """
+        """Write all rows, or leave the file as it was."""
         text = io.StringIO()
         for key, value in self.metadata.items():
             text.write(f"# {key}: {json.dumps(value)}\n")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in self.evaluations:
-            kind = "final" if row.final else "training"
-            returns = " ".join(f"{value:.6g}" for value in row.returns)
-            std = float(np.std(row.returns))
             times = [f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}"]
-            writer.writerow([kind, row.step, *times, f"{row.mean:.6g}", f"{std:.6g}", returns])
+            moments = [f"{row.mean:.6g}", f"{np.std(row.returns):.6g}"]
+            returns = " ".join(f"{value:.6g}" for value in row.returns)
+            writer.writerow(["final" if row.final else "training", row.step, *times, *moments, returns])
         with atomic_write(path) as file:
             file.write(text.getvalue().encode())
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """
-        :param path: the CSV file
-        :return: what was written to it
-        """
+        """The results that were written to a file."""
         lines = path.read_text().splitlines()
         header = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
-        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-        return cls(
-            {key: json.loads(value) for key, value in header},
-            [
-                Evaluation(
-                    int(row["step"]),
-                    float(row["seconds"]),
-                    float(row.get("cpu_seconds", "nan")),  # older files do not have it
-                    [float(value) for value in row["returns"].split()],
-                    row["evaluation"] == "final",
-                )
-                for row in rows
-            ],
-        )
+        evaluations = [
+            Evaluation(
+                int(row["step"]),
+                float(row["seconds"]),
+                float(row.get("cpu_seconds", "nan")),  # older files do not have it
+                [float(value) for value in row["returns"].split()],
+                row["evaluation"] == "final",
+            )
+            for row in csv.DictReader(line for line in lines if not line.startswith("#"))
+        ]
+        return cls({key: json.loads(value) for key, value in header}, evaluations)

@@ -17,55 +17,35 @@ SUITES_FILE = FOLDER / "suites.yml"
 
 @dataclass(frozen=True)
 class Environment:
-    """
-    An environment of a suite.
-
-    :param steps: environment steps of a training
-    :param eval_freq: environment steps between two evaluations
-    :param random: the return that counts as 0 where returns are normalised, near that of random actions
-    :param reference: the return that counts as 1 where returns are normalised
-    :param published: final returns by algorithm that were reported elsewhere
-    """
+    """An environment of a suite, see ``suites.yml``."""
 
     steps: int
     eval_freq: int
     random: float
     reference: float
-    published: dict[str, float] = field(default_factory=dict)
+    zero: float | None = None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """
-    A comparison of algorithms on several environments.
-
-    :param name: name of the suite
-    :param description: one sentence
-    :param algos: names of the algorithms in RL Zoo3; variants are called ``NAME_VARIANT``
-    :param seeds: seeds of the trainings
-    :param n_eval_episodes: episodes per evaluation
-    :param envs: environments by id
-    :param hyperparams: by algorithm, what replaces entries of RL Zoo3's hyperparameters
-    :param published_source: where published returns come from
-    :param published_steps: ... and after how many environment steps
-    """
+    """A comparison of algorithms on several environments."""
 
     name: str
     description: str
-    algos: list[str]
+    algos: list[str]  # names in RL Zoo3; variants are called NAME_VARIANT
     seeds: list[int]
     n_eval_episodes: int
-    envs: dict[str, Environment]
-    hyperparams: dict[str, dict[str, Any]] = field(default_factory=dict)
-    published_source: str = ""
-    published_steps: int = 0
+    envs: dict[str, Environment]  # by id
+    hyperparams: dict[str, dict[str, Any]] = field(default_factory=dict)  # by algorithm
+    seeds_by_algo: dict[str, list[int]] = field(default_factory=dict)  # of the algorithms that have others
+
+    def seeds_of(self, algo: str) -> list[int]:
+        """Seeds of an algorithm's trainings."""
+        return self.seeds_by_algo.get(algo, self.seeds)
 
 
 def load_suites(path: Path = SUITES_FILE) -> dict[str, Suite]:
-    """
-    :param path: file of suites
-    :return: suites by name
-    """
+    """Suites by name, from their file."""
     suites = {}
     for name, entries in yaml.safe_load(path.read_text()).items():
         envs = {env_id: Environment(**env) for env_id, env in entries.pop("envs").items()}
@@ -74,28 +54,13 @@ def load_suites(path: Path = SUITES_FILE) -> dict[str, Suite]:
 
 
 def file_name(env_id: str) -> str:
-    """
-    :param env_id: id of an environment
-    :return: the id without the slash of its namespace
-    """
+    """The id of an environment without the slash of its namespace."""
     return env_id.replace("/", "-")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    One training run.
-
-    :param suite: name of its suite
-    :param env_id: id of the environment
-    :param algo: name of the algorithm in RL Zoo3, with that of its variant if it is one
-    :param seed: seed of the training
-    :param steps: environment steps of the training
-    :param eval_freq: environment steps between two evaluations
-    :param n_eval_episodes: episodes per evaluation
-    :param hyperparams: what replaces entries of RL Zoo3's hyperparameters
-    :param folder: where results and working files go
-    """
+    """One training run."""
 
     suite: str
     env_id: str
@@ -104,8 +69,8 @@ class Cell:
     steps: int
     eval_freq: int
     n_eval_episodes: int
-    hyperparams: dict[str, Any] = field(default_factory=dict)
-    folder: Path = FOLDER
+    hyperparams: dict[str, Any] = field(default_factory=dict)  # what replaces entries of RL Zoo3's
+    folder: Path = FOLDER  # where results and working files go
 
     def __str__(self) -> str:
         return f"{self.env_id} {self.algo} seed {self.seed}"
@@ -120,21 +85,16 @@ class Cell:
     @property
     def results_file(self) -> Path:
         """What the report is made from."""
-        name = f"seed_{self.seed}.csv"
-        return self.folder / "results" / self.suite / file_name(self.env_id) / self.algo / name
+        return self.folder / "results" / self.suite / file_name(self.env_id) / self.algo / f"seed_{self.seed}.csv"
 
     @property
     def working_folder(self) -> Path:
-        """Checkpoints, logs and the trained model."""
+        """Where checkpoints, logs and the trained model are."""
         return self.folder / "runs" / self.suite / file_name(self.env_id) / self.algo / f"seed_{self.seed}"
 
     def manager(self, trained_agent: str = "") -> Any:
-        """
-        :param trained_agent: model to continue with
-        :return: RL Zoo3's ``ExperimentManager`` of this run
-        """
-        # Imported here because it takes seconds
-        from rl_zoo3.exp_manager import ExperimentManager
+        """RL Zoo3's ``ExperimentManager`` of this run, which continues ``trained_agent`` if there is one."""
+        from rl_zoo3.exp_manager import ExperimentManager  # takes seconds
 
         import sb3_staq.zoo  # noqa: F401, registers StaQ
 
@@ -173,17 +133,8 @@ def make_cells(
     steps: int | None = None,
     folder: Path = FOLDER,
 ) -> list[Cell]:
-    """
-    The cells of a suite, or those of them that are selected, seed by seed: whoever stops early has whole comparisons.
-
-    :param suite: the suite
-    :param algos: names of algorithms, None for all
-    :param env_ids: ids of environments, None for all
-    :param seeds: seeds, None for those of the suite
-    :param steps: environment steps of each training, None for those of the suite
-    :param folder: where results and working files go
-    :return: the cells
-    """
+    """The cells of a suite, or a selection, seed by seed: whoever stops early has whole comparisons."""
+    seeds_of = {algo: suite.seeds_of(algo) if seeds is None else seeds for algo in algos or suite.algos}
     return [
         Cell(
             suite.name,
@@ -196,7 +147,8 @@ def make_cells(
             suite.hyperparams.get(algo, {}),
             folder,
         )
-        for seed in (suite.seeds if seeds is None else seeds)
-        for env_id in (env_ids or suite.envs)
-        for algo in (algos or suite.algos)
+        for seed in dict.fromkeys(seed for of_algo in seeds_of.values() for seed in of_algo)
+        for env_id in env_ids or suite.envs
+        for algo in seeds_of
+        if seed in seeds_of[algo]
     ]

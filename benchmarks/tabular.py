@@ -2,53 +2,64 @@
 The theory of StaQ on tabular MDPs: ``python -m benchmarks.tabular``.
 
 Policy evaluation is exact here (a linear system), so that what is left is the policy update: the same code of
-``sb3_staq.mirror_descent`` that the deep algorithm runs. The reference is the optimal soft Q-function from soft value
-iteration. All distances are sup norms relative to that of the optimal soft Q-function.
+``sb3_staq.mirror_descent`` that the deep algorithm runs. Distances are sup norms relative to that of the optimal soft
+Q-function, which soft value iteration finds. Near the optimum a policy loses value by the square of its logits' error.
+
+*Why the average over a long memory is a better policy than the last one if the evaluation errs.* Mirror descent under
+errors bounds the regret, which is about the average over the updates; it promises nothing about the last policy. The
+logits are weighted sums of Q-functions, so their average over a window is, but for its ends, the plain average of the
+Q-functions times the sum of the weights. The last policy averages as well, but over no more than about
+``(1+beta)/(1-beta)`` updates. So its error does not shrink, however long the run is. The average of ``W`` Q-functions
+keeps a W-th of the variance of independent errors, and about as much of the value that they cost. Errors that the
+Q-functions share remain, among them that they are values of policies below the optimum.
 """
 
 import argparse
 import math
 from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch as th
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.report import markdown_table, save, share_legend
 from benchmarks.tabular_mdps import TabularMDP, garnet, grid_world
-from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy
+from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy, memory_bound
 
 FOLDER = Path(__file__).parent / "results" / "tabular"
+TEMPLATE = Path(__file__).parent / "tabular.md"  # of the report; it also takes the constants below
+RESOLUTION = 1e-12  # double precision ends here: what is smaller counts as converged
 MEMORY_SIZES = (2, 5, 10, 50, 300)
 FINITE_RULES = ("weight_corrected", "truncated")
 VARIANTS = [("exact", 0)] + [(rule, memory_size) for rule in FINITE_RULES for memory_size in MEMORY_SIZES]
-# Double precision ends here: what is smaller counts as converged
-RESOLUTION = 1e-12
+GARNET: dict[str, Any] = {"n_states": 20, "n_actions": 4, "branching": 3, "gamma": 0.9}
+SMALL_GARNET: dict[str, Any] = {"n_states": 5, "n_actions": 3, "branching": 1, "gamma": 0.99}
+GRID_WORLD: dict[str, Any] = {"gamma": 0.95, "slip": 0.1}
+MDPS = garnet(range(5), **GARNET)
+# (MDPs, kl_coef, ent_coef) by name
+CONVERGENCE_SETTINGS = {"garnet": (MDPS, 0.9, 0.1), "grid": (grid_world(**GRID_WORLD), 0.45, 0.05)}
+TITLES = {"garnet": "worst Garnet MDP", "grid": "grid world"}
+N_ITERATIONS = 400
+ENT_COEF, NOISE = 0.1, 0.5  # of the floors, the noise and the average
+SMALL_KL_COEF, SMALL_ENT_COEF, N_SMALL_MDPS = 1.0, 1e-4, 500
 
-# Memory sizes are ordered, and so is the palette; its yellow end is too pale for white paper
-COLORS = dict(zip(MEMORY_SIZES, sns.color_palette("viridis", len(MEMORY_SIZES) + 1), strict=False))
-MARKERS = dict(zip(MEMORY_SIZES, "osD^v", strict=True))
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+LINES = dict(zip(MEMORY_SIZES, zip((VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^v", strict=True), strict=True))
+REFERENCE: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 2}
+STYLE = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2, "figure.constrained_layout.use": True}
+STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 class TabularStaQ:
-    """
-    Policy mirror descent on a batch of MDPs.
-
-    :param mdp: the MDPs
-    :param logit_rule: one of ``LOGIT_RULES``, or custom weights by age
-    :param memory_size: ``M``
-    :param kl_coef: weight of the KL term
-    :param ent_coef: weight of the entropy
-    """
+    """Policy mirror descent on a batch of MDPs; ``logit_rule`` and ``memory_size`` as in ``StackWeights``."""
 
     def __init__(self, mdp: TabularMDP, logit_rule: LogitRule, memory_size: int, kl_coef: float, ent_coef: float):
         self.mdp = mdp
@@ -77,12 +88,17 @@ class TabularStaQ:
         """The soft Q-function of the policy, shape (..., states, actions)."""
         return self.mdp.evaluate(self.log_pi, self.ent_coef)
 
+    def noisy_evaluations(self, n: int, seed: int) -> Iterator[tuple[th.Tensor, th.Tensor]]:
+        """``n`` times the soft Q-function of the policy, without and with new Gaussian noise in every entry."""
+        generator = th.Generator().manual_seed(seed)
+        for _ in range(n):
+            q_values = self.evaluate()
+            yield q_values, q_values + NOISE * th.randn(q_values.shape, generator=generator, dtype=th.float64)
+
     def update(self, q_values: th.Tensor) -> None:
-        """
-        :param q_values: ``Q_k``, shape (..., states, actions)
-        """
+        """Take ``Q_k``, shape (..., states, actions), into the policy."""
         update = self.weights.push(self.kl_coef, self.ent_coef)
-        deleted = self.stack.popleft() if update.deletes else None
+        deleted = [self.stack.popleft() for _ in update.deleted_weights]
         if self.weights.logit_rule != "exact":  # which would keep all of them, and needs none
             self.stack.append(q_values)
         if self.weights.recursive:
@@ -90,30 +106,35 @@ class TabularStaQ:
         else:
             self.total = sum(weight * q for weight, q in zip(self.weights.values, self.stack, strict=True))
 
+    def averaged(self, q_values: Sequence[th.Tensor]) -> th.Tensor:
+        """Log-probabilities if the logits are the mean of these Q-functions times the sum of the rule's weights."""
+        mean = th.stack(list(q_values)).mean(dim=0)
+        return log_policy(self.weights.scale * self.weights.total * mean, (self.mdp.n_actions,))
 
-def distance(q_values: th.Tensor, optimum: th.Tensor) -> np.ndarray:
-    """
-    :param q_values: shape (..., states, actions)
-    :param optimum: the optimal soft Q-function, same shape
-    :return: sup norm of the difference relative to that of the optimum, shape (...)
-    """
-    norms = [values.abs().amax(dim=(-2, -1)) for values in (q_values - optimum, optimum)]
-    return (norms[0] / norms[1]).numpy()
+
+def sup_norm(q_values: th.Tensor) -> np.ndarray:
+    """The largest absolute value of each MDP: shape (..., states, actions) -> (...)."""
+    return q_values.abs().amax(dim=(-2, -1)).numpy()
 
 
 def convergence(staq: TabularStaQ, n_iterations: int) -> np.ndarray:
     """
-    :param staq: at its first iteration
-    :param n_iterations: number of iterations
-    :return: distances of ``Q_k`` and of ``ent_coef * xi_k``, shape (2, number of iterations, ...)
+    The distances of ``Q_k`` and of ``ent_coef * xi_k`` to the optimum before each update, relative to its norm.
+
+    From the present iteration of ``staq`` on; shape (2, number of iterations, ...).
     """
     optimum = staq.mdp.optimal_q_values(staq.ent_coef)
     distances = []
     for _ in range(n_iterations):
         q_values = staq.evaluate()
-        distances.append([distance(q_values, optimum), distance(staq.scaled_logits, optimum)])
+        distances.append([sup_norm(values - optimum) / sup_norm(optimum) for values in (q_values, staq.scaled_logits)])
         staq.update(q_values)
     return np.array(distances).swapaxes(0, 1)
+
+
+def floor(staq: TabularStaQ, n_iterations: int) -> np.ndarray:
+    """The two distances of :func:`convergence` that are left after so many updates, the mean over the MDPs."""
+    return convergence(staq, n_iterations + 1)[:, -1].reshape(2, -1).mean(axis=1)
 
 
 def linear_rate(kl_coef: float, ent_coef: float, gamma: float) -> float:
@@ -124,31 +145,22 @@ def linear_rate(kl_coef: float, ent_coef: float, gamma: float) -> float:
 
 def bound(mdp: TabularMDP, kl_coef: float, ent_coef: float, n_iterations: int) -> np.ndarray:
     """
-    ``C d^k`` for the distance of ``ent_coef * xi_k`` under the exact rule from ``xi_0 = 0``; ``gamma`` times as much
-    for that of ``Q_k``.
+    ``C d^k`` for the distance of ``ent_coef * xi_k`` under the exact rule from ``xi_0 = 0``; ``gamma`` times it for Q.
 
     With ``e_k = |Q* - ent_coef xi_k|`` and ``D = |Q_0|``, the policy improves at every iteration, from which
     ``|Q* - Q_k| <= gamma (e_k + beta^k D)``; the recursion gives ``e_{k+1} <= beta e_k + (1 - beta) |Q* - Q_k|``.
-    Together ``e_k <= d^k (e_0 + D)``, hence ``C = |Q*| + |Q_0|``.
-
-    :param mdp: the MDPs
-    :param kl_coef: weight of the KL term
-    :param ent_coef: weight of the entropy
-    :param n_iterations: number of iterations
-    :return: the bound relative to ``|Q*|``, shape (number of iterations, ...)
+    Together ``e_k <= d^k (e_0 + D)``, hence ``C = |Q*| + |Q_0|``. Relative to ``|Q*|``, shape (n_iterations, ...).
     """
     first = TabularStaQ(mdp, "exact", 0, kl_coef, ent_coef).evaluate()
-    norms = [values.abs().amax(dim=(-2, -1)).numpy() for values in (first, mdp.optimal_q_values(ent_coef))]
     powers = linear_rate(kl_coef, ent_coef, mdp.gamma) ** np.arange(n_iterations)
-    return np.multiply.outer(powers, 1 + norms[0] / norms[1])
+    return np.multiply.outer(powers, 1 + sup_norm(first) / sup_norm(mdp.optimal_q_values(ent_coef)))
 
 
 def measured_rate(distances: np.ndarray, end: float = 1e-10) -> float:
     """
-    :param distances: one per iteration, shape (number of iterations,)
-    :param end: distance at which rounding begins to matter
-    :return: the factor per iteration, from a straight line through the logarithms down to ``end``; NaN if that is not
-        reached
+    The factor per iteration, from a straight line through the logarithms of the distances down to ``end``.
+
+    Shape (iterations,) -> a number; NaN if ``end`` is not reached. Below it rounding matters.
     """
     below = np.flatnonzero(distances < end)
     if len(below) == 0:
@@ -157,460 +169,287 @@ def measured_rate(distances: np.ndarray, end: float = 1e-10) -> float:
     return float(np.exp(np.polyfit(np.arange(len(used)), np.log(used), 1)[0]))
 
 
-def floor(staq: TabularStaQ, n_iterations: int) -> tuple[float, float]:
-    """
-    :param staq: at its first iteration
-    :param n_iterations: enough to converge
-    :return: distances of ``Q_k`` and of ``ent_coef * xi_k`` that are left, the mean over the MDPs
-    """
-    for _ in range(n_iterations):
-        staq.update(staq.evaluate())
-    optimum = staq.mdp.optimal_q_values(staq.ent_coef)
-    return distance(staq.evaluate(), optimum).mean(), distance(staq.scaled_logits, optimum).mean()
-
-
 def fitted_slope(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series, largest: float = 0.1) -> float:
     """
-    :param x: abscissas
-    :param y: ordinates; what is lost in rounding is left out
-    :param largest: abscissas above are left out: the proportionality is one of small numbers
-    :return: the slope on log axes
+    The slope on log axes.
+
+    Abscissas above ``largest`` are left out, as the proportionality is one of small numbers; so is what rounding lost.
     """
     x, y = np.asarray(x), np.asarray(y)
     used = (x <= largest) & (y > 10 * RESOLUTION)
     return float(np.polyfit(np.log(x[used]), np.log(y[used]), 1)[0])
 
 
-def noisy_iteration(staq: TabularStaQ, noise: float, n_burn_in: int, n_measured: int, seed: int) -> dict[str, float]:
-    """
-    Policy iteration with Gaussian noise, independent between iterations, states and actions, added to every ``Q_k``.
-
-    :param staq: at its first iteration
-    :param noise: standard deviation of the noise
-    :param n_burn_in: iterations before the measurement
-    :param n_measured: iterations of the measurement
-    :param seed: of the noise
-    :return: means over iterations and MDPs
-    """
-    generator = th.Generator().manual_seed(seed)
-    optimum = staq.mdp.optimal_q_values(staq.ent_coef)
-    sums = {"logit_error": 0.0, "value_loss": 0.0, "successive_kl": 0.0}
-    for k in range(n_burn_in + n_measured):
-        log_pi, q_values = staq.log_pi, staq.evaluate()
-        if k >= n_burn_in:
-            # A number added to all actions of a state changes nothing
-            error = staq.scaled_logits - optimum
-            sums["logit_error"] += (error - error.mean(dim=-1, keepdim=True)).square().mean().item()
-            sums["value_loss"] += (optimum - q_values).mean().item()
-        staq.update(q_values + noise * th.randn(q_values.shape, generator=generator, dtype=th.float64))
-        if k >= n_burn_in:
-            sums["successive_kl"] += kl_divergence(staq.log_pi, log_pi).mean().item()
-    means = {name: value / n_measured for name, value in sums.items()}
-    means["logit_error"] = math.sqrt(means["logit_error"])
-    # Taking the mean off leaves all but one of the actions' degrees of freedom
-    n_actions = staq.mdp.n_actions
-    means["expected_logit_error"] = noise * staq.noise_gain * math.sqrt(1 - 1 / n_actions)
-    return means
-
-
-# The experiments: each returns a table of its numbers
-
-N_MDPS = 5
-GARNET: dict[str, Any] = {"n_states": 20, "n_actions": 4, "branching": 3, "gamma": 0.9}
-GRID_WORLD: dict[str, Any] = {"gamma": 0.95, "slip": 0.1}
-# (MDPs, kl_coef, ent_coef) by name
-CONVERGENCE_SETTINGS = {
-    "garnet": (garnet(range(N_MDPS), **GARNET), 0.9, 0.1),
-    "grid": (grid_world(**GRID_WORLD), 0.45, 0.05),
-}
-TITLES = {"garnet": f"Garnet MDPs (worst of {N_MDPS})", "grid": "Grid world"}
-N_ITERATIONS = 400
-FLOOR_KL_COEFS = (0.1, 0.4, 0.9)
-FLOOR_ENT_COEF = 0.1
-FLOOR_MEMORY_SIZES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150)
-NOISE = 0.5
-NOISE_KL_COEFS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-NOISE_ENT_COEF = 0.1
-NOISE_MEASURED = 200
-SMALL_KL_COEF, SMALL_ENT_COEF = 1.0, 1e-4
-SMALL_GARNET: dict[str, Any] = {"n_states": 5, "n_actions": 3, "branching": 1, "gamma": 0.99}
-N_SMALL_MDPS = 500
-
-
 def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """
-    :return: distances over the iterations, the worst of the MDPs; and the rates
-    """
+    """Distances over the iterations, the worst of the MDPs; and the rates."""
     curves, rates = [], []
     for name, (mdp, kl_coef, ent_coef) in CONVERGENCE_SETTINGS.items():
-        bounds = bound(mdp, kl_coef, ent_coef, N_ITERATIONS)
+        limit = bound(mdp, kl_coef, ent_coef, N_ITERATIONS).reshape(N_ITERATIONS, -1)
         for rule, memory_size in VARIANTS:
+            key = {"MDPs": name, "rule": rule, "M": memory_size or math.inf}
+            row: dict[str, Any] = dict(key)
             distances = convergence(TabularStaQ(mdp, rule, memory_size, kl_coef, ent_coef), N_ITERATIONS)
-            measured = [[measured_rate(run) for run in quantity.reshape(N_ITERATIONS, -1).T] for quantity in distances]
-            q_worst, logits_worst, bound_worst = (x.reshape(N_ITERATIONS, -1).max(axis=1) for x in (*distances, bounds))
-            key = {"mdp": name, "rule": rule, "M": memory_size or math.inf}
-            columns = {"q_distance": q_worst, "logit_distance": logits_worst, "bound": bound_worst}
-            curves.append(pd.DataFrame({**key, "iteration": np.arange(N_ITERATIONS), **columns}))
-            below = np.flatnonzero(q_worst < 1e-6)
-            rates.append(
-                {
-                    **key,
-                    "beta": decay_rate(kl_coef, ent_coef),
-                    "d": linear_rate(kl_coef, ent_coef, mdp.gamma),
-                    "q_rate": np.max(measured[0]),
-                    "logit_rate": np.max(measured[1]),
-                    # Rounding is no violation
-                    "q_to_bound": ((distances[0] - RESOLUTION) / (mdp.gamma * bounds)).max(),
-                    "logits_to_bound": ((distances[1] - RESOLUTION) / bounds).max(),
-                    "iterations": below[0] if len(below) else math.nan,
-                    "q_left": q_worst[-1],
-                    "logits_left": logits_worst[-1],
-                }
-            )
+            distances = distances.reshape(2, N_ITERATIONS, -1)
+            for quantity, runs, factor in zip(("Q", "logits"), distances, (mdp.gamma, 1.0), strict=True):
+                row[f"rate, {quantity}"] = np.max([measured_rate(run) for run in runs.T])
+                # Rounding is no violation
+                row[f"over bound, {quantity}"] = ((runs - RESOLUTION) / (factor * limit)).max()
+                row[f"left, {quantity}"] = runs[-1].max()
+            q_worst, logits_worst = distances.max(axis=2)
+            row["iterations to 1e-6 (Q)"] = next(iter(np.flatnonzero(q_worst < 1e-6)), math.nan)
+            rates.append(row)
+            curve = {"iteration": np.arange(N_ITERATIONS), "Q": q_worst, "logits": logits_worst}
+            curves.append(pd.DataFrame({**key, **curve, "bound": limit.max(axis=1)}))
     return pd.concat(curves), pd.DataFrame(rates)
 
 
 def run_floors() -> pd.DataFrame:
-    """
-    :return: distances after convergence by rule, ``beta`` and ``M``
-    """
+    """Distances after convergence by rule, ``beta`` and ``M``."""
     rows = []
-    mdp = garnet(range(N_MDPS), **GARNET)
-    for kl_coef in FLOOR_KL_COEFS:
-        beta = decay_rate(kl_coef, FLOOR_ENT_COEF)
-        for memory_size in FLOOR_MEMORY_SIZES:
-            if beta**memory_size < RESOLUTION:
-                continue
-            for rule in FINITE_RULES:
-                staq = TabularStaQ(mdp, rule, memory_size, kl_coef, FLOOR_ENT_COEF)
-                q_floor, logit_floor = floor(staq, n_iterations=60 + math.ceil(math.log(1e-14) / math.log(beta)))
-                rows.append({"rule": rule, "beta": beta, "M": memory_size, "beta^M": beta**memory_size})
-                rows[-1] |= {"q_floor": q_floor, "logit_floor": logit_floor}
-    return pd.DataFrame(rows)
+    for kl_coef in (0.1, 0.4, 0.9):
+        beta = decay_rate(kl_coef, ENT_COEF)
+        for memory_size in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150):
+            for rule in FINITE_RULES if beta**memory_size >= RESOLUTION else ():
+                staq = TabularStaQ(MDPS, rule, memory_size, kl_coef, ENT_COEF)
+                left = floor(staq, n_iterations=60 + math.ceil(math.log(1e-14) / math.log(beta)))
+                rows.append([rule, beta, memory_size, beta**memory_size, *left])
+    return pd.DataFrame(rows, columns=["rule", "beta", "M", "beta^M", "left, Q", "left, logits"])
 
 
 def run_small_entropy() -> pd.DataFrame:
-    """
-    :return: how the corrected rule fares with little entropy, where theory asks for a large ``M``
-    """
+    """How the corrected rule fares with little entropy, where the theorem asks for a large ``M``."""
     rows = []
     mdp = garnet(range(N_SMALL_MDPS), **SMALL_GARNET)
     for memory_size in (1, 2, 5, 10):
         staq = TabularStaQ(mdp, "weight_corrected", memory_size, SMALL_KL_COEF, SMALL_ENT_COEF)
         q_distance, _ = convergence(staq, n_iterations=60)
         rose = (q_distance[1:] > q_distance[:-1] + RESOLUTION * 100).any(axis=0)
-        rows.append({"M": memory_size, "q_rose": rose.mean(), "unconverged": (q_distance[-1] > 1e-6).mean()})
-    return pd.DataFrame(rows)
+        rows.append([memory_size, rose.mean(), (q_distance[-1] > 1e-6).mean()])
+    return pd.DataFrame(rows, columns=["M", "error of Q rose at least once", "not within 1e-6 in the end"])
 
 
 def run_noise() -> pd.DataFrame:
-    """
-    :return: what noise does by rule, ``M`` and ``kl_coef``
-    """
+    """What noise in every evaluation does by rule, ``M`` and ``kl_coef``: means over 200 iterations and the MDPs."""
     rows = []
-    mdp = garnet(range(N_MDPS), **GARNET)
+    optimum = MDPS.optimal_q_values(ENT_COEF)
     for rule, memory_size in VARIANTS:
-        for kl_coef in NOISE_KL_COEFS:
-            staq = TabularStaQ(mdp, rule, memory_size, kl_coef, NOISE_ENT_COEF)
-            # Until the start is forgotten: beta^k is at most exp(-8)
-            n_burn_in = math.ceil(8 / (1 - decay_rate(kl_coef, NOISE_ENT_COEF)))
-            measured = noisy_iteration(staq, NOISE, n_burn_in, NOISE_MEASURED, seed=0)
-            rows.append({"rule": rule, "M": memory_size or math.inf, "kl_coef": kl_coef, **measured})
-    return pd.DataFrame(rows)
+        for kl_coef in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0):
+            staq = TabularStaQ(MDPS, rule, memory_size, kl_coef, ENT_COEF)
+            n_burn_in = math.ceil(8 / (1 - decay_rate(kl_coef, ENT_COEF)))  # the start fades to exp(-8)
+            measured = []
+            for q_values, noisy in staq.noisy_evaluations(n_burn_in + 200, seed=0):
+                log_pi, error = staq.log_pi, staq.scaled_logits - optimum
+                staq.update(noisy)
+                # A number added to all actions of a state changes nothing
+                squares = (error - error.mean(dim=-1, keepdim=True)).square()
+                kl = kl_divergence(staq.log_pi, log_pi)
+                measured.append([x.mean().item() for x in (squares, optimum - q_values, kl)])
+            variance, loss, kl = np.mean(measured[n_burn_in:], axis=0)
+            # Taking the mean off leaves all but one of the actions' degrees of freedom
+            expected = NOISE * staq.noise_gain * math.sqrt(1 - 1 / MDPS.n_actions)
+            rows.append([rule, memory_size or math.inf, kl_coef, math.sqrt(variance), loss, kl, expected])
+    columns = ["rule", "M", "kl_coef", "logit_error", "value_loss", "successive_kl", "expected_logit_error"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-# Figures
-
-
-def plot_variants(ax: Axes, rows: pd.DataFrame, rule: str, x: str, y: str, markevery: int) -> None:
+def run_average(seeds: Sequence[int] = range(20), windows: Sequence[int] = (1, 5, 20, 60, 180, 540)) -> pd.DataFrame:
     """
-    One line per ``M``, and the exact rule beside them.
+    What the averaged and the last policy lose under noise, by ``kl_coef``, window and seed.
 
-    :param ax: where to
-    :param rows: numbers of all variants
-    :param rule: the logit rule
-    :param x: column for the horizontal axis
-    :param y: column for the vertical axis
-    :param markevery: points between markers
+    The averaged policy is that of the mean of the last ``W`` noisy Q-functions; the last one is of the same run at the
+    same time. Lost is ``V* - V``, exact soft values, averaged over the states. Each seed has a random MDP and noise of
+    its own.
     """
-    for memory_size in MEMORY_SIZES:
-        line = rows[(rows["rule"] == rule) & (rows["M"] == memory_size)]
-        style = {"color": COLORS[memory_size], "marker": MARKERS[memory_size], "markevery": markevery}
-        ax.plot(line[x], line[y], label=f"M = {memory_size}", linewidth=2, markersize=6, **style)
-    exact = rows[rows["rule"] == "exact"]
-    ax.plot(exact[x], exact[y], color="black", linestyle="--", linewidth=1.5, label="exact")
+    tables = []
+    for kl_coef in (0.05, 0.9):
+        memory_size = memory_bound(GARNET["gamma"], kl_coef, ENT_COEF)
+        staq = TabularStaQ(garnet(seeds, **GARNET), "weight_corrected", memory_size, kl_coef, ENT_COEF)
+        optimum = ENT_COEF * th.logsumexp(staq.mdp.optimal_q_values(ENT_COEF) / ENT_COEF, dim=-1)
+        noisy_q_values: list[th.Tensor] = []
+        for _, noisy in staq.noisy_evaluations(2 * memory_size + max(windows), seed=seeds[0]):
+            staq.update(noisy)
+            noisy_q_values.append(noisy)
+            window = len(noisy_q_values) - 2 * memory_size
+            if window in windows:
+                policies = {"averaged": staq.averaged(noisy_q_values[-window:]), "last": staq.log_pi}
+                values = {name: staq.mdp.soft_values(log_pi, ENT_COEF) for name, log_pi in policies.items()}
+                losses = {name: (optimum - value).mean(dim=-1) for name, value in values.items()}
+                key = {"kl_coef": kl_coef, "M": memory_size, "W": window, "seed": seeds}
+                tables.append(pd.DataFrame({**key, **losses}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def rule_panels(table: pd.DataFrame, x: str, measures: dict[str, str], x_label: str, markevery: int = 1) -> Figure:
+    """One row per finite rule, one column per measure (label by name): a line per ``M``, and the exact rule."""
+    n = len(measures)
+    figure, axes = plt.subplots(2, n, figsize=(2 + 4.3 * n, 7.5), sharex=True, sharey="col", squeeze=False)
+    for ax, (rule, (column, label)) in zip(axes.flat, product(FINITE_RULES, measures.items()), strict=True):
+        for memory_size, (color, marker) in LINES.items():
+            line = table[(table["rule"] == rule) & (table["M"] == memory_size)].set_index(x)[column]
+            ax.plot(line, color=color, marker=marker, markevery=markevery, label=f"M = {memory_size}")
+        exact = table[table["rule"] == "exact"].set_index(x)[column]
+        ax.plot(exact, color="black", linestyle="--", linewidth=1.5, label="exact")
+        ax.set(title=f'"{rule}"', xlabel=x_label, ylabel=label, yscale="log")
+    for ax in axes[0]:
+        ax.set_xlabel("")
+    return figure
+
+
+def share_legend(figure: Figure, ncols: int) -> Figure:
+    """One legend above all panels, with every label once."""
+    pairs = [pair for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    entries = {label: handle for handle, label in pairs}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols)
+    return figure
 
 
 def plot_convergence(curves: pd.DataFrame, name: str) -> Figure:
-    """
-    :param curves: distances over the iterations
-    :param name: on which kind of MDP
-    :return: the figure: ``Q_k`` above, logits below
-    """
+    """Distances over the iterations on one kind of MDP."""
     mdp, kl_coef, ent_coef = CONVERGENCE_SETTINGS[name]
-    curves = curves[curves["mdp"] == name]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True)
-    exact = curves[curves["rule"] == "exact"]
-    quantities = {
-        "q_distance": ("soft Q-function of $\\pi_k$", mdp.gamma),
-        "logit_distance": ("logits, ent_coef $\\xi_k$", 1.0),
-    }
-    for row, (column, (title, factor)) in zip(axes, quantities.items(), strict=True):
-        for ax, rule in zip(row, FINITE_RULES, strict=True):
-            plot_variants(ax, curves, rule, "iteration", column, markevery=25)
-            label = f"bound, falls as $d^k$, d = {linear_rate(kl_coef, ent_coef, mdp.gamma):.3f}"
-            ax.plot(exact["iteration"], factor * exact["bound"], color="0.45", linestyle=":", linewidth=2, label=label)
-            ax.set_title(f'"{rule}": {title}')
-        row[0].set_ylabel("distance to $Q^*$, relative (sup norm)")
-    axes[0, 0].set(yscale="log", ylim=(1e-16, 30), xlim=(0, N_ITERATIONS))
-    for ax in axes[1]:
-        ax.set_xlabel("iteration k (policy updates)")
-    figure.suptitle(f"{TITLES[name]}: distance to the optimal soft Q-function")
-    share_legend(figure, axes.flat)
-    return figure
+    curves = curves[curves["MDPs"] == name]
+    measures = {"Q": "$Q_k$: relative distance to $Q^*$", "logits": "ent_coef $\\xi_k$: relative distance to $Q^*$"}
+    figure = rule_panels(curves, "iteration", measures, "iteration k (policy updates)", markevery=20)
+    limit = curves[curves["rule"] == "exact"].set_index("iteration")["bound"]
+    label = f"bound, falls as $d^k$, d = {linear_rate(kl_coef, ent_coef, mdp.gamma):.3f}"
+    for ax, factor in zip(figure.axes, (mdp.gamma, 1.0) * 2, strict=True):
+        ax.plot(factor * limit, label=label, **REFERENCE)
+        ax.set(ylim=(1e-14, 30), xlim=(0, N_ITERATIONS))  # what is below is rounding
+        ax.set_title(f"{TITLES[name]}, {ax.get_title()}")
+    return share_legend(figure, ncols=7)
 
 
 def plot_floors(floors: pd.DataFrame) -> Figure:
-    """
-    :param floors: distances after convergence
-    :return: the figure: logits on the left, soft Q-function on the right
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True)
-    betas = sorted(floors["beta"].unique())
-    palette = sns.color_palette("colorblind", len(betas))
+    """Distances after convergence: logits on the left, soft Q-function on the right."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True)
     x = np.geomspace(1e-11, 1, 2)
-    for ax, column, slope, line, reference, name in [
-        (axes[0], "logit_floor", 1, "--", "$\\beta^M$", "logits, ent_coef $\\xi$"),
-        (axes[1], "q_floor", 2, ":", "proportional to $\\beta^{2M}$", "soft Q-function of $\\pi$"),
-    ]:
-        for rule, filled in (("truncated", True), ("weight_corrected", False)):
-            for beta, color, marker in zip(betas, palette, "osD", strict=True):
-                rows = floors[(floors["rule"] == rule) & (floors["beta"] == beta)]
-                face = color if filled else "none"
+    for ax, quantity, slope, line in zip(axes, ("logits", "Q"), (1, 2), ("--", ":"), strict=True):
+        for rule in ("truncated", "weight_corrected"):
+            for (beta, group), color, marker in zip(floors.groupby("beta"), (BLUE, ORANGE, GREEN), "osD", strict=True):
+                rows = group[group["rule"] == rule]
+                style = {"color": color, "markerfacecolor": color if rule == "truncated" else "none"}
                 label = f'"{rule}", $\\beta$ = {beta:.1f}'
-                style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": "none"}
-                ax.plot(rows["beta^M"], rows[column], label=label, **style)
-        ax.plot(x, x**slope, color="0.45", linestyle=line, linewidth=2, label=reference)
+                ax.plot(rows["beta^M"], rows[f"left, {quantity}"], marker, label=label, **style)
+        label = "$\\beta^M$" if slope == 1 else "$\\beta^{2M}$"
+        ax.plot(x, x**slope, label=label, **(REFERENCE | {"linestyle": line}))
         ax.set(xscale="log", yscale="log", ylim=(1e-16, 3), xlabel="$\\beta^M$ (weight of the deleted Q-function)")
-        ax.set_title(f"Error after convergence: {name}")
-    axes[0].set_ylabel("distance to $Q^*$, relative (sup norm)")
-    # The panels share all but their last entry
-    handles, labels = axes[0].get_legend_handles_labels()
-    last = [entries[-1:] for entries in axes[1].get_legend_handles_labels()]
-    figure.tight_layout()
-    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    figure.legend(handles + last[0], labels + last[1], ncols=3, **place)
-    return figure
+    axes[0].set(title="Logits after convergence", ylabel="distance to $Q^*$, relative (sup norm)")
+    axes[1].set(title="Soft Q-function after convergence")
+    return share_legend(figure, ncols=3)
 
 
 def plot_noise(noise: pd.DataFrame) -> Figure:
-    """
-    :param noise: what noise does
-    :return: the figure: one row per rule, one column per measure
-    """
-    measures = {
-        "logit_error": ("Error of the logits", "RMS error of ent_coef $\\xi_k$ (reward)"),
-        "value_loss": ("Loss of value", "mean of $Q^* - Q_k$ (reward)"),
-        "successive_kl": ("Change of the policy", "KL($\\pi_{k+1}$ || $\\pi_k$) (nats)"),
-    }
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), sharex=True, sharey="col")
-    for row, rule in zip(axes, FINITE_RULES, strict=True):
-        for ax, (column, (title, y_label)) in zip(row, measures.items(), strict=True):
-            plot_variants(ax, noise, rule, "kl_coef", column, markevery=1)
-            ax.set(title=f'{title}, "{rule}"', ylabel=y_label, yscale="log")
-    for ax in axes[1]:
-        ax.set_xlabel("kl_coef (reward per nat)")
-    axes[0, 0].set_xscale("symlog", linthresh=0.1)
-    axes[0, 0].set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
-    share_legend(figure, axes.flat)
-    return figure
+    """What noise does: error of the logits, loss of value, change of the policy per update."""
+    measures = {"logit_error": "RMS error of ent_coef $\\xi_k$", "value_loss": "mean of $Q^* - Q_k$"}
+    measures["successive_kl"] = "KL($\\pi_{k+1}$ || $\\pi_k$) in nats"
+    figure = rule_panels(noise, "kl_coef", measures, "kl_coef (reward per nat)")
+    for ax in figure.axes:
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_locator=NullLocator())
+    figure.axes[0].set_xscale("symlog", linthresh=0.1)
+    figure.axes[0].set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    return share_legend(figure, ncols=6)
 
 
-# The report
+def plot_average(losses: pd.DataFrame) -> Figure:
+    """Loss of the averaged and of the last policy over the window: the mean, and the middle 80% of the seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+    for ax, (kl_coef, rows) in zip(axes, losses.groupby("kl_coef"), strict=True):
+        groups, beta = rows.groupby("W"), decay_rate(kl_coef, ENT_COEF)
+        for policy, color, marker in (("averaged", BLUE, "o"), ("last", VERMILLION, "s")):
+            mean, low, high = groups[policy].mean(), groups[policy].quantile(0.1), groups[policy].quantile(0.9)
+            ax.plot(mean, color=color, marker=marker, label=f"{policy} policy")
+            ax.fill_between(mean.index, low, high, color=color, alpha=0.2, linewidth=0)
+        ax.fill_between([], [], color="0.85", label="middle 80% of the seeds")
+        ax.axvline((1 + beta) / (1 - beta), color="black", linestyle="--", linewidth=1, label="$(1+\\beta)/(1-\\beta)$")
+        windows = mean.index.to_numpy()
+        anchor = windows[len(windows) // 2]
+        ax.plot(windows, anchor * groups["averaged"].mean()[anchor] / windows, label="slope of 1/W", **REFERENCE)
+        ax.set(xscale="log", yscale="log", xlabel="W (policy updates in the window)")
+        ax.set_title(f"kl_coef = {kl_coef:g}, $\\beta$ = {beta:.2f}")
+        ax.set_xticks(windows, map(str, windows))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_locator=NullLocator())
+    axes[0].set_ylabel("loss of value, mean of $V^* - V$")
+    return share_legend(figure, ncols=5)
 
 
-def variant_name(rule: str, memory_size: float) -> str:
-    """
-    :param rule: the logit rule
-    :param memory_size: ``M``
-    :return: what tables call them
-    """
-    return rule if math.isinf(memory_size) else f"{rule}, M = {memory_size:.0f}"
+def markdown(table: pd.DataFrame, *formats: str) -> str:
+    """A table in Markdown: one format per column, the last one also for the rest; "–" where there is no number."""
+    formats += formats[-1:] * (table.shape[1] - len(formats))
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=formats, missingval="–")
 
 
-def convergence_section(rates: pd.DataFrame, small_entropy: pd.DataFrame) -> list[str]:
-    """
-    :param rates: rates of convergence
-    :param small_entropy: what happens with little entropy
-    :return: the section
-    """
-    text = [
-        "## Convergence",
-        "Distance of the soft Q-function of `pi_k` and of the logits `ent_coef * xi_k` to the optimal soft "
-        "Q-function. The rate is the factor per iteration (straight line through the logarithms, down to 1e-10; the "
-        "slowest of the MDPs). The bound is `gamma C d^k` for Q and `C d^k` for the logits, `C = |Q*| + |Q_0|`, "
-        "proven for the exact rule; at most 1 in the columns *over bound* (highest ratio of distance and bound over "
-        "all iterations and MDPs) means that it holds. *Left* is the distance in the end.",
-    ]
-    columns = ["", "rate, Q", "rate, logits", "over bound, Q", "over bound, logits", "iterations to 1e-6 (Q)"]
-    for name, group in rates.groupby("mdp", sort=False):
-        mdp, kl_coef, ent_coef = CONVERGENCE_SETTINGS[name]
-        first = group.iloc[0]
-        rows = {}
-        for cell in group.itertuples():
-            fitted = [f"{rate:.3f}" if rate == rate else "floor" for rate in (cell.q_rate, cell.logit_rate)]
-            ratios = [f"{ratio:.2f}" for ratio in (cell.q_to_bound, cell.logits_to_bound)]
-            reached = f"{cell.iterations:.0f}" if cell.iterations == cell.iterations else "never"
-            left = [f"{value:.0e}" for value in (cell.q_left, cell.logits_left)]
-            rows[variant_name(cell.rule, cell.M)] = [*fitted, *ratios, reached, *left]
-        text += [
-            f"### {TITLES[name]}",
-            f"gamma = {mdp.gamma}, kl_coef = {kl_coef}, ent_coef = {ent_coef}: beta = {first['beta']:.3f}, "
-            f"**d = {first['d']:.3f}**. {N_ITERATIONS} iterations.",
-            markdown_table([*columns, "left, Q", "left, logits"], rows),
-            f"![Distance over iterations](convergence_{name}.png)",
-        ]
-    rows = {
-        f"M = {cell.M}": [f"{cell.q_rose:.1%}", f"{cell.unconverged:.1%}"]
-        for cell in small_entropy.itertuples(index=False)
-    }
-    return [
-        *text,
-        "What the figures say:",
-        "- The bound holds for the exact and the corrected rule, and is slack. Near the optimum the value of a "
-        "policy is flat, the error of `Q_k` is of second order in that of the logits: the logits then shrink by "
-        "`beta` per iteration and the Q-function by about `beta^2`, whatever gamma is.\n"
-        '- "weight_corrected" converges for all M, and the *faster* the smaller M is: with exact evaluation, old '
-        "Q-functions are only in the way (M = 1 is soft policy iteration, faster than any linear rate). Memory is "
-        "for noise, see below. The error may rise for a moment when the first Q-functions are deleted (k near M).\n"
-        '- "truncated" goes where its weights lead: they sum to `(1 - beta^M) / ent_coef`, the optimum for a larger '
-        "entropy weight. Small M are useless with this beta.",
-        "### Little entropy, small M",
-        "The theory asks for a large M for the corrected rule. Looked for on purpose: does it fail below that? "
-        f"{N_SMALL_MDPS} small deterministic Garnet MDPs ({describe(SMALL_GARNET)}), kl_coef = {SMALL_KL_COEF}, "
-        f"ent_coef = {SMALL_ENT_COEF}, 60 iterations.",
-        markdown_table(["", "error of Q rose at least once", "not within 1e-6 in the end"], rows),
-        "Convergence is then not always monotone (for M = 1 and the exact rule it is, as every policy update "
-        "improves the policy), but no lasting oscillation was found. That is no proof that there is none.",
-    ]
+def settings_table() -> str:
+    """What :func:`run_convergence` ran on."""
+    rows = []
+    for name, (mdp, *coefs) in CONVERGENCE_SETTINGS.items():
+        theory = decay_rate(*coefs), linear_rate(*coefs, mdp.gamma), memory_bound(mdp.gamma, *coefs)
+        rows.append([name, mdp.gamma, *coefs, *theory])
+    columns = ["MDPs", "gamma", "kl_coef", "ent_coef", "beta", "d", "M of the theorem"]
+    return markdown(pd.DataFrame(rows, columns=columns), "g")
 
 
-def floor_section(floors: pd.DataFrame) -> list[str]:
-    """
-    :param floors: distances after convergence
-    :return: the section
-    """
-    truncated, corrected = (floors[floors["rule"] == rule] for rule in ("truncated", "weight_corrected"))
-    rows = {}
-    for beta, group in truncated.groupby("beta"):
-        slopes = [fitted_slope(group["beta^M"], group[column]) for column in ("logit_floor", "q_floor")]
-        rest = corrected[corrected["beta"] == beta][["logit_floor", "q_floor"]].to_numpy().max()
-        rows[f"beta = {beta:.1f}"] = [*(f"{slope:.3f}" for slope in slopes), f"{rest:.0e}"]
-    some = {
-        f"M = {cell.M}": [f"{cell[4]:.2e}", f"{cell.logit_floor:.2e}", f"{cell.q_floor:.2e}"]
-        for cell in truncated[truncated["beta"] > 0.85].itertuples()
-    }
-    return [
-        "## The error floor",
-        f"Distances after convergence, mean of {N_MDPS} Garnet MDPs, ent_coef = {FLOOR_ENT_COEF}, kl_coef = "
-        f"{', '.join(map(str, FLOOR_KL_COEFS))}. Slopes on log axes against `beta^M`, fitted where that is at most "
-        "0.1:",
-        markdown_table(
-            ["", '"truncated": slope, logits', "slope, Q", '"weight_corrected": largest distance, any M'], rows
-        ),
-        "![Distance after convergence against beta^M](floors.png)",
-        '"truncated" with beta = 0.9:',
-        markdown_table(["", "beta^M", "left, logits", "left, Q"], some),
-        "The floor of the logits is `beta^M` to three digits where that is small, in units of `|Q*|`: the missing "
-        "weight. That of the soft Q-function goes with `beta^(2M)`, as it is of second order: a policy may be nearly "
-        'optimal while its logits are not. "weight_corrected" has no floor but rounding, for any M.',
-    ]
+def floor_tables(floors: pd.DataFrame) -> tuple[str, str]:
+    """Fitted slopes by ``beta``; and the numbers of the truncated rule with the largest one."""
+    rows = []
+    for beta, group in floors.groupby("beta"):
+        truncated, corrected = (group[group["rule"] == rule] for rule in ("truncated", "weight_corrected"))
+        slopes = [fitted_slope(truncated["beta^M"], truncated[f"left, {quantity}"]) for quantity in ("logits", "Q")]
+        rows.append([beta, *slopes, corrected[["left, Q", "left, logits"]].max(axis=None)])
+    columns = ["beta", '"truncated": slope, logits', "slope, Q", '"weight_corrected": largest distance, any M']
+    largest = truncated[["M", "beta^M", "left, logits", "left, Q"]]
+    return markdown(pd.DataFrame(rows, columns=columns), ".1f", ".3f", ".3f", ".0e"), markdown(largest, ".2e")
 
 
-def noise_section(noise: pd.DataFrame) -> list[str]:
-    """
-    :param noise: what noise does
-    :return: the section
-    """
-    tables: dict[str, dict[str, list[str]]] = {"value_loss": {}, "logit_error": {}}
-    for column, rows in tables.items():
-        for (rule, memory_size), group in noise.groupby(["rule", "M"], sort=False):
-            rows[variant_name(rule, memory_size)] = [f"{value:.3f}" for value in group[column]]
-    unbiased = noise[noise["rule"] != "truncated"]
-    ratio = unbiased["logit_error"] / unbiased["expected_logit_error"]
-    columns = ["", *(f"kl_coef = {kl_coef:g}" for kl_coef in NOISE_KL_COEFS)]
-    return [
-        "## Noise in the evaluation",
-        f"Gaussian noise of standard deviation {NOISE} (rewards are in [0, 1]), independent between iterations, "
-        f"states and actions, added to every `Q_k`. {N_MDPS} Garnet MDPs, ent_coef = {NOISE_ENT_COEF}, noise seed 0; "
-        f"means over {NOISE_MEASURED} iterations after `8 / (1 - beta)` iterations that are not counted.",
-        "Loss of value, the mean of `Q* - Q_k` (true soft Q-functions):",
-        markdown_table(columns, tables["value_loss"]),
-        "Root mean square error of the logits `ent_coef * xi_k`, less their mean in each state:",
-        markdown_table(columns, tables["logit_error"]),
-        "![Effect of noise over kl_coef and M](noise.png)",
-        "The logits are a weighted mean of Q-functions, so their noise should be that of one Q-function times the "
-        f'root sum of squares of the weights. For "exact" and "weight_corrected", measured over expected is '
-        f"{ratio.min():.2f} to {ratio.max():.2f}. A larger kl_coef averages over more iterations, until the memory "
-        "ends: with corrected weights kl_coef has then no more effect and the variance stays at one M-th. The loss of "
-        "value falls about with the variance, the square.",
-        '"truncated" averages as well but trades the noise for its bias: past some kl_coef it gets worse again. With '
-        "M = 2 its best is nevertheless a little better than that of the corrected rule.",
-    ]
+def noise_table(noise: pd.DataFrame, column: str) -> str:
+    """One measure of :func:`run_noise`: variants down, ``kl_coef`` across."""
+    table = noise.pivot(index=["rule", "M"], columns="kl_coef", values=column)
+    return markdown(table.rename(columns="kl_coef = {:g}".format).reset_index(), "", ".0f", ".3f")
 
 
-def describe(settings: dict[str, Any]) -> str:
-    """
-    :param settings: parameters of an MDP
-    :return: them as text
-    """
-    return ", ".join(f"{name} = {value}" for name, value in settings.items())
-
-
-def write_report(folder: Path) -> Path:
-    """
-    Run everything.
-
-    :param folder: where to write
-    :return: the Markdown file
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    sns.set_theme(style="whitegrid", context="notebook")
-    (curves, rates), floors, small_entropy, noise = run_convergence(), run_floors(), run_small_entropy(), run_noise()
-    # Every fourth iteration is enough for a file
-    thinned = curves[curves["iteration"] % 4 == 0]
-    tables = {"convergence": thinned, "rates": rates, "floors": floors, "small_entropy": small_entropy, "noise": noise}
-    for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
-    for name in CONVERGENCE_SETTINGS:
-        save(plot_convergence(curves, name), folder / f"convergence_{name}.png")
-    save(plot_floors(floors), folder / "floors.png")
-    save(plot_noise(noise), folder / "noise.png")
-    text = [
-        "# The theory on tabular MDPs",
-        "`python -m benchmarks.tabular` writes this page, its figures and its CSV files. Policy evaluation is exact (a "
-        "linear system, double precision); the policy update is the code of `sb3_staq.mirror_descent` that the deep "
-        "algorithm runs; the reference `Q*` is from soft value iteration. Distances are sup norms over states and "
-        "actions relative to that of `Q*`. All start from the uniform policy.",
-        f"Garnet MDPs: {describe(GARNET)}; seeds 0 to {N_MDPS - 1}; rewards uniform in [0, 1]. Grid world: "
-        f"{CONVERGENCE_SETTINGS['grid'][0].reward.shape[0]} states, 4 actions, {describe(GRID_WORLD)} (probability "
-        "of a random move); reward -1 per step until the goal.",
-        *convergence_section(rates, small_entropy),
-        *floor_section(floors),
-        *noise_section(noise),
-    ]
-    report = folder / "report.md"
-    report.write_text("\n\n".join(text) + "\n")
-    return report
+def average_table(average: pd.DataFrame) -> str:
+    """Mean and standard deviation over the seeds of the losses of :func:`run_average`."""
+    table = average.groupby(["kl_coef", "M", "W"])[["averaged", "last"]].agg(["mean", "std"]).reset_index()
+    table.columns = ["kl_coef", "M", "W", "averaged, mean", "averaged, std", "last, mean", "last, std"]
+    return markdown(table, "g", "g", "g", ".3f")
 
 
 def main() -> int:
-    """
-    :return: exit status
-    """
+    """Run everything, write the report, and give the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabular", description="The theory on tabular MDPs.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the report goes")
-    print(write_report(parser.parse_args().folder))
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    curves, rates = run_convergence()
+    floors, small_entropy, noise, average = run_floors(), run_small_entropy(), run_noise(), run_average()
+    # Every fourth iteration is enough for a file
+    tables = {"convergence": curves[curves["iteration"] % 4 == 0], "rates": rates, "floors": floors}
+    tables |= {"small_entropy": small_entropy, "noise": noise, "average": average}
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+    with plt.rc_context(STYLE):
+        figures = {f"convergence_{name}": plot_convergence(curves, name) for name in CONVERGENCE_SETTINGS}
+        figures |= {"floors": plot_floors(floors), "noise": plot_noise(noise), "average": plot_average(average)}
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
+            plt.close(figure)
+    slopes, largest = floor_tables(floors)
+    unbiased = noise[noise["rule"] != "truncated"]
+    noise_ratio = unbiased["logit_error"] / unbiased["expected_logit_error"]
+    report = TEMPLATE.read_text().format(
+        **{name: value for name, value in globals().items() if name.isupper()},
+        settings=settings_table(),
+        rates=markdown(rates, "", "", ".0f", *(".3f", ".2f", ".0e") * 2, ".0f"),
+        small_bound=memory_bound(SMALL_GARNET["gamma"], SMALL_KL_COEF, SMALL_ENT_COEF),
+        small_entropy=markdown(small_entropy, ".0f", ".1%"),
+        slopes=slopes,
+        largest=largest,
+        value_loss=noise_table(noise, "value_loss"),
+        logit_error=noise_table(noise, "logit_error"),
+        noise_ratio=(noise_ratio.min(), noise_ratio.max()),
+        average=average_table(average),
+    )
+    (folder / "report.md").write_text(report)
+    print(folder / "report.md")
     return 0
 
 

@@ -35,36 +35,26 @@ class TabularMDP:
 
     @property
     def n_actions(self) -> int:
+        """The number of actions in every state."""
         return self.reward.shape[-1]
 
     def look_ahead(self, values: th.Tensor) -> th.Tensor:
-        """
-        :param values: values of the next states, shape (..., states)
-        :return: ``r(s,a) + gamma E[V(s')]``, shape (..., states, actions)
-        """
+        """``r(s,a) + gamma E[V(s')]`` of the next states' values: (..., states) -> (..., states, actions)."""
         return self.reward + self.gamma * (self.transition @ values[..., None, :, None]).squeeze(-1)
 
-    def evaluate(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
-        """
-        The soft Q-function of a policy: exact, the solution of a linear system.
-
-        :param log_pi: log-probabilities of the policy, shape (..., states, actions)
-        :param ent_coef: weight of the entropy
-        :return: same shape
-        """
+    def soft_values(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
+        """The exact soft values of a policy, from a linear system: shape (..., states, actions) -> (..., states)."""
         transition = (log_pi.exp()[..., None] * self.transition).sum(dim=-2)
         system = th.eye(transition.shape[-1], dtype=transition.dtype) - self.gamma * transition
         # Reward and entropy of one step are together the soft value of the reward
-        rewards = soft_value(log_pi, expected_value(log_pi, self.reward), ent_coef)
-        return self.look_ahead(th.linalg.solve(system, rewards))
+        return th.linalg.solve(system, soft_value(log_pi, expected_value(log_pi, self.reward), ent_coef))
+
+    def evaluate(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
+        """The soft Q-function of a policy, see :meth:`soft_values`: shape (..., states, actions) -> the same."""
+        return self.look_ahead(self.soft_values(log_pi, ent_coef))
 
     def optimal_q_values(self, ent_coef: float) -> th.Tensor:
-        """
-        The optimal soft Q-function by soft value iteration, which knows nothing of policies or mirror descent.
-
-        :param ent_coef: weight of the entropy
-        :return: shape (..., states, actions)
-        """
+        """The optimal soft Q-function by soft value iteration, without policies: shape (..., states, actions)."""
         q_values = th.zeros_like(self.reward)
         # Each sweep shrinks the error by gamma: as many as it takes to double precision
         for _ in range(math.ceil(math.log(1e-17) / math.log(self.gamma))):
@@ -74,15 +64,10 @@ class TabularMDP:
 
 def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, gamma: float) -> TabularMDP:
     """
-    Random MDPs after Archibald et al. 1995: from every state, each action leads to a few random states with random
-    probabilities. Rewards are uniform in [0, 1].
+    Random MDPs after Archibald et al. 1995, one per seed: a batch of shape (number of seeds,).
 
-    :param seeds: one MDP each
-    :param n_states: number of states
-    :param n_actions: number of actions
-    :param branching: number of states that an action can lead to
-    :param gamma: discount factor
-    :return: the batch, with leading shape (number of seeds,)
+    From every state, each action leads to ``branching`` random states with random probabilities. Rewards are uniform in
+    [0, 1].
     """
     rewards, transitions = [], []
     for seed in seeds:
@@ -99,31 +84,25 @@ def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, 
 
 
 def grid_cells(grid: str = GRID) -> list[tuple[int, int]]:
-    """
-    :param grid: the map: ``#`` is a wall, ``G`` the goal
-    :return: row and column of each state
-    """
+    """Row and column of each state of a map, in which ``#`` is a wall."""
     rows = grid.strip().splitlines()
     return [(i, j) for i, row in enumerate(rows) for j, symbol in enumerate(row) if symbol != "#"]
 
 
 def grid_world(gamma: float, slip: float = 0.0, grid: str = GRID) -> TabularMDP:
     """
-    Reward -1 for every step until the goal. A batch of no dimensions: one MDP.
+    A maze with reward -1 for every step until the goal ``G``: one MDP, a batch of no dimensions.
 
-    :param gamma: discount factor
-    :param slip: probability that a random move is made instead of the chosen one
-    :param grid: the map, see :func:`grid_cells`
-    :return: the MDP, its states in the order of :func:`grid_cells`, its actions in that of ``MOVES``
+    The states are in the order of :func:`grid_cells`, the actions in that of ``MOVES``; with probability ``slip`` a
+    random move is made instead of the chosen one.
     """
     rows = grid.strip().splitlines()
     index = {cell: state for state, cell in enumerate(grid_cells(grid))}
     moved = th.zeros(len(index), len(MOVES), len(index), dtype=th.float64)
-    reward = th.full(moved.shape[:2], -1.0, dtype=th.float64)
+    reward = th.zeros(moved.shape[:2], dtype=th.float64)
     for (i, j), state in index.items():
         at_goal = rows[i][j] == "G"
-        if at_goal:
-            reward[state] = 0.0
+        reward[state] = 0.0 if at_goal else -1.0
         for action, (down, right) in enumerate(MOVES):
             target = state if at_goal else index.get((i + down, j + right), state)
             moved[state, action, target] = 1.0

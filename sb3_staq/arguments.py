@@ -31,9 +31,16 @@ class Argument:
     box_default: Any = None
 
 
-def _is_integer(value: Any, minimum: int, maximum: int = 2**62) -> bool:
+LARGEST_INTEGER = 2**62
+
+
+def _is_integer(value: Any, minimum: int, maximum: int = LARGEST_INTEGER) -> bool:
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return is_integer and minimum <= value <= maximum
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 def _integer(minimum: int, default: Any = None, box_default: Any = None) -> Argument:
@@ -74,7 +81,7 @@ ARGUMENTS = {
     "gamma": _share(),
     "train_freq": Argument(_is_train_freq, 'an integer >= 1, or a tuple of one and "step" or "episode"'),
     "gradient_steps": _integer(-1),
-    "memory_size": Argument(lambda x: x == "auto" or _is_integer(x, 1), "'auto' or an integer >= 1"),
+    "memory_size": Argument(lambda x: _is_auto(x) or _is_integer(x, 1), "'auto' or an integer >= 1"),
     "kl_coef": Argument(ANY.valid, ANY.expected, 0.5, "rel_0.5"),
     "ent_coef": Argument(ANY.valid, ANY.expected, 0.05, "auto_0.2"),
     "policy_update_interval": _integer(1, 500, 100),
@@ -89,9 +96,10 @@ ARGUMENTS = {
     "critic": _one_of(CRITICS, "additive", "joint"),
     "eval_policy": _one_of(EVAL_POLICIES),
     "average_window": _positive_share(),
+    "average_share": _share(),
     "average_size": Argument(lambda x: _is_integer(x, 2, 10_000), "an integer from 2 to 10000"),
     "reward_scale": Argument(lambda x: is_number(x) and x > 0, "a finite number > 0"),
-    "logit_cache": Argument(lambda x: isinstance(x, bool) or x == "auto", "'auto', True or False"),
+    "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),
     "n_steps": _integer(1),
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
@@ -136,7 +144,8 @@ def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUM
     except (TypeError, ValueError):  # an array where a number is expected
         valid = False
     if not valid:
-        raise ValueError(f"Invalid {name}={value!r}: expected {arguments[name].expected}")
+        limit = f", at most {LARGEST_INTEGER}" if isinstance(value, int) and value > LARGEST_INTEGER else ""
+        raise ValueError(f"Invalid {name}={value!r}: expected {arguments[name].expected}{limit}")
 
 
 def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:

@@ -33,8 +33,9 @@ class PolicyUpdateDiagnostics(BaseCallback):
     ``lost_kl``
         ``KL(pi_{k+1} || pi')`` in nats, what was lost with the critic that the update deleted: ``pi'`` is what the same
         rule with ``memory_size + 1`` makes of the same critics and the deleted one. For "weight_corrected" and constant
-        coefficients its logits are ``alpha / (1 - beta^(M+1)) * sum_{i=0}^M beta^i Q_{k-i}``. 0 if nothing was deleted;
-        NaN for custom weights, which say nothing of a critic of that age.
+        coefficients its logits are ``alpha / (1 - beta^(M+1)) * sum_{i=0}^M beta^i Q_{k-i}``. If ``memory_size``
+        was lowered, of all that were deleted. 0 if nothing was deleted; NaN for custom weights, which say nothing of a
+        critic of that age.
     ``entropy``
         entropy of ``pi_{k+1}`` over that of the uniform policy, from 0 to 1 (0 if there is but one bin)
     ``action_gap``

@@ -27,8 +27,12 @@ EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a str
 
 def is_number(value: Any) -> bool:
     """Tell whether this is a finite real number (of Python or NumPy; booleans are none)."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return number and abs(value) <= np.finfo(float).max
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is no float
+        return False
 
 
 def _parse_linear(text: str) -> Schedule | None:
@@ -43,20 +47,19 @@ def _parse_linear(text: str) -> Schedule | None:
     return LinearSchedule(start, end, fraction) if 0 < fraction <= 1 else None
 
 
-def value_at(name: str, value: Any, progress: float, shown: Any = None) -> float:
+def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -> float:
     """
-    Evaluate a coefficient as users write it.
+    Evaluate a number or schedule as users write it.
 
     :param name: name of the argument, for error messages
     :param value: a number; a callable of the remaining progress (from 1 to 0); or a string as in rl_zoo3's files:
         ``"lin_START"`` falls linearly to 0, ``"lin_START_END"`` to END, ``"lin_START_END_FRACTION"`` reaches END
         after that fraction of the training
     :param progress: the remaining progress
-    :param shown: what the message shows in place of the value
+    :param expected: what is accepted, for error messages
     :return: the number
     :raise ValueError: if the value is none of these, or the number is negative or not finite
     """
-    shown = value if shown is None else shown
     schedule: Schedule | None = None
     if isinstance(value, str):
         schedule = _parse_linear(value)
@@ -65,15 +68,15 @@ def value_at(name: str, value: Any, progress: float, shown: Any = None) -> float
     elif callable(value):
         schedule = value
     if schedule is None:
-        raise ValueError(f"Invalid {name}={shown!r}: expected {EXPECTED}")
+        raise ValueError(f"Invalid {name}={value!r}: expected {expected}")
     try:
         number = schedule(progress)
     except Exception as error:
-        raise ValueError(f"Invalid {name}={shown!r}: {error!r} at progress {progress}; expected {EXPECTED}") from error
+        raise ValueError(f"Invalid {name}={value!r}: {error!r} at progress {progress}; expected {expected}") from error
     if isinstance(number, np.ndarray) and number.ndim == 0:
         number = number[()]
     if not (is_number(number) and number >= 0):
-        raise ValueError(f"Invalid {name}={shown!r}: {number!r} at progress {progress}; expected {EXPECTED}")
+        raise ValueError(f"Invalid {name}={value!r}: {number!r} at progress {progress}; expected {expected}")
     return float(number)
 
 
@@ -164,7 +167,9 @@ class Coefficients:
         ent_coef = self.first_ent_coef
         if ent_coef is None:
             ent_coef = value_at("ent_coef", self.ent_coef, progress)
-            if self.logit_rule == "weight_corrected":
+            if (
+                isinstance(self.logit_rule, str) and self.logit_rule == "weight_corrected"
+            ):  # an array is no rule by name
                 ent_coef = max(ent_coef, 0.01 * value_at("ent_coef", self.ent_coef, 1.0))
                 if ent_coef == 0:
                     raise ValueError(

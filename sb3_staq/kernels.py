@@ -113,9 +113,9 @@ def allocate(like: th.Tensor, n: int) -> th.Tensor:
     """
     Get memory for the parameters of n critics. Acting takes about as long as it takes to read them.
 
-    :param like: a tensor of the same type and device, shape (any, *shape)
+    :param like: a tensor of the same type and device, shape ``(any, *shape)``
     :param n: number of critics
-    :return: uninitialised, shape (n, *shape)
+    :return: uninitialised, shape ``(n, *shape)``
     """
     shape = (n, *like.shape[1:])
     n_bytes = math.prod(shape) * like.element_size()

@@ -17,7 +17,7 @@ Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https:/
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -29,15 +29,17 @@ LogitRule = str | Sequence[float] | Callable[[int], float]
 
 def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[float, ...]:
     """
+    Check a logit rule, and evaluate custom weights.
+
     :param logit_rule: one of ``LOGIT_RULES``; or custom weights, the factors of the Q-functions in the logits by age,
         newest first: ``memory_size`` numbers, or a callable of the age (0 is the newest), which is evaluated here
     :param memory_size: ``M``, the number of Q-functions kept
     :return: the name of the rule, or the custom weights
     :raise ValueError: if it is neither, with what is accepted; custom weights must be finite and not all 0
     """
-    accepted = (
-        f"{', '.join(LOGIT_RULES)}, or custom weights by age: memory_size={memory_size} finite numbers, newest first "
-        "and not all 0, or a callable of the age that gives them"
+    expected = (
+        f"expected {', '.join(map(repr, LOGIT_RULES))}, or custom weights by age: memory_size={memory_size} finite "
+        "numbers, newest first and not all 0, or a callable of the age that gives them"
     )
     weights: list[Any] | None = None
     gives = ""
@@ -48,9 +50,9 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
         try:
             weights = [logit_rule(age) for age in range(memory_size)]
         except Exception as error:
-            raise ValueError(f"logit_rule={logit_rule!r} failed: {error!r}; accepted: {accepted}") from error
-        gives = f" gives {weights}, which"
-    elif isinstance(logit_rule, Iterable):
+            raise ValueError(f"Invalid logit_rule={logit_rule!r}: it failed with {error!r}; {expected}") from error
+        gives = f"it gives {weights}; "
+    elif isinstance(logit_rule, Iterable) and not isinstance(logit_rule, (Mapping, Set)):
         weights = list(logit_rule)
     if (
         weights is None
@@ -58,7 +60,7 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
         or not all(isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w) for w in weights)
         or not any(weights)
     ):
-        raise ValueError(f"logit_rule={logit_rule!r}{gives} is not accepted; accepted: {accepted}")
+        raise ValueError(f"Invalid logit_rule={logit_rule!r}: {gives}{expected}")
     return tuple(map(float, weights))
 
 
@@ -202,7 +204,7 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
     :param n_updates: number of policy updates so far, counted from 1
     :param window: the share of them that the window covers, in (0, 1]
     :param size: the largest number of Q-functions in the average
-    :return: the updates, oldest first; with ``size`` of at least 2 there are at least half of ``size`` once the window
+    :return: the updates, oldest first; with ``size`` of at least 2 there are at least ``size // 2`` once the window
         covers as many
     """
     covered = max(1, round(window * n_updates))
@@ -297,14 +299,62 @@ def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
     :return: number of Q-functions
     :raise ValueError: if ``ent_coef`` is 0: no Q-function would ever fade
     """
-    if ent_coef == 0:
-        raise ValueError("Invalid memory_size='auto': with ent_coef=0 no critic ever fades; expected an integer >= 1")
-    if kl_coef == 0:
-        return 1
-    log_beta = -math.log1p(ent_coef / kl_coef)
-    beta = decay_rate(kl_coef, ent_coef)
-    bound = math.ceil(-24 * math.log(2) / log_beta)
-    if gamma < 1:
-        log_ratio = 2 * math.log1p(-gamma) + math.log1p(-beta) - math.log(gamma**2 * (3 + beta) + 1 - beta)
-        bound = min(bound, math.floor(log_ratio / log_beta) + 1)
-    return max(1, bound)
+    try:
+        bound = resolution_bound(kl_coef, ent_coef)
+    except ValueError:
+        raise ValueError(
+            f"Invalid memory_size='auto': with kl_coef={kl_coef} and ent_coef={ent_coef} no critic ever fades; "
+            "expected an integer >= 1"
+        ) from None
+    return bound if gamma == 1 else min(bound, memory_bound(gamma, kl_coef, ent_coef))
+
+
+def memory_bound(gamma: float, kl_coef: float, ent_coef: float) -> int:
+    """
+    The smallest memory for which the paper guarantees linear convergence of the rule "weight_corrected".
+
+    The least integer ``M > log[(1-gamma)^2 (1-beta) / (gamma^2 (3+beta) + 1 - beta)] / log(beta)``, the condition of
+    the theorem in the first version of the paper (see the module's reference): 265 for beta 0.95 and gamma 0.99.
+    The fraction is at most 1, so the bound is at least 1. It is 1 if ``gamma`` is 0, where the first evaluation is
+    final, and if ``kl_coef`` is 0, where the newest Q-function is the only one with a weight.
+
+    :param gamma: discount factor, in [0, 1); with 1 no finite memory meets the condition
+    :param kl_coef: weight of the KL term, at least 0
+    :param ent_coef: weight of the entropy term, above 0
+    :return: ``M``, in Q-functions
+    :raise ValueError: if an argument is outside its range
+    """
+    if not 0 <= gamma < 1:
+        raise ValueError(f"Invalid gamma={gamma}: expected a number in [0, 1); without discount no memory is enough")
+    log_beta = _log_decay_rate(kl_coef, ent_coef)
+    # From the logarithm, as 1 - beta would cancel for beta close to 1
+    one_minus_beta = -math.expm1(log_beta)
+    denominator = gamma**2 * (4 - one_minus_beta) + one_minus_beta
+    log_fraction = 2 * math.log1p(-gamma) + math.log(one_minus_beta) - math.log(denominator)
+    return math.floor(log_fraction / log_beta) + 1
+
+
+def resolution_bound(kl_coef: float, ent_coef: float) -> int:
+    """
+    The number of Q-functions beyond which single precision does not see any more of them.
+
+    The least ``M`` with ``beta^M <= 2^-24``: that is the share which all Q-functions older than ``M`` updates have in
+    the sum of the weights ``beta^age``, and half of the distance from 1 to the next number in single precision.
+
+    :param kl_coef: weight of the KL term, at least 0
+    :param ent_coef: weight of the entropy term, above 0
+    :return: ``M``, in Q-functions
+    :raise ValueError: if an argument is outside its range
+    """
+    return max(1, math.ceil(-24 * math.log(2) / _log_decay_rate(kl_coef, ent_coef)))
+
+
+def _log_decay_rate(kl_coef: float, ent_coef: float) -> float:
+    """Give ``log(beta)``, below 0, accurate for beta close to 1; minus infinity if ``kl_coef`` is 0."""
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"Invalid kl_coef={kl_coef}: expected a finite number >= 0")
+    # With less entropy the bounds would overflow
+    if not 0 < ent_coef < math.inf or ent_coef < 1e-300 * kl_coef:
+        accepted = "a finite number > 0 and at least 1e-300 * kl_coef; without entropy no Q-function ever fades"
+        raise ValueError(f"Invalid ent_coef={ent_coef}: expected {accepted}")
+    return -math.log1p(ent_coef / kl_coef) if kl_coef > 0 else -math.inf

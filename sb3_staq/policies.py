@@ -2,8 +2,9 @@
 
 import io
 import pathlib
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -33,7 +34,9 @@ from sb3_staq.main_effects import (
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics, in_parts
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, check_zip
+
+SelfStaQPolicy = TypeVar("SelfStaQPolicy", bound="StaQPolicy")
 
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "last")
@@ -137,6 +140,7 @@ class StaQPolicy(BasePolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
+        self._known_sums: th.Tensor | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -202,6 +206,19 @@ class StaQPolicy(BasePolicy):
         """
         return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
 
+    @contextmanager
+    def collecting(self, logit_sums: th.Tensor) -> Iterator[None]:
+        """
+        Let :meth:`logits`, and so ``predict``, follow the last policy, at observations where its sums are known.
+
+        :param logit_sums: the weighted sums at the observations that ``predict`` will get, shape (batch, n_bins)
+        """
+        self._known_sums = logit_sums
+        try:
+            yield
+        finally:
+            self._known_sums = None
+
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
         Compute the logits of the policy that is delivered, see ``eval_policy``.
@@ -209,8 +226,10 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        average = self.eval_policy == "average"
-        return self.frozen_critics.weights.scale * self.logit_sums(obs, average)
+        sums = self._known_sums
+        if sums is None:
+            sums = self.logit_sums(obs, average=self.eval_policy == "average")
+        return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """
@@ -249,17 +268,6 @@ class StaQPolicy(BasePolicy):
         """
         bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         return np.clip(super().unscale_action(scaled_action), *bounds)
-
-    def to_env_actions(self, bins: th.Tensor) -> np.ndarray:
-        """
-        Turn bins into actions as environments take them.
-
-        :param bins: shape (batch, number of branches)
-        :return: shape (batch, *action_space.shape)
-        """
-        stored = self.branches.decode(bins).cpu().numpy()
-        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
-        return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     # Learning
 
@@ -385,6 +393,19 @@ class StaQPolicy(BasePolicy):
         """
         with atomic_write(path) as file:
             super().save(file)
+
+    @classmethod
+    def load(cls: type[SelfStaQPolicy], path: str | pathlib.Path, device: th.device | str = "auto") -> SelfStaQPolicy:
+        """
+        Load a policy from a file.
+
+        :param path: the file
+        :param device: the device to put it on
+        :return: the policy
+        :raise ValueError: if the file is damaged
+        """
+        check_zip(path)
+        return super().load(path, device)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(

@@ -28,6 +28,8 @@ OBS_ELEMENTS = 2**21
 # resolution of a float, 2^-24.
 NEGLIGIBLE_WEIGHT = 2.0**-32
 NEW = -1
+# Stands in files for an ``ent_coef`` before the first policy update
+NO_ENT_COEF = -1.0
 
 
 @contextmanager
@@ -138,20 +140,20 @@ class FrozenCritics(nn.ModuleList):
         :param average: those of the average, instead of those of the logit rule
         :return: shape (number of entries up to the last that has one, n_critics)
         """
-        if average not in self._coefs:
-            n_critics, device = len(next(iter(self._template[0].params.values()))), self._device
-            values = self._average_values() if average else self._rule_values()
-            threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
-            values = [value if abs(value) > threshold else 0.0 for value in values]
-            while values and values[-1] == 0.0:
-                values.pop()
-            # The mean of an ensemble is a sum as well: one factor for each network
-            self._coefs[average] = (th.tensor(values, device=device) / n_critics).unsqueeze(1).repeat(1, n_critics)
-        return self._coefs[average]
-
-    @property
-    def _device(self) -> th.device:
-        return next(iter(self._blocks.values())).device
+        if average in self._coefs:
+            return self._coefs[average]
+        block = next(iter(self._blocks.values()))
+        values = self._average_values() if average else self._rule_values()
+        threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
+        values = [value if abs(value) > threshold else 0.0 for value in values]
+        while values and values[-1] == 0.0:
+            values.pop()
+        # The mean of an ensemble is a sum as well: one factor for each network
+        coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
+        coefs = coefs.unsqueeze(1).repeat(1, block.shape[1])
+        if not exporting():  # a trace would differ from the next one
+            self._coefs[average] = coefs
+        return coefs
 
     def _rule_values(self) -> list[float]:
         """The weights by the logit rule, in the order of the entries."""
@@ -179,6 +181,9 @@ class FrozenCritics(nn.ModuleList):
         :return: what this does to the weighted sum of the logit rule, and the critics that it deletes from it
         """
         # Prepare all that can fail ...
+        new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
+        if {name: x.shape for name, x in new_params.items()} != {name: x.shape[1:] for name, x in self._blocks.items()}:
+            raise ValueError("Invalid critics: expected the architecture of the stack")
         weights, n_updates = copy.copy(self.weights), self.n_updates + 1
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
@@ -190,7 +195,6 @@ class FrozenCritics(nn.ModuleList):
         layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
         moved = {row: source for row, source in enumerate(layout) if row != source}
         blocks = self._reserved(len(layout))
-        new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
         copies = {
             (name, row): new_params[name] if source == NEW else block[source].clone()
             for name, block in self._blocks.items()
@@ -255,9 +259,9 @@ class FrozenCritics(nn.ModuleList):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weights = self.weights
-        ent_coef = float("nan") if weights.ent_coef is None else weights.ent_coef
+        ent_coef = NO_ENT_COEF if weights.ent_coef is None else weights.ent_coef
         destination[f"{prefix}weights"] = _to_floats(weights.values)
-        destination[f"{prefix}updates"] = th.tensor(self.updates)
+        destination[f"{prefix}updates"] = th.tensor(self.updates, dtype=th.float32)
         destination[f"{prefix}constants"] = _to_floats([weights.scale, ent_coef, float(self.n_updates)])
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
@@ -268,31 +272,47 @@ class FrozenCritics(nn.ModuleList):
                 state[key] = value.clone()
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
             n = len(old["values"])
-            ent_coef = float("nan") if old.get("ent_coef") is None else old["ent_coef"]
+            ent_coef = NO_ENT_COEF if old.get("ent_coef") is None else old["ent_coef"]
             state_dict[f"{prefix}weights"] = _to_floats(old["values"])
             state_dict[f"{prefix}updates"] = th.arange(1.0, n + 1)
             state_dict[f"{prefix}constants"] = _to_floats([old["scale"], ent_coef, float(n)])
-        if f"{prefix}weights" in state_dict:
-            self._load_numbers(*(state_dict.pop(f"{prefix}{name}") for name in ("weights", "updates", "constants")))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        names = [f"{prefix}{name}" for name in ("weights", "updates", "constants")]
+        numbers = [state_dict.pop(name, None) for name in names]
+        missing = [name for name, value in zip(names, numbers, strict=True) if value is None]
+        if missing:
+            missing_keys.extend(missing)
+        else:
+            self._load_numbers(*numbers)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         self._changed()
 
     def _load_numbers(self, weights: th.Tensor, updates: th.Tensor, constants: th.Tensor) -> None:
         """Take the numbers of a saved stack, and make room for its entries."""
-        n = len(updates)
-        valid = weights.shape[1:] == constants.shape[1:] == (3,) and len(weights) <= n and len(constants) == 3
-        if not valid or not (th.isfinite(weights).all() and th.isfinite(updates).all()):
+        valid = updates.dim() == 1 and weights.shape[1:] == constants.shape[1:] == (3,)
+        valid = valid and len(weights) <= len(updates) and len(constants) == 3
+        valid = valid and all(bool(th.isfinite(x).all()) for x in (weights, updates, constants[::2]))
+        if not valid or th.isinf(constants[1]).any():
             raise ValueError(
-                f"The saved stack is damaged: expected finite weights of at most {n} critics, got {weights.tolist()}"
+                "The saved stack is damaged: expected finite numbers, and at most one weight for each critic, got "
+                f"weights={weights.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
             )
+        n = len(updates)
         scale, ent_coef, n_updates = _from_floats(constants)
         self.weights.values = _from_floats(weights)
         self.weights.scale = scale
-        self.weights.ent_coef = None if ent_coef != ent_coef else ent_coef
+        self.weights.ent_coef = ent_coef if ent_coef >= 0 else None
         self.updates = updates.tolist()
         self.n_updates = round(n_updates)
         del self[:]

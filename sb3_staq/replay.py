@@ -28,10 +28,12 @@ STATES_AT_ONCE = 1024
 SAMPLE_ELEMENTS = 2**24
 # Remembered states that follow a policy update at a time
 FOLLOW_ROWS = 4096
-# With logit_cache="auto", the cache takes at most so many bytes, or half of what the replay buffer takes
+# With logit_cache="auto", the cache takes at most so many bytes and half of what the replay buffer takes
 CACHE_BYTES = 2**28
 # What Python's dictionary takes for one state
 BYTES_PER_KEY = 150
+# Spreads the bits of a word over 64: 2^64 over the golden ratio
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class ReplayBatch(NamedTuple):
@@ -72,10 +74,29 @@ def _rows(fields: Any, rows: Any) -> Any:
     return _map(lambda x: x[rows], fields)
 
 
+def first_rows(obs: PyTorchObs, n: int) -> PyTorchObs:
+    """
+    Take the first of some observations.
+
+    :param obs: a tensor or a dictionary of tensors
+    :param n: how many
+    :return: views of them
+    """
+    return _rows(obs, slice(n))
+
+
 @cache
 def _multipliers(n_words: int) -> np.ndarray:
     """Odd numbers for a multilinear hash, the same in every process."""
     return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
+
+
+def _words(tensor: th.Tensor) -> np.ndarray:
+    """The bytes of each row as unsigned integers."""
+    rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
+    if rows.shape[1] % 4:
+        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
+    return rows.view(np.uint32)
 
 
 def fingerprints(obs: PyTorchObs) -> list[int]:
@@ -85,14 +106,12 @@ def fingerprints(obs: PyTorchObs) -> list[int]:
     :param obs: a tensor or a dictionary of tensors
     :return: 64 bits for each
     """
-    total: Any = np.uint64(0)
-    for tensor in obs.values() if isinstance(obs, dict) else [obs]:
-        rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
-        if rows.shape[1] % 4:
-            rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-        words = rows.view(np.uint32)
-        total = total * np.uint64(31) + words.astype(np.uint64) @ _multipliers(words.shape[1])
-    return total.tolist()
+    parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
+    words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    # Changes of high bits, such as signs, must reach the low ones, or only these few would tell the sums apart
+    mixed = words * SPREAD
+    mixed ^= mixed >> np.uint64(32)
+    return (mixed @ _multipliers(words.shape[1])).tolist()
 
 
 class LogitCache:
@@ -260,10 +279,8 @@ class PolicyReplay:
         :param remember: whether to remember what was evaluated
         :return: shape (batch, n_bins)
         """
-        if self.cache is None:
-            return self.policy.logit_sums(obs)
         with th.no_grad():
-            return self.cache.logit_sums(obs, remember)
+            return self.policy.logit_sums(obs) if self.cache is None else self.cache.logit_sums(obs, remember)
 
     def remember_last(self) -> None:
         """Evaluate the sums at the next states of what the buffer has stored last, all environments in one pass."""
@@ -272,8 +289,10 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        dtype = None if self.vec_normalize is None else np.float32
-        self.logit_sums(_map(lambda array: buffer.to_torch(np.asarray(array[row], dtype=dtype)), arrays))
+        obs = _map(lambda array: array[row], arrays)
+        if self.vec_normalize is not None:
+            obs = self.vec_normalize.normalize_obs(obs)
+        self.logit_sums(_map(buffer.to_torch, obs))
 
     def batches(self, n_batches: int, batch_size: int) -> Iterator[ReplayBatch]:
         """
@@ -284,7 +303,10 @@ class PolicyReplay:
         :return: the batches
         """
         # What other buffers give may be no set of equals: HER's ends with the relabelled transitions
-        n_at_once = max(1, self.states_at_once // batch_size) if is_plain(self.buffer) else 1
+        if not is_plain(self.buffer):
+            yield from (self.sample(batch_size) for _ in range(n_batches))
+            return
+        n_at_once = max(1, self.states_at_once // batch_size)
         for start in range(0, n_batches, n_at_once):
             yield from self.sample(min(n_at_once, n_batches - start) * batch_size).split(batch_size)
 
@@ -298,7 +320,7 @@ class PolicyReplay:
         :raise ValueError: if a number in it is not finite, before anything is learnt from it
         """
         samples = self.buffer.sample(batch_size, env=self.vec_normalize)
-        for name in ("rewards", "observations", "next_observations"):
+        for name in ("rewards", "observations", "actions", "next_observations"):
             _check_finite(name, getattr(samples, name))
         log_prob = self.policy.log_prob(self.logit_sums(samples.next_observations))
         drawn = None if self.policy.main_effects is None else sample_actions(self.policy.branches, log_prob)
@@ -352,11 +374,11 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
 
     :param buffer: the replay buffer
     :param n_bins: number of columns of the logits
-    :return: whether it takes at most ``CACHE_BYTES``, or half of what the buffer takes
+    :return: whether it takes at most ``CACHE_BYTES`` and half of what the buffer takes
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     next_arrays = {} if buffer.optimize_memory_usage else arrays
     n_states = buffer.buffer_size * buffer.n_envs
     observations = sum(array.nbytes for array in arrays.values())
     needed = observations + n_states * (4 * n_bins + BYTES_PER_KEY)
-    return needed <= max(CACHE_BYTES, (observations + sum(array.nbytes for array in next_arrays.values())) // 2)
+    return needed <= CACHE_BYTES + (observations + sum(array.nbytes for array in next_arrays.values())) // 2

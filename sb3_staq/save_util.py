@@ -1,20 +1,40 @@
-"""Saving that never leaves half a file behind."""
+"""Saving that never leaves half a file behind, and loading that notices damage."""
 
+import hashlib
 import io
+import json
 import os
 import pathlib
+import re
+import stat
+import uuid
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PathOrFile = str | pathlib.Path | io.BufferedIOBase
+# What follows a pickle: its unpickler stops before it
+TRAILER = b"\nsha256:"
+# What every StaQ model has, and no other algorithm
+STAQ_ARGUMENTS = {"policy_update_interval", "kl_coef", "logit_rule"}
+
 
 @contextmanager
-def atomic_write(path: str | pathlib.Path | io.BufferedIOBase, suffix: str = "") -> Iterator[Any]:
+def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
-    Open a file for writing that replaces ``path`` in one step once it is complete: a process that fails or is killed
-    half-way leaves the old file as it was. The path is completed as SB3 does: a missing suffix is added, missing
-    folders are created, and a folder's name gets ``_2``.
+    Open a file for writing that replaces ``path`` in one step once it is complete.
+
+    A process that fails or is killed half-way leaves the old file as it was; what it leaves behind is removed at the
+    next save to the same path. An existing file keeps its mode, a link stays a link; a pipe or a device is written to.
+    The path is completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name gets
+    ``_2``.
 
     :param path: the file to write; an open file is written to as it is
     :param suffix: suffix for a path that has none, without the dot
@@ -29,14 +49,177 @@ def atomic_write(path: str | pathlib.Path | io.BufferedIOBase, suffix: str = "")
     if path.is_dir():
         warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2")
         path = pathlib.Path(f"{path}_2")
-    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    path = pathlib.Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    # Of a fixed length: the name of the file may have the greatest that there is
+    prefix = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}."
+    _remove_leftovers(path.parent, prefix)
+    temporary, descriptor = _create(path.parent, prefix)
     try:
-        with open(temporary, "wb") as file:
+        with open(descriptor, "wb") as file:
+            if path.exists() and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(descriptor)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:
+    """Create a temporary file, locked as long as its process lives."""
+    while True:
+        temporary = folder / f"{prefix}{uuid.uuid4().hex}.tmp"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        if fcntl is None or not _is_abandoned(descriptor) or temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)  # another process took it for a leftover before it was locked
+
+
+def _is_abandoned(descriptor: int) -> bool:
+    """Tell whether nobody holds a temporary file, and hold it; where there are no locks, all seem to be held."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def _remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
+    """Remove the temporary files of processes that were killed."""
+    if fcntl is None:
+        return
+    for path in folder.glob(f"{prefix}*.tmp"):
+        try:
+            descriptor = os.open(path, os.O_WRONLY)
+        except OSError:  # just finished or removed by another process
+            continue
+        try:
+            if _is_abandoned(descriptor):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+class _HashingFile(io.RawIOBase):
+    def __init__(self, file: Any):
+        super().__init__()
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.file.write(data)
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def with_checksum(file: Any) -> Iterator[Any]:
+    """
+    Write a pickle, and behind it what shows later whether it is whole.
+
+    :param file: an open file
+    :return: context manager giving the file to write to
+    """
+    hashing_file = _HashingFile(file)
+    with io.BufferedWriter(hashing_file, 2**20) as buffered:
+        yield buffered
+        buffered.flush()
+        file.write(TRAILER + hashing_file.hash.hexdigest().encode())
+
+
+def check_pickle(path: PathOrFile, suffix: str = "") -> None:
+    """
+    Compare a pickle with its checksum. Files without one, as SB3 writes them, are not looked at.
+
+    :param path: the file, or an open one
+    :param suffix: suffix for a path that has none, without the dot
+    :raise ValueError: if it is damaged
+    """
+    with _opened(path, suffix) as file:
+        start = file.tell()
+        size = file.seek(0, os.SEEK_END) - start
+        n_trailer = len(TRAILER) + 64
+        file.seek(start + max(0, size - n_trailer))
+        trailer = file.read()
+        file.seek(start)
+        if not trailer.startswith(TRAILER):
+            return
+        digest, left = hashlib.sha256(), size - n_trailer
+        while left > 0:
+            data = file.read(min(left, 2**24))
+            digest.update(data)
+            left -= len(data)
+        file.seek(start)
+        if digest.hexdigest().encode() != trailer[len(TRAILER) :]:
+            raise ValueError(f"{_name(path)} is damaged: its contents do not fit its checksum")
+
+
+def check_zip(path: PathOrFile, suffix: str = "") -> None:
+    """
+    Compare all members of a zip file, as models and policies are, with their checksums.
+
+    :param path: the file, or an open one
+    :param suffix: suffix for a path that has none, without the dot
+    :raise ValueError: if it is damaged
+    """
+    with _opened(path, suffix) as file:
+        start = file.tell()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()
+        except Exception as error:  # of many kinds, for damage may be anywhere
+            raise ValueError(f"{_name(path)} is damaged: {error}") from error
+        finally:
+            file.seek(start)
+        if bad is not None:
+            raise ValueError(f"{_name(path)} is damaged: the contents of {bad!r} do not fit their checksum")
+
+
+def read_staq_data(path: PathOrFile) -> dict[str, Any]:
+    """
+    Look into a zip file of SB3 without unpickling anything.
+
+    :param path: the file, or an open one
+    :return: its data, as JSON has them
+    :raise ValueError: if it is of another algorithm; says which
+    """
+    with _opened(path, "zip") as file:
+        start = file.tell()
+        with zipfile.ZipFile(file) as archive:
+            data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+        file.seek(start)
+    if data.keys() >= STAQ_ARGUMENTS:
+        return data
+    policy = data.get("policy_class", {})
+    text = f"{policy.get('__init__', '')} {policy.get(':type:', '')}" if isinstance(policy, dict) else ""
+    found = re.search(r"function (\w+)\.", text)
+    name = found.group(1) if found else "something else"
+    algorithm = name.removesuffix("Policy")
+    what = f"a file of {algorithm} (its policy is {name})" if found else "no model of SB3"
+    raise ValueError(f"{_name(path)} is {what}; expected a file of StaQ")
+
+
+def _name(path: PathOrFile) -> str:
+    return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
+
+
+@contextmanager
+def _opened(path: PathOrFile, suffix: str) -> Iterator[Any]:
+    """Open a file as SB3 finds it; an open one stays open."""
+    if not isinstance(path, (str, pathlib.Path)):
+        yield path
+        return
+    path = pathlib.Path(path)
+    if not path.exists() and path.suffix == "" and suffix:
+        path = pathlib.Path(f"{path}.{suffix}")
+    with open(path, "rb") as file:
+        yield file

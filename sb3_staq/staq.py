@@ -3,9 +3,9 @@
 import io
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -27,8 +27,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.arguments import ARGUMENTS, check_argument, check_policy_kwargs, defaults_for
-from sb3_staq.coefficients import Coefficients, default_target_entropy
-from sb3_staq.distill import DistillReport, distill
+from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.mirror_descent import (
     LogitRule,
@@ -43,8 +42,11 @@ from sb3_staq.mirror_descent import (
 )
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
-from sb3_staq.replay import PolicyReplay, cache_fits, is_plain
-from sb3_staq.save_util import atomic_write
+from sb3_staq.replay import PolicyReplay, cache_fits, first_rows, is_plain
+from sb3_staq.save_util import atomic_write, check_pickle, check_zip, read_staq_data, with_checksum
+
+if TYPE_CHECKING:
+    from sb3_staq.distill_report import DistillReport
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
@@ -89,21 +91,21 @@ class StaQ(OffPolicyAlgorithm):
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
     :param memory_size: ``M``, the number of frozen critics that the policy of the training is made of at most. "auto"
-        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 11 for
-        ``kl_coef = ent_coef / 2``, 136 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
+        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 10 for
+        ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
         of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
         newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
-    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or "lin_..." string,
-        see :func:`sb3_staq.schedules.make_schedule`): larger values change the policy less per update. "rel_FACTOR" is
+    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or ``"lin_..."`` string,
+        see :func:`sb3_staq.coefficients.value_at`): larger values change the policy less per update. "rel_FACTOR" is
         that multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
     :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
         falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
         policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most.
         Default: 0.05, Box: "auto_0.2"
     :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
-        largest possible, in (0, 1) (number, schedule or "lin_..." string). "auto" falls from 0.6 to 0.2 over the
+        largest possible, in (0, 1) (number, schedule or ``"lin_..."`` string). "auto" falls from 0.6 to 0.2 over the
         training; for a Box with more than 5 values per dimension, between the shares that are as many nats from the
         uniform policy as these are for 5 (from 0.71 to 0.41 for 9).
     :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
@@ -130,12 +132,14 @@ class StaQ(OffPolicyAlgorithm):
         ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
+    :param average_share: share of the environments, rounded down, that collect with the average while the others
+        collect with the last policy: the replay buffer then keeps what acting well looks like
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
         update, instead of evaluating the whole stack in every target: "auto" (where it costs less; not with HER,
         normalised observations or custom weights), True or False. It takes the memory of the stored next observations
-        and 4 bytes per transition and bin; "auto" stays below 256 MB or half of the replay buffer
+        and 4 bytes per transition and bin; "auto" stays below 256 MB and half of the replay buffer
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -191,6 +195,7 @@ class StaQ(OffPolicyAlgorithm):
         eval_policy: str = "average",
         average_window: float = 0.15,
         average_size: int = 60,
+        average_share: float = 0.0,
         reward_scale: float = 1.0,
         logit_cache: bool | str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -257,6 +262,7 @@ class StaQ(OffPolicyAlgorithm):
         self.eval_policy = eval_policy
         self.average_window = average_window
         self.average_size = average_size
+        self.average_share = average_share
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
 
@@ -280,15 +286,18 @@ class StaQ(OffPolicyAlgorithm):
         for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
             value = getattr(self, name)
             setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        self._check_learning_rate(self.learning_rate, 1.0)
         check_policy_kwargs(self.policy_kwargs, self.critic)
         self._coefficients().check()
-        memory_size = self._memory_size_for(*self._coefficients().at(1.0))
+        # Those of the end too: "auto" would fail in the last policy update where ent_coef falls to 0
+        _, memory_size = (self._memory_size_for(*self._coefficients().at(progress)) for progress in (0.0, 1.0))
         self.logit_rule = make_logit_rule(self.logit_rule, memory_size)
         with self._as_sb3_needs_them():
             super()._setup_model()
         self.policy.action_space = self.action_space
+        replay = self.replay
         if self.verbose >= 1:
-            self._print_choices()
+            self._print_choices(replay)
 
     @contextmanager
     def _as_sb3_needs_them(self) -> Iterator[None]:
@@ -306,8 +315,8 @@ class StaQ(OffPolicyAlgorithm):
         finally:
             self.action_space, self.policy_kwargs = action_space, policy_kwargs
 
-    def _print_choices(self) -> None:
-        how = "evaluated directly through the whole stack" if self.replay.cache is None else "kept in a cache"
+    def _print_choices(self, replay: PolicyReplay) -> None:
+        how = "evaluated directly through the whole stack" if replay.cache is None else "kept in a cache"
         print(f"Logits of replayed states are {how}")
         kl_coef, ent_coef = self._coefficients().at(1.0)
         asked = auto_memory_size(self.gamma, kl_coef, ent_coef)
@@ -322,13 +331,15 @@ class StaQ(OffPolicyAlgorithm):
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
-        :raise ValueError: if the critics diverge; before the optimizer's step
+        :raise ValueError: if the critics diverge, before the optimizer's step; or if a schedule or a sampled batch has
+            an invalid number
         """
         policy = self.policy
         policy.set_training_mode(True)
         # Update learning rate according to schedule
+        self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
-        losses: dict[str, list[float]] = defaultdict(list)
+        losses: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for n_steps, update_is_due in self._phases(gradient_steps):
             for data in self.replay.batches(n_steps, batch_size):
@@ -343,14 +354,18 @@ class StaQ(OffPolicyAlgorithm):
                 # Each critic has its own regression: mean over the batch, sum over the critics
                 td_error = policy.action_values(data.observations, data.actions) - target_q.squeeze(1)
                 critic_loss = td_error.square().mean(dim=1).sum()
+                losses["critic_loss"].append(critic_loss.detach())
+                losses["td_error"].append(td_error.detach().abs().mean())
                 loss = critic_loss
                 if sweep is not None and policy.main_effects is not None:  # continuous actions only
                     effects_loss = main_effects_loss(policy.main_effects, sweep)
-                    losses["main_effects_loss"].append(effects_loss.item())
+                    losses["main_effects_loss"].append(effects_loss.detach())
                     loss = critic_loss + effects_loss
 
-                losses["critic_loss"].append(self._check_critics("critic_loss", critic_loss.item()))
-                losses["td_error"].append(td_error.detach().abs().mean().item())
+                if not np.isfinite(loss.item()):  # the one number that each step waits for, before anything changes
+                    for name, values in {**losses, "loss": [loss]}.items():
+                        self._check_critics(name, values[-1].item())
+
                 policy.optimizer.zero_grad()
                 loss.backward()
                 policy.optimizer.step()
@@ -364,7 +379,7 @@ class StaQ(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, values in losses.items():
-            self.logger.record(f"train/{name}", np.mean(values))
+            self.logger.record(f"train/{name}", th.stack(values).mean().item())
 
     def update_policy(self) -> None:
         """
@@ -378,7 +393,7 @@ class StaQ(OffPolicyAlgorithm):
         states, old_log_prob = data.next_observations, data.next_log_prob
         q_new = policy.q_values(policy.additive_critics, states)
         self._check_critics("mean Q-value", q_new.mean().item())
-        progress = max(self._current_progress_remaining, 0.0)  # several environments may overshoot the end a little
+        progress = self._current_progress_remaining
         old_sums = self.replay.logit_sums(states)
         kl_coef, ent_coef = self._coefficients().next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
@@ -423,7 +438,16 @@ class StaQ(OffPolicyAlgorithm):
             return 1.0
         return self.gradient_steps / (self.train_freq.frequency * self.n_envs)
 
-    def _check_critics(self, what: str, value: float) -> float:
+    @staticmethod
+    def _check_learning_rate(learning_rate: float | Schedule, progress: float) -> None:
+        value_at("learning_rate", learning_rate, progress, ARGUMENTS["learning_rate"].expected)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # A rollout may end after total_timesteps, where a schedule that falls to 0 would be negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _check_critics(self, what: str, value: float) -> None:
         """Stop before critics that are not finite are trained on, or get into the policy."""
         if not np.isfinite(value):
             raise ValueError(
@@ -431,12 +455,25 @@ class StaQ(OffPolicyAlgorithm):
                 f"learning_rate={self.learning_rate!r} and reward_scale={self.reward_scale!r}; smaller values are more "
                 "stable. Parameters and policy are those of before this step."
             )
-        return value
 
     @property
     def n_policy_updates(self) -> int:
         """Number of policy updates so far."""
         return self._n_policy_updates
+
+    @property
+    def eval_policy(self) -> str:
+        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        policy = self.__dict__.get("policy")
+        return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        policy = self.__dict__.get("policy")
+        if policy is not None:
+            check_argument("eval_policy", eval_policy)
+            policy.eval_policy = eval_policy
+        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
 
     # Coefficients, which callbacks may change during the training: they are read anew at each policy update
 
@@ -456,7 +493,9 @@ class StaQ(OffPolicyAlgorithm):
         check_argument("memory_size", self.memory_size)
         if not isinstance(self.memory_size, str):
             return int(self.memory_size)
-        if isinstance(self.logit_rule, Sequence) and not isinstance(self.logit_rule, str):
+        if isinstance(self.logit_rule, str) and self.logit_rule == "exact":
+            return 1  # it has no effect
+        if isinstance(self.logit_rule, Sized) and not isinstance(self.logit_rule, str):
             return len(self.logit_rule)
         return auto_memory_size(self.gamma, kl_coef, ent_coef)
 
@@ -525,38 +564,49 @@ class StaQ(OffPolicyAlgorithm):
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
-            actions[explores] = self.policy.to_env_actions(self.policy.branches.uniform(int(explores.sum())))
+            actions[explores] = self._uniform_actions(int(explores.sum()))
         return actions
+
+    def _uniform_actions(self, n: int) -> np.ndarray:
+        branches = self.policy.branches
+        stored = branches.decode(branches.uniform(n)).cpu().numpy()
+        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
+        return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Act by the last policy, which is the one that learns."""
+        """Act by the last policy, which is the one that learns; in a share of the environments by the average."""
         self._remember_statistics()
-        policy = self.policy
+        assert self._last_obs is not None
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
-            actions = policy.to_env_actions(policy.branches.uniform(n_envs))
+            actions = self._uniform_actions(n_envs)
         else:
-            with th.no_grad():
-                sums = self.replay.logit_sums(self._last_obs_as_tensor(), remember=False)
-                actions = self._explore(policy.to_env_actions(policy.branches.sample(policy.log_prob(sums))))
-        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+            obs = self._last_obs_as_tensor()
+            sums = self.replay.logit_sums(obs, remember=False)
+            n_average = int(self.average_share * n_envs)
+            if n_average > 0:
+                sums[:n_average] = self.policy.logit_sums(first_rows(obs, n_average), average=True)
+            with self.policy.collecting(sums):
+                actions, _ = self.predict(self._last_obs)
+        return actions, self.policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _last_obs_as_tensor(self) -> PyTorchObs:
         """The last observations as the replay buffer has them."""
         buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
         assert buffer is not None and self._last_obs is not None
+        normalised = vec_normalize is not None and vec_normalize.norm_obs
 
-        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> th.Tensor:
-            dtype = space.dtype if vec_normalize is None else np.float32
+        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...], normalised: bool) -> th.Tensor:
+            dtype = np.float32 if normalised else space.dtype
             return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
 
         if isinstance(self._last_obs, dict):
             assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
-            keys = self.observation_space.spaces
-            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k]) for k in keys}
+            keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
+            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys}
         assert isinstance(buffer.obs_shape, tuple)
-        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape)
+        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
@@ -623,6 +673,7 @@ class StaQ(OffPolicyAlgorithm):
                 finite = np.isfinite(array.astype(np.float32))
             if not finite.all():
                 self._restore_statistics()
+                self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
                 if env_index is None:
                     env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
                     array, finite = array[env_index], finite[env_index]
@@ -630,7 +681,7 @@ class StaQ(OffPolicyAlgorithm):
                 raise ValueError(
                     f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
                     f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                    "can be saved, and learn() can be called again"
+                    "can be saved, and learn() can be called again, which resets the environments"
                 )
 
     # Learning, saving and loading
@@ -646,7 +697,8 @@ class StaQ(OffPolicyAlgorithm):
         self._remember_statistics()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_obs is not None
-        self._check_finite("observation", self._last_obs)
+        original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
+        self._check_finite("observation", self._last_obs if original is None else original)
         return result
 
     def learn(
@@ -670,13 +722,15 @@ class StaQ(OffPolicyAlgorithm):
         finally:
             self.policy_update_hooks = []
 
-    def distill(self, **kwargs: Any) -> tuple[StaQPolicy, DistillReport]:
+    def distill(self, **kwargs: Any) -> "tuple[StaQPolicy, DistillReport]":
         """
         Regress one small network on the policy that is delivered: for robots, which cannot carry a stack.
 
         :param kwargs: arguments of :func:`sb3_staq.distill.distill`, as ``max_kl``, ``max_steps``, ``progress_bar``
         :return: a policy whose stack holds one critic, and a report of how close it is
         """
+        from sb3_staq.distill import distill  # it needs tqdm
+
         return distill(self, **kwargs)
 
     def save(
@@ -694,17 +748,76 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        self.eval_policy = self.policy.eval_policy
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
+    @classmethod
+    def load(cls: type[SelfStaQ], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfStaQ:
+        """
+        Load the model from a zip-file: as of any SB3 algorithm, and the file must be whole and of StaQ.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param args: as of ``BaseAlgorithm.load``
+        :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
+        :return: new model instance with loaded parameters
+        :raise ValueError: if the file is damaged, or of another algorithm
+        """
+        check_zip(path, "zip")
+        if "eval_policy" not in read_staq_data(path):  # of version 0.1.0, which had the last policy only
+            kwargs.setdefault("eval_policy", "last")
+        return super().load(path, *args, **kwargs)
+
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file. An existing file is replaced once the new one is complete.
+        Save the replay buffer as a pickle file, with what the logit cache remembers.
+
+        An existing file is replaced once the new one is complete.
 
         :param path: Path to the file where the replay buffer should be saved.
         """
-        with atomic_write(path, "pkl") as file:
-            super().save_replay_buffer(file)
+        buffer, cache = self.replay_buffer, self.replay.cache
+        vars(buffer)["logit_cache"] = {} if cache is None else cache.state_dict()
+        try:
+            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
+                super().save_replay_buffer(checked_file)
+        finally:
+            del vars(buffer)["logit_cache"]
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file. If that fails, the model keeps its own.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
+            the replay buffer is truncated, or continued
+        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
+        """
+        check_pickle(path, "pkl")
+        own = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_replay_buffer()
+        except Exception as error:
+            self.replay_buffer = own
+            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
+                raise
+            raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
+        remembered = vars(self.replay_buffer).pop("logit_cache", {})
+        if remembered and self.replay.cache is not None:
+            self.replay.cache.load_state_dict(remembered)
+
+    def _check_replay_buffer(self) -> None:
+        buffer = self.replay_buffer
+        expected = {
+            "action_space": flatten_action_space(self.action_space),
+            "observation_space": self.observation_space,
+            "n_envs": self.n_envs,
+        }
+        for name, value in expected.items():
+            found = getattr(buffer, name)
+            if found != value:
+                raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]

@@ -89,6 +89,22 @@ class RandomObsEnv(gym.Env):
         return self._obs(), reward, bool(terminated), bool(truncated), {}
 
 
+class OneStateEnv(gym.Env):
+    """One state, reward 1, and every step ends the episode: by truncation or by termination."""
+
+    observation_space = spaces.Box(0, 1, (2,), np.float32)
+
+    def __init__(self, truncates, n_actions=2):
+        self.truncates, self.action_space = truncates, spaces.Discrete(n_actions)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(2, np.float32), {}
+
+    def step(self, action):
+        return np.ones(2, np.float32), 1.0, not self.truncates, self.truncates, {}
+
+
 def randomise(module: th.nn.Module, seed: int, std: float = 0.5) -> None:
     """Parameters as after a training that went somewhere: a new critic's last layer is zero."""
     generator = th.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Every action space as groups of choices, held against brute-force enumeration of the joint choices."""
+"""Every action space as branches of bins, held against brute-force enumeration of the joint bins."""
 
 import itertools
 
@@ -16,12 +16,13 @@ from stable_baselines3.common.envs import (
     IdentityEnvMultiDiscrete,
 )
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import StaQ
-from sb3_staq.action_spaces import make_action_groups
-from sb3_staq.critics import Dueling
+from sb3_staq.action_spaces import MIN_PEAK, make_branches
 from sb3_staq.mirror_descent import decay_rate, entropy, log_policy, step_size
+from sb3_staq.q_networks import DuelingHead
 
 UNEVEN_BOX = spaces.Box(np.array([-1.0, 0.0, -3.0]), np.array([1.0, 2.0, 5.0]), dtype=np.float32)
 SPACES = {
@@ -41,8 +42,8 @@ SPACES = {
 }
 
 
-def all_choices(sizes) -> th.Tensor:
-    """Every combination of choices, shape (product of sizes, number of groups)."""
+def all_bins(sizes) -> th.Tensor:
+    """Every combination of bins, shape (product of sizes, number of branches)."""
     return th.tensor(list(itertools.product(*map(range, sizes))))
 
 
@@ -65,18 +66,18 @@ class OneStepEnv(gym.Env):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_decode_and_encode_are_inverse(name):
-    """All joint choices give different stored actions, from which they are recovered."""
+    """All joint bins give different stored actions, from which they are recovered."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
-    choices = all_choices(groups.sizes)
-    actions = groups.decode(choices)
-    assert len(actions.unique(dim=0)) == len(choices)
-    assert th.equal(groups.encode(actions), choices)
+    branches = make_branches(space, **kwargs)
+    bins = all_bins(branches.sizes)
+    actions = branches.decode(bins)
+    assert len(actions.unique(dim=0)) == len(bins)
+    assert th.equal(branches.encode(actions), bins)
 
 
-def test_expected_choices():
-    """The numbers of choices of each grid, and their extremes."""
-    sizes = {name: make_action_groups(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}
+def test_expected_bins():
+    """The numbers of bins of each grid, and their extremes."""
+    sizes = {name: make_branches(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}
     assert sizes == {
         "discrete": (5,),
         "discrete_start": (3,),
@@ -92,20 +93,20 @@ def test_expected_choices():
         "box_fixed": (3, 3),
         "box_2d": (2, 2, 2, 2),
     }
-    axis = make_action_groups(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
+    axis = make_branches(UNEVEN_BOX, "axis").decode(th.arange(7).unsqueeze(1))
     assert axis.abs().sum(dim=1).tolist() == [0] + [1] * 6
-    factored = make_action_groups(UNEVEN_BOX, "factored", 4).decode(all_choices((4, 4, 4)))
+    factored = make_branches(UNEVEN_BOX, "factored", 4).decode(all_bins((4, 4, 4)))
     assert factored.unique().tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
 
 
 @pytest.mark.parametrize("name", ["box_factored", "box_axis", "box_joint", "box_2d"])
-def test_encode_finds_the_nearest_choice(name):
+def test_encode_finds_the_nearest_bin(name):
     """For arbitrary stored actions, as another agent's buffer holds them."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
+    branches = make_branches(space, **kwargs)
     actions = 2 * th.rand(200, int(np.prod(space.shape)), generator=th.Generator().manual_seed(0)) - 1
-    candidates = groups.decode(all_choices(groups.sizes))
-    found = groups.decode(groups.encode(actions))
+    candidates = branches.decode(all_bins(branches.sizes))
+    found = branches.decode(branches.encode(actions))
     distance = (actions.unsqueeze(1) - candidates).square().sum(dim=2).min(dim=1).values
     assert th.allclose((actions - found).square().sum(dim=1), distance, atol=1e-6)
 
@@ -114,39 +115,157 @@ def test_encode_finds_the_nearest_choice(name):
 def test_distribution_against_the_joint_distribution(name):
     """Log-probabilities, entropy and mode of the product policy are those of the enumerated joint distribution."""
     space, kwargs = SPACES[name]
-    groups = make_action_groups(space, **kwargs)
-    logits = th.randn(1, groups.n_choices, dtype=th.float64, generator=th.Generator().manual_seed(1))
-    choices = all_choices(groups.sizes)
-    # The sum of the chosen logits, by a loop, normalised over all joint choices
-    starts = [sum(groups.sizes[:g]) for g in range(len(groups.sizes))]
-    scores = th.tensor(
-        [sum(logits[0, start + int(c)] for start, c in zip(starts, row, strict=True)) for row in choices]
-    )
+    branches = make_branches(space, **kwargs)
+    logits = th.randn(1, branches.n_bins, dtype=th.float64, generator=th.Generator().manual_seed(1))
+    bins = all_bins(branches.sizes)
+    # The sum of the chosen logits, by a loop, normalised over all joint bins
+    starts = [sum(branches.sizes[:g]) for g in range(len(branches.sizes))]
+    scores = th.tensor([sum(logits[0, start + int(c)] for start, c in zip(starts, row, strict=True)) for row in bins])
     joint = scores - scores.logsumexp(dim=0)
 
-    distribution = groups.distribution(logits.expand(len(choices), -1))
-    chosen = choices if len(groups.sizes) > 1 else choices.squeeze(1)
+    distribution = branches.distribution(logits.expand(len(bins), -1))
+    chosen = bins if len(branches.sizes) > 1 else bins.squeeze(1)
     assert th.allclose(distribution.log_prob(chosen), joint)
     expected_entropy = -(joint.exp() * joint).sum()
     assert th.allclose(distribution.entropy(), expected_entropy)
-    assert th.allclose(entropy(log_policy(logits, groups.sizes)), expected_entropy)
-    assert th.allclose(log_policy(logits, groups.sizes)[0, groups.columns(choices)].sum(dim=1), joint)
-    assert groups.mode(logits).squeeze(0).tolist() == choices[joint.argmax()].tolist()
-    # A factored Box has quantities, of which there is a mean
-    actions = groups.decode(choices).double()
-    is_factored_box = isinstance(space, spaces.Box) and kwargs.get("action_grid", "factored") == "factored"
-    deterministic = joint.exp() @ actions if is_factored_box else actions[joint.argmax()]
-    assert th.allclose(groups.deterministic(logits).squeeze(0).double(), deterministic, atol=1e-6)
+    assert th.allclose(entropy(log_policy(logits, branches.sizes)), expected_entropy)
+    assert th.allclose(log_policy(logits, branches.sizes)[0, branches.columns(bins)].sum(dim=1), joint)
+    assert branches.mode(logits).squeeze(0).tolist() == bins[joint.argmax()].tolist()
 
 
-def test_groupwise_update_is_the_joint_optimum():
+def is_one_hill(p) -> bool:
+    """No bin lies in a valley: by more than MIN_PEAK below one on its left and one on its right."""
+    return not any(min(p[i], p[k]) - p[j] > MIN_PEAK for i, j, k in itertools.combinations(range(len(p)), 3))
+
+
+def deterministic_by_definition(branches, logits) -> list[float]:
+    """The mean of the stored action's component where the policy is one hill, else the best bin."""
+    action, start = [], 0
+    for i, size in enumerate(branches.sizes):
+        values = branches.decode(th.arange(size).unsqueeze(1).expand(-1, len(branches.sizes)))[:, i].tolist()
+        p = np.exp(logits[start : start + size] - np.max(logits[start : start + size]))
+        p = p / p.sum()
+        action.append(float(np.dot(p, values)) if is_one_hill(p) else values[int(np.argmax(p))])
+        start += size
+    return action
+
+
+@pytest.mark.parametrize("name", ["box_factored", "box_rounding", "box_2d"])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_deterministic_actions_of_a_box(name, scale):
+    """Against the definition: a mean or the best bin, branch by branch and state by state."""
+    space, kwargs = SPACES[name]
+    branches = make_branches(space, **kwargs)
+    logits = scale * th.randn(300, branches.n_bins, dtype=th.float64, generator=th.Generator().manual_seed(3))
+    expected = [deterministic_by_definition(branches, row) for row in logits.numpy()]
+    np.testing.assert_allclose(branches.deterministic(logits), expected, atol=1e-6)
+
+
+def test_both_kinds_of_deterministic_actions_occur():
+    """... in the test above, and for each number of bins at which they may."""
+    generator = th.Generator().manual_seed(4)
+    for size in (2, 3, 5, 9):
+        branches = make_branches(spaces.Box(-1, 1, (1,)), action_bins=size)
+        logits = 2 * th.randn(500, size, dtype=th.float64, generator=generator)
+        hills = np.array([is_one_hill(p) for p in logits.softmax(dim=1).numpy()])
+        assert hills.all() if size == 2 else 50 < hills.sum() < 450
+        expected = [deterministic_by_definition(branches, row) for row in logits.numpy()]
+        np.testing.assert_allclose(branches.deterministic(logits), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prob", "expected"),
+    [
+        ([0.5, 0.0, 0.5], -1.0),  # steer around the obstacle, left or right; of equals the first
+        ([0.4, 0.0, 0.6], 1.0),
+        ([0.2, 0.6, 0.2], 0.0),
+        ([0.1, 0.2, 0.7], 0.6),
+        ([1.0, 0.0, 0.0], -1.0),
+        ([1 / 3, 1 / 3, 1 / 3], 0.0),
+        # A dip that is no deeper than MIN_PEAK is no valley
+        ([0.39, 0.3, 0.31], -0.08),
+        ([0.3 + 0.99 * MIN_PEAK, 0.3, 0.4 - 0.99 * MIN_PEAK], 0.1 - 1.98 * MIN_PEAK),
+        ([0.36 + 1.01 * MIN_PEAK / 2, 0.28 - 1.01 * MIN_PEAK, 0.36 + 1.01 * MIN_PEAK / 2], -1.0),
+        # The valley need not lie beside the peaks, nor have a flat bottom
+        ([0.35, 0.15, 0.05, 0.1, 0.35], -1.0),
+        ([0.34, 0.12, 0.08, 0.12, 0.34], -1.0),
+        ([0.1, 0.1, 0.6, 0.1, 0.1], 0.0),
+        ([0.3, 0.1, 0.2, 0.1, 0.3], -1.0),
+    ],
+)
+def test_mean_of_one_hill_and_best_bin_of_two(prob, expected):
+    branches = make_branches(spaces.Box(-1, 1, (1,)), action_bins=len(prob))
+    action = branches.deterministic(th.tensor([prob], dtype=th.float64).log()).item()
+    assert action == pytest.approx(expected, abs=1e-6)
+    # A constant and the other branches are no matter
+    two = make_branches(spaces.Box(-1, 1, (2,)), action_bins=len(prob))
+    logits = th.tensor([[*(p + 1e-30 for p in prob), *([1.0] * len(prob))]], dtype=th.float64).log() + 7.0
+    assert two.deterministic(logits).tolist()[0] == pytest.approx([expected, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_boundary_of_a_valley(above):
+    """Exactly MIN_PEAK is not enough: it has to be more."""
+    dip = MIN_PEAK + (1e-6 if above else -1e-6)
+    p = [(1 + dip) / 3, (1 - 2 * dip) / 3, (1 + dip) / 3]
+    branches = make_branches(spaces.Box(-1, 1, (1,)), action_bins=3)
+    assert branches.deterministic(th.tensor([p], dtype=th.float64).log()).item() == pytest.approx(-above, abs=1e-6)
+
+
+def test_choices_without_an_order_have_no_mean():
+    """The deterministic action is the best bin of each branch, whatever the policy looks like."""
+    for space in (spaces.Discrete(3), spaces.MultiDiscrete([3, 3]), spaces.MultiBinary(2)):
+        branches = make_branches(space)
+        logits = th.randn(50, branches.n_bins, generator=th.Generator().manual_seed(5))
+        assert th.equal(branches.deterministic(logits), branches.decode(branches.mode(logits)))
+    for grid in ("axis", "joint"):
+        branches = make_branches(spaces.Box(-1, 1, (2,)), grid, 3)
+        logits = th.randn(50, branches.n_bins, generator=th.Generator().manual_seed(5))
+        assert th.equal(branches.deterministic(logits), branches.decode(logits.argmax(dim=1, keepdim=True)))
+
+
+class Obstacle(gym.Env):
+    """Steer left or right of it: the best policies have two peaks, between which lies what they avoid."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def observe(self):
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(abs(action[0]) > 0.4), False, self.t >= 20, {}
+
+
+@pytest.mark.slow
+def test_greedy_actions_avoid_what_the_policy_avoids():
+    model = make_model(
+        Monitor(Obstacle()), critic="joint", net_arch=(32,), buffer_size=3000, learning_rate=3e-3, gamma=0.9,
+        batch_size=64, ent_coef=0.1, kl_coef=0.1, policy_update_interval=50,
+    ).learn(2000)  # fmt: skip
+    env = Monitor(Obstacle())
+    env.reset(seed=1)
+    greedy, stochastic = (evaluate_policy(model, env, 20, deterministic=how)[0] for how in (True, False))
+    assert stochastic > 18
+    assert greedy >= stochastic - 1
+    log_pi = model.policy.get_distribution(th.zeros(1, 2)).distribution.logits
+    assert not is_one_hill(log_pi.exp()[0].tolist())
+
+
+def test_branchwise_update_is_the_joint_optimum():
     """For an additive Q and a product policy, no joint distribution has a better value of the EPMD objective."""
     generator = th.Generator().manual_seed(2)
     sizes, kl_coef, ent_coef = (3, 2, 2), 0.7, 0.3
     xi = th.randn(sum(sizes), dtype=th.float64, generator=generator)
     q_terms = th.randn(sum(sizes), dtype=th.float64, generator=generator)
-    choices = all_choices(sizes)
-    columns = choices + th.tensor([0, 3, 5])
+    bins = all_bins(sizes)
+    columns = bins + th.tensor([0, 3, 5])
 
     def joint(logits: th.Tensor) -> th.Tensor:
         return log_policy(logits, sizes)[columns].sum(dim=1)
@@ -158,7 +277,7 @@ def test_groupwise_update_is_the_joint_optimum():
         return (p * q_joint).sum() - ent_coef * (p * log_p).sum() - kl_coef * (p * (log_p - log_old)).sum()
 
     updated = joint(decay_rate(kl_coef, ent_coef) * xi + step_size(kl_coef, ent_coef) * q_terms)
-    free = th.zeros(len(choices), dtype=th.float64, requires_grad=True)
+    free = th.zeros(len(bins), dtype=th.float64, requires_grad=True)
     optimizer = th.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
 
     def closure():
@@ -174,9 +293,9 @@ def test_groupwise_update_is_the_joint_optimum():
 
 
 def test_dueling_terms():
-    """Each group's terms differ by its advantages and average to its share of the value."""
+    """Each branch's terms differ by its advantages and average to its share of the value."""
     x = th.randn(4, 7 + 1)
-    terms = Dueling([3, 4])(x)
+    terms = DuelingHead([3, 4])(x)
     for columns in (slice(0, 3), slice(3, 7)):
         assert th.allclose(terms[:, columns].mean(dim=1), x[:, -1] / 2, atol=1e-6)
         differences = x[:, columns] - x[:, columns.start : columns.start + 1]
@@ -200,7 +319,7 @@ def test_actions_are_in_the_space(name, tmp_path):
     loaded = StaQ.load(tmp_path / "model.zip")
     logits = model.policy.logits(th.zeros(1, 2))
     assert th.equal(loaded.policy.logits(th.zeros(1, 2)), logits) and logits.abs().max() > 0
-    assert loaded.policy.action_groups.sizes == model.policy.action_groups.sizes
+    assert loaded.policy.branches.sizes == model.policy.branches.sizes
 
 
 def test_buffer_of_another_agent():
@@ -216,13 +335,15 @@ def test_buffer_of_another_agent():
     assert th.isfinite(after).all() and not th.equal(after, before)
 
 
-def test_too_many_joint_choices():
+def test_too_many_joint_bins():
     """The error counts them and says what is accepted."""
     space = spaces.Box(-1, 1, (6,), np.float32)
     for bins in (5, np.int64(5)):
-        with pytest.raises(ValueError, match=r"action_grid='joint'.*action_bins=5.*15625.*4096"):
+        with pytest.raises(
+            ValueError, match=r"Invalid action_grid='joint': action_bins=5 in 6 .*15625.*expected at most 4096"
+        ):
             make_model(OneStepEnv(space), action_grid="joint", action_bins=bins)
-    with pytest.raises(ValueError, match=r"action_bins=4 and 32 dimensions has 18446744073709551616 choices"):
+    with pytest.raises(ValueError, match=r"action_bins=4 in 32 dimensions make 18446744073709551616 bins"):
         make_model(OneStepEnv(spaces.Box(-1, 1, (32,))), action_grid="joint", action_bins=np.int64(4))
 
 
@@ -240,10 +361,14 @@ class GridEnv(RandomObsEnv):
         return obs, float((action == wanted).mean()), terminated, truncated, info
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(critic="joint"), dict(n_steps=2)], ids=str)
+SLOW_WAYS = [pytest.param(way, marks=pytest.mark.slow) for way in (dict(critic="joint"), dict(n_steps=2))]
+
+
+@pytest.mark.parametrize("kwargs", [{}, *SLOW_WAYS], ids=str)
 def test_actions_of_several_dimensions_are_learned(kwargs):
     settings = dict(net_arch=(32,), gamma=0.0, buffer_size=3000, batch_size=64, learning_rate=3e-3, ent_coef=0.02)
-    model = make_model(GridEnv(), **settings, kl_coef=0.1, policy_update_interval=50, **kwargs).learn(3000)
+    settings |= dict(kl_coef=0.1, policy_update_interval=50, train_freq=2, gradient_steps=1)
+    model = make_model(GridEnv(), **settings, **kwargs).learn(3000)
     observations = np.array(list(itertools.product(range(2), range(3), range(3), range(2))))
     actions, _ = model.predict(observations, deterministic=True)
     wanted = observations.reshape(-1, 2, 2) + model.action_space.start
@@ -262,7 +387,12 @@ IDENTITY_ENVS = {
 }
 
 
-@pytest.mark.parametrize("name", IDENTITY_ENVS)
+FAST = ("discrete", "box_axis")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in IDENTITY_ENVS]
+)
 def test_identity_environments_are_solved(name):
     """The action must tell the observation: 100 is the largest return."""
     make_env, kwargs = IDENTITY_ENVS[name]
@@ -275,6 +405,7 @@ def test_identity_environments_are_solved(name):
         buffer_size=3000,
         learning_starts=200,
         train_freq=4,
+        gradient_steps=2,
         policy_update_interval=100,
         memory_size=20,
         kl_coef=0.2,
@@ -309,3 +440,21 @@ def test_pendulum():
     model.learn(10_000)
     mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
     assert mean >= -200
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+@pytest.mark.parametrize("name", SPACES)
+def test_no_double_precision(name, critic):
+    """Some devices have none: no parameter, no buffer and nothing that is saved, before and after a training."""
+    space, kwargs = SPACES[name]
+    model = make_model(OneStepEnv(space), net_arch=(8,), critic=critic, **kwargs)
+    for n_steps in (0, 40):
+        model.learn(n_steps)
+        policy = model.policy
+        tensors = dict(policy.named_parameters()) | dict(policy.named_buffers()) | policy.state_dict()
+        assert tensors
+        assert [key for key, tensor in tensors.items() if tensor.dtype == th.float64] == []
+        optimizer = [x for state in policy.optimizer.state.values() for x in state.values() if th.is_tensor(x)]
+        assert not any(x.dtype == th.float64 for x in optimizer)
+    batch = model.replay.sample(4)
+    assert batch.next_log_prob.dtype == policy.logits(batch.observations).dtype == th.float32

@@ -14,18 +14,16 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
-import torch as th
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import report, speed, speed_report, statistics
+from benchmarks import report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
-from benchmarks.suites import Cell, Environment, Suite, load_suites, make_cells
-from sb3_staq import StaQ
+from benchmarks.suites import Cell, Environment, Suite, file_name, load_suites, make_cells
 
 ROOT = Path(__file__).parents[1]
 SUITES = load_suites()
@@ -76,18 +74,53 @@ def test_dispersion_across_runs_and_episodes() -> None:
     assert statistics.dispersion_across_episodes(curves[:, 1]) == 20.0
 
 
+def test_relative_drawdown_is_a_share_of_the_best() -> None:
+    # Falls from 4 to 1 before the best, which is 10, and from 10 to 8
+    assert statistics.relative_drawdown(np.array([2.0, 4.0, 1.0, 10.0, 8.0])) == 0.3
+    assert statistics.relative_drawdown(np.array([1.0, 2.0, 4.0])) == 0.0
+    assert statistics.relative_drawdown(np.array([4.0, -1.0])) == 1.25  # below what is worth nothing
+    assert np.isnan(statistics.relative_drawdown(np.array([-2.0, -1.0, -3.0])))
+    for curve in np.random.default_rng(0).normal(3.0, 2.0, size=(50, 20)):
+        falls = [early - late for i, early in enumerate(curve) for late in curve[i:]]
+        assert statistics.relative_drawdown(curve) == pytest.approx(max(falls) / max(curve))
+        assert statistics.relative_drawdown(7 * curve) == pytest.approx(max(falls) / max(curve))  # has no unit
+
+
+def test_low_share_is_of_the_second_half() -> None:
+    # The best is 8: of 8, 5, 6 and 2, two are below 6
+    assert statistics.low_share(np.array([0.0, 1.0, 2.0, 3.0, 8.0, 5.0, 6.0, 2.0])) == 0.5
+    assert statistics.low_share(np.array([8.0, 1.0, 2.0, 3.0, 7.0])) == pytest.approx(2 / 3)  # the middle one counts
+    assert statistics.low_share(np.array([4.0, 4.0, 3.0, 1.0]), level=0.1) == 0.0
+    assert np.isnan(statistics.low_share(np.array([-2.0, -1.0, 0.0])))
+    for curve in np.random.default_rng(1).normal(3.0, 2.0, size=(50, 20)):
+        low = sum(value / max(curve) < 0.75 for value in curve.tolist()[10:])
+        assert statistics.low_share(curve) == pytest.approx(low / 10)
+
+
+def test_time_to_return_is_that_of_the_first_evaluation_to_reach_it() -> None:
+    times, returns = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, 5.0, 3.0, 8.0])
+    targets = (0.0, 1.0, 3.0, 5.0, 5.1, 8.1)
+    reached = [statistics.time_to_return(times, returns, target) for target in targets]
+    assert reached == [10.0, 10.0, 20.0, 20.0, 40.0, float("inf")]
+
+
 def test_stability_in_the_order_of_its_table() -> None:
     curves = np.array([[0.0, 5.0, 3.0, 4.0, 1.0, 2.0]] * 3)
-    measures = report.stability(curves, [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
-    # Differences 5, -2, 1, -3, 1: quartiles -2 and 1
-    assert dict(zip(report.STABILITY, measures, strict=True)) == {
+    measures = report.stability(curves, curves * [[1.0], [1.0], [-1.0]], [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
+    # Differences 5, -2, 1, -3, 1: quartiles -2 and 1. The best is 5: of 4, 1 and 2, two are below 3.75
+    assert {name: measures[name] for name in report.STABILITY} == {
         "across time": 3.0,
         "short-term risk": 3.0,
         "long-term risk": 4.0,
         "across runs": 0.0,
         "across episodes": 2.0,
+        "relative drawdown": 0.8,
+        "low share": 2 / 3,
     }
-    assert np.isnan(report.stability(curves[:1], [np.zeros(2)])[3])  # one training says nothing of how several differ
+    np.testing.assert_equal(measures["relative drawdown, each"], [0.8, 0.8, np.nan])
+    alone = report.stability(curves[:1], -curves[:1], [np.zeros(2)])
+    assert np.isnan(alone["across runs"])  # one training says nothing of how several differ
+    assert np.isnan(alone["relative drawdown"]) and np.isnan(alone["low share"])
 
 
 # rliable, against values worked out by hand
@@ -116,17 +149,17 @@ def test_bootstrap_intervals() -> None:
     certain = np.array([[0.0, 1.0]] * 4)
     # Two runs, 0 and 1: the mean of two draws is 0, 0.5 or 1 with probabilities 1/4, 1/2, 1/4
     uncertain = np.array([[0.0], [1.0]])
-    estimates = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
-    assert estimates["certain"][0] == 0.5 and (estimates["certain"][1] == 0.5).all()
-    assert estimates["uncertain"][0] == 0.5 and estimates["uncertain"][1].ravel().tolist() == [0.0, 1.0]
+    points, intervals = statistics.bootstrap({"certain": certain, "uncertain": uncertain}, mean, n_resamples=500)
+    assert points["certain"] == 0.5 and (intervals["certain"] == 0.5).all()
+    assert points["uncertain"] == 0.5 and intervals["uncertain"].ravel().tolist() == [0.0, 1.0]
 
     # The same results give the same intervals, and who draws random numbers beside does not notice
     scores = {"some": np.random.default_rng(0).normal(size=(5, 3))}
     np.random.seed(1)
-    first = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
+    _, first = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
     number = np.random.rand()
-    second = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
-    assert first["some"][1].tolist() == second["some"][1].tolist()
+    _, second = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=200)
+    assert first["some"].tolist() == second["some"].tolist()
     np.random.seed(1)
     assert np.random.rand() == number
 
@@ -137,14 +170,43 @@ def test_bootstrap_intervals() -> None:
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_suites_are_valid(suite: Suite) -> None:
     assert {cell.zoo_algo for cell in make_cells(suite)} <= set(ALGOS) and set(suite.algos) <= set(report.LABELS)
-    assert set(suite.hyperparams) <= set(suite.algos)
-    assert len(set(suite.seeds)) == len(suite.seeds) > 1
-    for env in suite.envs.values():
+    assert set(suite.hyperparams) | set(suite.seeds_by_algo) <= set(suite.algos)
+    for seeds in (suite.seeds_of(algo) for algo in suite.algos):
+        assert len(set(seeds)) == len(seeds) > 1
+    published, source = report.load_published()
+    assert source
+    for env_id, env in suite.envs.items():
         assert env.steps % env.eval_freq == 0 and env.steps // env.eval_freq >= 8
         assert env.random < env.reference
-        assert set(env.published) <= set(suite.algos) and bool(env.published) <= bool(
-            suite.published_source and suite.published_steps
-        )
+        others = published[(published["env"] == env_id) & (published["steps"] == 1_000_000)].set_index("algo")
+        # What is published is measured from 0, and SAC's return is the reference
+        assert others.empty or (env.zero, env.reference) == (0, others.loc["SAC", "return"])
+
+
+def test_published_curves() -> None:
+    """Numbers of their kind, one for each algorithm, environment and number of steps."""
+    published, _ = report.load_published()
+    counts = published.groupby(["algo", "steps"])["env"].nunique().unstack()
+    assert counts.shape == (7, 3) and list(counts.columns) == [100_000, 200_000, 1_000_000] and (counts == 5).all(None)
+    assert not published.duplicated(["algo", "env", "steps"]).any() and (published["return"] > 100).all()
+    for name, longest in (("relative drawdown", 0.99), ("low share", 0.90)):
+        assert published[name].dropna().between(0, longest).all() and published[name].max() == longest
+    assert published[published["steps"] == 1_000_000].notna().all(None)
+
+
+def test_the_long_suite_of_mujoco() -> None:
+    suite = SUITES["mujoco_1m"]
+    cells = make_cells(suite)
+    assert {cell.steps for cell in cells} == {1_000_000} and {cell.eval_freq for cell in cells} == {10_000}
+    seeds = {(cell.env_id, cell.algo): [] for cell in cells}
+    for cell in cells:
+        seeds[cell.env_id, cell.algo].append(cell.seed)
+    n_envs = len(SUITES["mujoco"].envs)
+    assert list(seeds.values()) == [[20, 21, 22, 23, 24], [20, 21, 22]] * n_envs and n_envs == 4
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    # Beside the shorter trainings, and --seeds is for all algorithms
+    assert not {cell.results_file for cell in cells} & {cell.results_file for cell in make_cells(SUITES["mujoco"])}
+    assert [cell.seed for cell in make_cells(suite, ["sac"], ["Ant-v4"], [23, 7])] == [23, 7]
 
 
 def package_of(env_id: str) -> str:
@@ -202,6 +264,9 @@ def test_names_of_algorithms() -> None:
     colors, dashes = report.styles(labels)
     assert set(labels) <= set(colors) == set(dashes)
     assert all(colors[name] == report.styles(["SAC"])[0][name] for name in report.LABELS.values())
+    for suite in SUITES.values():  # ... and different within each of them
+        names = [report.label(algo) for algo in suite.algos]
+        assert len({colors[name] for name in names}) == len({dashes[name] for name in names}) == len(names)
 
 
 # Result files
@@ -219,7 +284,7 @@ def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
 def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
     """Results of all cells of a suite, as if they had been run."""
     for cell in make_cells(suite, folder=folder):
-        rng = np.random.default_rng(cell.seed)
+        rng = np.random.default_rng([cell.seed, len(cell.algo)])
         steps = range(cell.eval_freq, cell.steps + 1, cell.eval_freq)
         evaluations = [Evaluation(step, step / 100, step / 200, list(rng.normal(step, 5, 10))) for step in steps]
         if last_seed_is_done or cell.seed != suite.seeds[-1]:
@@ -231,28 +296,44 @@ def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
         Results(metadata, evaluations).write(cell.results_file)
 
 
-def finals_row(text: str, env_id: str, algo: str) -> dict[str, str]:
-    """A row of the table of an environment's final returns, by column."""
-    table = text.split(f"### {env_id}\n\n")[1].split("\n\n")[0].splitlines()
-    heading, row = table[0], next(line for line in table if line.startswith(f"| {algo} |"))
-    return dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (heading, row)), strict=True))
+def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]:
+    """A row of a section's table of an environment, or of its first table, by column."""
+    table = text.split(f"## {section}\n\n")[1].split(f"### {env_id}\n\n" if env_id else "\n\n|")[1]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()]
+    return dict(zip(lines[0], next(cells for cells in lines if cells[0] == name), strict=True))
 
 
 def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     pytest.importorskip("rliable")
     envs = {
         "CartPole-v1": Environment(80, 10, 0, 80),
-        "MinAtar/Breakout-v1": Environment(80, 20, 0, 80, published={"sac": 1234.0}),
+        "MinAtar/Breakout-v1": Environment(80, 20, 0, 80),
     }
-    suite = Suite(
-        "tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, published_source="somewhere", published_steps=5000
+    suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs)
+    columns = ["algo", "env", "seeds", "steps", "return", "relative drawdown", "low share"]
+    others = pd.DataFrame(
+        [
+            ["SAC", "MinAtar/Breakout-v1", 10, 40, 555, 0.1, 0.2],  # of shorter trainings: in the figure only
+            ["SAC", "MinAtar/Breakout-v1", 10, 80, 77, 0.31, 0.42],
+            ["SAC", "MinAtar/Breakout-v1", 10, 5000, 1234, 0.5, 0.6],
+            ["Other", "MinAtar/Breakout-v1", 5, 80, 88, 0.33, 0.44],
+            ["Other", "MinAtar/Breakout-v1", 5, 5000, 99, 0.7, 0.8],
+            ["Other", "Elsewhere-v0", 5, 80, 4321, 0.1, 0.2],
+        ],
+        columns=columns,
     )
     fake_results(tmp_path, suite, last_seed_is_done=False)
     folder = tmp_path / "results" / "tiny"
-    text = report.write_report(suite, folder).read_text()
+    text = report.write_report(suite, folder, others, "somewhere").read_text()
     assert "8 complete trainings" in text and "StaQ on CartPole-v1 (2 of 3)" in text
-    assert "| SAC, published |  | 1,234 |  |  | 5,000 |" in text and "Published: somewhere." in text
-    for figure in ("curves.png", "wall_clock.png", "aggregate.png", "stability.png"):
+    assert "Published: somewhere." in text and not {"555", "4,321", "99"} & {cell.strip() for cell in text.split("|")}
+    row = table_row(text, "Final returns", "MinAtar/Breakout-v1", "SAC, published (5,000 steps)")
+    assert (row["each seed"], row["mean"], row["steps"]) == ("10 seeds", "1,234", "5,000")
+    assert table_row(text, "Final returns", "MinAtar/Breakout-v1", "Other, published (80 steps)")["mean"] == "88"
+    for name, shares in (("SAC", ("0.31", "0.42", "10")), ("Other", ("0.33", "0.44", "5"))):
+        row = table_row(text, "Stability", "MinAtar/Breakout-v1", f"{name}, published")
+        assert (row["relative drawdown"], row["low share"], row["seeds"]) == shares and row["across time"] == ""
+    for figure in ("curves.png", "wall_clock.png", "aggregate.png", "profiles.png", "stability.png"):
         assert figure in text and (folder / figure).stat().st_size > 10_000
     _, finals = report.load_results(suite, folder)
     scores = report.score_matrices(finals)
@@ -262,16 +343,36 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path) -> None:
     with_it = report.score_matrices(pd.concat([finals, first_look]))
     assert {algo: matrix.tolist() for algo, matrix in with_it.items()} == {a: m.tolist() for a, m in scores.items()}
 
+    # The same numbers by another way: from the files
+    for env_id in envs:
+        finals_of = {
+            algo: [
+                Results.read(folder / file_name(env_id) / algo / f"seed_{seed}.csv").evaluations[-1].mean
+                for seed in (0, 1)
+            ]
+            for algo in suite.algos
+        }
+        best = max(finals_of, key=lambda algo: np.mean(finals_of[algo]))
+        for algo, values in finals_of.items():
+            bold = "**" if algo == best else ""
+            cell = table_row(text, "Final returns", "", report.label(algo))[env_id]
+            assert cell == f"{bold}{np.mean(values):,.1f}{bold} ({min(values):,.1f})"
+
+    # Returns rise with the steps, of which there are 200 in a second of the processor
+    row = table_row(text, "Time to a return", "MinAtar/Breakout-v1", "StaQ")
+    assert row["seeds"] == "2" and {row["20.0"], row["40.0"], row["60.0"]} == {"0.0"}
+
     # The last five evaluations of the two complete trainings, of eight each, and the time that their files state
-    last = finals_row(text, "CartPole-v1", "StaQ")
+    last = table_row(text, "Final returns", "CartPole-v1", "StaQ")
     files = [folder / "CartPole-v1" / "staq" / f"seed_{seed}.csv" for seed in (0, 1)]
     means = [np.mean([evaluation.mean for evaluation in Results.read(file).evaluations[3:8]]) for file in files]
     assert last["last 5"] == f"{np.mean(means):,.1f} ({means[0]:,.1f}, {means[1]:,.1f})"
     assert (last["steps"], last["minutes"], last["of the processor"]) == ("80", "0.0", "0.0")
     for file, expected in zip(files, ("0.0", ""), strict=True):  # where one file, both files are older
         file.write_text(file.read_text().replace("cpu_seconds", "unknown"))
-        row = finals_row(report.write_report(suite, folder).read_text(), "CartPole-v1", "StaQ")
-        assert row["of the processor"] == expected
+        text = report.write_report(suite, folder).read_text()
+        assert table_row(text, "Final returns", "CartPole-v1", "StaQ")["of the processor"] == expected
+    assert "StaQ" not in text.split("## Time to a return")[1].split("### CartPole-v1")[1].split("###")[0]
 
     # What does not belong together
     assert "**" not in report.summary(suite, finals)
@@ -496,64 +597,15 @@ def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -
 
 
 def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
-    pytest.importorskip("mujoco")
-    path = speed.run(tmp_path, speed.QUICK, repetitions=1, note="A note.")
-    text = path.read_text()
-    assert "A note." in text and f"--folder {tmp_path}`" in text and "nan" not in text
-    assert "reference, 1 environment, M = 4" in text and "floor, 8 environments, M = 4" in text
-    assert "HalfCheetah-v4: SAC, batches of 128, 8 environments" in text
-    assert "two policy updates that are 100 steps apart" in text
-    for figure in ("iteration.png", "acting.png"):
-        assert figure in text and (tmp_path / figure).stat().st_size > 10_000
-    # A model that has not been trained: the stack, online critics and targets, and a few kB of arguments
-    memory = pd.read_csv(tmp_path / "memory.csv").set_index("M")
-    assert (memory["zip"] - memory["parameters"]).between(0, 2.1 * memory["parameters"][1]).all()
-
-
-def test_no_part_of_an_iteration_leaves_work_to_the_next_one() -> None:
-    """Else the next repetition would evaluate the whole replay anew and count that as collecting."""
-    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=4, action_grid="axis")
-    for part, (action, _) in speed.iteration_parts(model, "StaQ", speed.QUICK).items():
-        action()
-        assert model._logit_cache is not None and model._logit_cache.in_sync, part
-
-
-def test_the_reference_of_the_speed_benchmark_is_the_same_policy() -> None:
-    model = speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=3, action_grid="axis")
-    obs = th.randn(9, 17)
-    expected = model.policy.frozen_critics(obs)
-    assert expected.std() > 0
-    th.testing.assert_close(speed.ReferenceStack(model.policy.frozen_critics)(obs), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_operations_of_a_gradient_step_are_a_gradient_step() -> None:
-    model, other = (speed.make(StaQ, speed.CheapEnv, speed.QUICK, memory_size=1, action_grid="axis") for _ in range(2))
-    other.policy.load_state_dict(model.policy.state_dict())
-    batch = next(model._batches(1, speed.BATCH_SIZE))
-    other._batches = lambda *_: [batch]  # type: ignore[method-assign]
-    other._evaluate_policy(1, speed.BATCH_SIZE)
-    before = {name: value.clone() for name, value in model.policy.critics.params.items()}
-    speed.bare_gradient_step(model, *batch[:2])
-    for name, expected in other.policy.critics.params.items():
-        th.testing.assert_close(model.policy.critics.params[name].grad, expected.grad, rtol=1e-4, atol=1e-6)
-        th.testing.assert_close(model.policy.critics.params[name], expected, rtol=0, atol=1e-5)
-        target = model.policy.critics_target.params[name]
-        th.testing.assert_close(target, other.policy.critics_target.params[name], rtol=0, atol=1e-5)
-        assert (expected - before[name]).abs().mean() > 1e-4
-
-
-def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
-    acting = pd.DataFrame({"batch_size": [1, 8], "bytes": [10**9] * 2, "flops": [5 * 10**8, 4 * 10**9]})
-    rates = {"reading": 20.0, "large matmul": 50.0, "matmul with 1 rows": 5.0, "matmul with 8 rows": 40.0}
-    machine = pd.DataFrame({"what": list(rates), "unit": "", "value": list(rates.values()), "repetition": 0})
-    floors = speed_report.acting_floors(acting, machine)
-    assert floors[1] == pytest.approx({"read": 50.0, "compute": 10.0, "floor": 50.0, "narrow": 100.0})
-    assert floors[8] == pytest.approx({"read": 50.0, "compute": 80.0, "floor": 80.0, "narrow": 100.0})
-
-    # 10**9 bytes are 250 million parameters, 2.5 million in each of 100 entries: 5 million operations per state
-    machine.loc[len(machine)] = ["operations of a gradient step", "", 400.0, 0]
-    sizes = {"memory_sizes": (1, 100), "n_envs": (1, 8), "buffer_size": 1000, "iteration": 500}
-    parts = speed_report.iteration_floors(acting, machine, sizes)
-    others = {"logits of the replay": 0.2, "critic steps": 200.0, "policy update": 0.0}
-    assert parts[1] == pytest.approx({"collect": 50.0, **others})
-    assert parts[8] == pytest.approx({"collect": 6.25, **others})
+    """Two measures and their ratio, with both kernels, against this version itself: every row is there."""
+    names = ["dqn gradient step", "gradient step", "act M=50, 1 row"]
+    here = Path(speed.__file__).parent.parent
+    path = speed.run(tmp_path, repetitions=2, scale=0.05, against=here, names=names)
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    counts = rows.groupby(["measure", "variant"]).size()
+    expected = {(name, variant) for name in names[1:] for variant in ("this version", "plain kernels", "other version")}
+    assert set(counts.index) == expected | {(names[0], "this version")}
+    assert (counts == 2).all() and (rows["seconds"] > 0).all()
+    ratios = rows[rows.variant == "this version"].pivot(index="repetition", columns="measure", values="seconds")
+    ratio = (ratios["gradient step"] / ratios["dqn gradient step"]).median()
+    assert f"share of DQN's: {ratio:.2f}" in path.read_text()

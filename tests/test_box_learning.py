@@ -5,9 +5,9 @@ import yaml
 from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq import StaQ
-from sb3_staq.schedules import make_schedule
 from sb3_staq.zoo import default_config
 
 
@@ -15,7 +15,9 @@ def train_with_shipped_settings(env_id, seed, n_steps):
     """The entry of the hyperparameter file, for fewer steps; return of 20 greedy episodes."""
     settings = yaml.safe_load(default_config().read_text())[env_id]
     env = make_vec_env(env_id, settings.pop("n_envs"), seed=seed)
-    learning_rate = make_schedule("learning_rate", settings["learning_rate"])
+    learning_rate = settings["learning_rate"]
+    if isinstance(learning_rate, str):  # "lin_START", which RL Zoo3 turns into a schedule
+        learning_rate = LinearSchedule(float(learning_rate.removeprefix("lin_")), 0.0, 1.0)
     settings |= dict(learning_rate=learning_rate, policy_kwargs=eval(settings["policy_kwargs"]), buffer_size=n_steps)
     del settings["n_timesteps"]
     model = StaQ(env=env, seed=seed, device="cpu", **settings).learn(n_steps)

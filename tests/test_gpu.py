@@ -1,6 +1,6 @@
-"""The same on a GPU as on the CPU, and no waiting for it in the gradient steps."""
+"""The same on a GPU as on the CPU, and no more waiting for it in the gradient steps than one number each."""
 
-from collections import Counter
+import warnings
 
 import numpy as np
 import pytest
@@ -40,27 +40,35 @@ class CountReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("logit_cache", [True, False])
 @pytest.mark.parametrize("actions", ACTION_SPACES)
-def test_gradient_steps_read_no_numbers(actions, logit_cache):
-    """However many there are: on a GPU each read would wait for all that is queued. Needs no GPU."""
+def test_gradient_steps_read_one_number_each(actions, logit_cache):
+    """The loss, which is tested before the step: on a GPU each read waits for all that is queued. Needs no GPU."""
     model = make(actions, logit_cache=logit_cache)
     model.learn(60)
+    model.policy_update_interval = 10**6
+
+    def n_reads(n_steps):  # all from one draw
+        with CountReads() as counter:
+            model.train(n_steps, batch_size=16)
+        return counter.n_reads
+
     with CountReads() as counter:
         th.zeros(1).item()
-        assert counter.n_reads == 1
-        model._evaluate_policy(20, batch_size=16)
     assert counter.n_reads == 1
+    assert n_reads(40) - n_reads(20) == 20
+    # What is read per draw and per call: whether the batch is finite, and the numbers that are logged
+    assert n_reads(20) <= 20 + 10
 
 
 @pytest.mark.parametrize("actions", ACTION_SPACES)
-def test_groups_follow_the_policy_but_are_not_saved(actions):
-    """The constants of the action groups move with the policy ("meta" stands in for a GPU); files do not change."""
+def test_branches_follow_the_policy_but_are_not_saved(actions):
+    """The constants of the action branches move with the policy ("meta" stands in for a GPU); files do not change."""
     model = make(actions)
-    assert not any("action_groups" in key for key in model.policy.state_dict())
-    groups = model.policy.to("meta").action_groups
-    choices = th.zeros(5, len(groups.sizes), dtype=th.long, device="meta")
-    for tensor in (groups.uniform(5), groups.columns(choices), groups.decode(choices)):
+    assert not any("branches" in key for key in model.policy.state_dict())
+    branches = model.policy.to("meta").branches
+    bins = th.zeros(5, len(branches.sizes), dtype=th.long, device="meta")
+    for tensor in (branches.uniform(5), branches.columns(bins), branches.decode(bins)):
         assert tensor.device.type == "meta"
-    assert groups.encode(groups.decode(choices)).shape == choices.shape
+    assert branches.encode(branches.decode(bins)).shape == bins.shape
 
 
 @needs_gpu
@@ -70,12 +78,14 @@ def test_training_on_cuda(actions, kind):
     """Everything that learns or acts is on the GPU, and the cache equals a direct evaluation."""
     model = make(actions, kind, device="cuda")
     model.learn(200)
-    policy, cache = model.policy, model._logit_cache
+    policy = model.policy
     assert {param.device.type for param in policy.parameters()} == {"cuda"}
-    assert cache.sums.is_cuda
-    assert len(policy.frozen_critics) == 4
-    for obs, sums in cache._batches():
-        assert relative_error(sums, policy.logit_sums(obs)) < 1e-4
+    assert len(policy.frozen_critics.weights) == 4
+    batch = model.replay.sample(100)
+    assert model.replay.cache is not None and batch.next_log_prob.is_cuda
+    direct = policy.logit_sums(batch.next_observations)
+    assert relative_error(model.replay.logit_sums(batch.next_observations), direct) < 1e-4
+    assert relative_error(batch.next_log_prob, policy.log_prob(direct)) < 1e-4
     obs = {"box": np.zeros((7, 4), np.float32), "discrete": np.arange(7)}.get(
         kind, {"a": np.zeros((7, 3), np.float32), "b": np.zeros(7, np.int64)}
     )
@@ -117,27 +127,23 @@ def test_logits_are_those_of_the_cpu(reduction, batch_size):
 @needs_gpu
 @pytest.mark.parametrize("logit_cache", [True, False])
 @pytest.mark.parametrize("actions", ACTION_SPACES)
-def test_gradient_steps_do_not_wait_for_the_gpu(actions, logit_cache, monkeypatch):
-    """With the batch on the device: CUDA reports any synchronisation as an error until the numbers are logged."""
+def test_gradient_steps_wait_once_for_the_gpu(actions, logit_cache):
+    """For the loss, which is tested before the step: CUDA reports every synchronisation."""
     model = make(actions, device="cuda", logit_cache=logit_cache)
     model.learn(100)
-    sample, record = model._sample(5 * 16), model.logger.record
-    modes, n_updates = Counter(), model._n_updates
+    model.policy_update_interval = 10**6
 
-    def sample_in_strict_mode(batch_size):
-        th.cuda.set_sync_debug_mode("error")
-        modes["strict"] += 1
-        return sample
+    def n_waits(n_steps):  # all from one draw
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            th.set_warn_always(True)
+            th.cuda.set_sync_debug_mode("warn")
+            try:
+                model.train(n_steps, batch_size=16)
+            finally:
+                th.cuda.set_sync_debug_mode("default")
+                th.set_warn_always(False)
+        return sum("synchroniz" in str(warning.message) for warning in caught)
 
-    def record_in_normal_mode(*args, **kwargs):
-        th.cuda.set_sync_debug_mode("default")
-        record(*args, **kwargs)
-
-    monkeypatch.setattr(model, "_sample", sample_in_strict_mode)
-    monkeypatch.setattr(model.logger, "record", record_in_normal_mode)
-    try:
-        model._evaluate_policy(5, batch_size=16)
-    finally:
-        th.cuda.set_sync_debug_mode("default")
-    assert modes["strict"] == 1  # all five batches at once
-    assert model._n_updates == n_updates + 5
+    assert n_waits(1) > 0
+    assert n_waits(40) - n_waits(20) == 20

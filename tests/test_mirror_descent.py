@@ -13,6 +13,8 @@ from sb3_staq.mirror_descent import (
     LOGIT_RULES,
     PolicyUpdate,
     StackWeights,
+    auto_memory_size,
+    averaged_updates,
     decay_rate,
     entropy,
     expected_value,
@@ -74,9 +76,9 @@ def test_rules_equal_the_sum_written_out(rule, memory_size, kind):
         was_full = rule != "exact" and len(kept) == memory_size
         assert weights.full == was_full
         update = weights.push(kl, ent)
-        deleted = kept.pop(0) if was_full else None
+        deleted = [kept.pop(0)] if was_full else []
         kept.append(q_new)
-        assert update.deletes == was_full
+        assert len(update.deleted_weights) == was_full
         assert len(weights) == len(kept) == (k if rule == "exact" else min(k, memory_size))
         total = update.apply(total, q_new, deleted)
 
@@ -191,9 +193,9 @@ def test_custom_weights_equal_the_sum_written_out():
     for k in range(11):
         assert weights.full == (k >= 4)
         update = weights.push(float(rng.uniform(0, 5)), float(rng.uniform(0, 5)))
-        assert update.deletes == (k >= 4)
+        assert len(update.deleted_weights) == (k >= 4)
         with pytest.raises(AssertionError, match="recursion"):
-            update.apply(th.ones(2), th.ones(2), th.ones(2))
+            update.apply(th.ones(2), th.ones(2), [th.ones(2)])
         expected = sum(by_age[age] * q_values[k - age] for age in range(4) if age <= k)
         kept = q_values[max(0, k - 3) : k + 1]
         actual = sum(weights.scale * weight * q for weight, q in zip(weights.values, kept, strict=True))
@@ -206,7 +208,7 @@ def test_geometric_custom_weights_are_the_truncated_rule(memory_size):
     custom = StackWeights(lambda age: 0.4 * 0.8**age, memory_size)
     truncated = StackWeights("truncated", memory_size)
     for _ in range(3 * memory_size):
-        assert custom.push(kl, ent).deletes == truncated.push(kl, ent).deletes
+        assert len(custom.push(kl, ent).deleted_weights) == len(truncated.push(kl, ent).deleted_weights)
         actual, expected = (np.multiply(weights.scale, weights.values) for weights in (custom, truncated))
         np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
@@ -237,7 +239,7 @@ def test_float32_recursion_stays_close_to_the_sum():
     for _ in range(5000):
         q_new = th.as_tensor(100 + 10 * rng.normal(size=(64, 4)), dtype=th.float32)
         update = weights.push(20.0, 0.4)
-        deleted = kept.pop(0) if update.deletes else None
+        deleted = [kept.pop(0) for _ in update.deleted_weights]
         kept.append(q_new)
         total = update.apply(total, q_new, deleted)
     direct = sum(weight * q.double() for weight, q in zip(weights.values, kept, strict=True))
@@ -245,10 +247,77 @@ def test_float32_recursion_stays_close_to_the_sum():
 
 
 def test_update_that_deletes_needs_the_deleted_values():
-    update = PolicyUpdate(decay=0.5, deletes=True, deleted_weight=0.25)
-    with pytest.raises(AssertionError, match="deletes"):
+    update = PolicyUpdate(decay=0.5, deleted_weights=(0.25,))
+    with pytest.raises(ValueError, match="shorter"):
         update.apply(th.ones(2), th.ones(2))
-    np.testing.assert_allclose(update.apply(th.ones(2), th.full((2,), 3.0), th.full((2,), 4.0)), [2.5, 2.5])
+    np.testing.assert_allclose(update.apply(th.ones(2), th.full((2,), 3.0), [th.full((2,), 4.0)]), [2.5, 2.5])
+
+
+@pytest.mark.parametrize("rule", LOGIT_RULES)
+@pytest.mark.parametrize(("old_size", "new_size"), [(6, 2), (6, 1), (6, 5), (3, 7)])
+def test_memory_that_changes_its_size(rule, old_size, new_size):
+    """What a smaller memory has no room for is deleted at the next push; the recursion follows, and goes on."""
+    rng = np.random.default_rng(1)
+    weights, kept, total, coefs, q_values = StackWeights(rule, old_size), [], th.zeros(3, dtype=th.float64), [], []
+    for k in range(20):
+        if k == 9:
+            weights.memory_size = new_size
+        kl, ent = float(rng.uniform(0.5, 3)), float(rng.uniform(0.1, 1))
+        coefs.append((kl, ent))
+        q_values.append(rng.normal(size=3))
+        n_before = len(kept)
+        n_deleted = weights.n_deleted
+        update = weights.push(kl, ent)
+        deleted = [kept.pop(0) for _ in update.deleted_weights]
+        kept.append(th.as_tensor(q_values[-1]))
+        total = update.apply(total, kept[-1], deleted)
+        assert len(deleted) == n_deleted == n_before + 1 - len(kept)
+        assert len(kept) == len(weights) == (k + 1 if rule == "exact" else min(n_before + 1, weights.memory_size))
+        summed = sum(weight * q for weight, q in zip(weights.values, kept, strict=True))
+        np.testing.assert_allclose(total, summed, rtol=1e-10, atol=1e-12)
+    if rule == "exact" or new_size < old_size:  # a larger memory still lacks what was deleted before
+        expected = written_out_logits(rule, new_size, coefs, q_values)
+        np.testing.assert_allclose(weights.scale * total, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize(("kl", "ent"), [(1.0, 2.5), (1.0, 0.1), (20.0, 0.4), (1.0, 1.0), (0.1, 10.0)])
+def test_automatic_memory_size(gamma, kl, ent):
+    """The least M above the theorem's bound in decimal arithmetic, but no more than 2^-24 is resolved by floats."""
+    getcontext().prec = 50
+    beta, g = Decimal(kl) / (Decimal(kl) + Decimal(ent)), Decimal(gamma)
+    bound = ((1 - g) ** 2 * (1 - beta) / (g**2 * (3 + beta) + 1 - beta)).ln() / beta.ln()
+    resolved = (Decimal(2) ** -24).ln() / beta.ln()
+    expected = min(math.floor(bound) + 1, math.ceil(resolved))
+    assert auto_memory_size(gamma, kl, ent) == max(1, expected)
+
+
+def test_automatic_memory_size_of_extreme_coefficients():
+    """No cancellation and no overflow."""
+    assert auto_memory_size(0.99, 20.0, 20.0 / 19) == 265  # beta = 0.95
+    assert auto_memory_size(0.99, 1.0, 2.0) == 10  # beta = 1/3: the bound is 9.9989
+    assert auto_memory_size(0.99, 0.0, 1.0) == auto_memory_size(1.0, 0.0, 1.0) == 1
+    assert auto_memory_size(0.99, 1e30, 1.0) == pytest.approx(24 * math.log(2) * 1e30, rel=1e-9)
+    assert auto_memory_size(0.99, 1e-300, 1e300) == 1
+    assert auto_memory_size(1.0, 1.0, 1.0) == 24
+    for kl, ent in ((1.0, 0.0), (0.0, 0.0), (1e300, 1e-300)):
+        with pytest.raises(ValueError, match=r"Invalid memory_size='auto': .*expected an integer >= 1"):
+            auto_memory_size(0.99, kl, ent)
+
+
+@pytest.mark.parametrize("window", [0.05, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("size", [2, 3, 7, 60])
+def test_averaged_updates(window, size):
+    """Evenly spaced, in the window, not too few, and never one that has been left out before."""
+    before = range(0)
+    for n in range(1, 600):
+        chosen = averaged_updates(n, window, size)
+        covered = max(1, round(window * n))
+        assert all(n - covered < update <= n for update in chosen)
+        assert max(1, min(covered, size) // 2) <= len(chosen) <= size
+        assert set(chosen) <= {*before, n}
+        assert len(set(np.diff(chosen))) <= 1
+        before = chosen
 
 
 def test_stack_weights_state_dict():
@@ -314,9 +383,9 @@ def test_corrected_rule_is_a_policy_update_with_a_corrected_critic():
         pi = th.softmax(weights.scale * total, dim=-1).numpy()
         q_new = th.as_tensor(rng.normal(size=n_actions))
         update = weights.push(kl, ent)
-        q_old = kept.pop(0) if update.deletes else th.zeros(n_actions)
+        q_old = kept.pop(0) if update.deleted_weights else th.zeros(n_actions)
         kept.append(q_new)
-        total = update.apply(total, q_new, q_old)
+        total = update.apply(total, q_new, [q_old] * len(update.deleted_weights))
         q = (q_new + beta**memory_size / (1 - beta**memory_size) * (q_new - q_old)).numpy()
 
         def objective(p, q=q, pi=pi):
@@ -327,7 +396,7 @@ def test_corrected_rule_is_a_policy_update_with_a_corrected_critic():
 
 
 def test_closed_form_for_product_policies():
-    """For an additive critic, the best of *all* joint distributions is the product of the groups' softmaxes."""
+    """For an additive critic, the best of *all* joint distributions is the product of the branches' softmaxes."""
     rng = np.random.default_rng(0)
     sizes, kl, ent = (2, 3), 0.7, 0.3
     joint = list(itertools.product(range(2), range(3)))
@@ -348,8 +417,8 @@ def test_closed_form_for_product_policies():
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3), (3, 1, 2), (2, 2, 2, 2), (1,)])
-def test_sums_over_groups_equal_enumeration(sizes):
-    """Everything that is summed over choices equals the sum over all joint actions of the product policy."""
+def test_sums_over_branches_equal_enumeration(sizes):
+    """Everything that is summed over bins equals the sum over all joint actions of the product policy."""
     rng = np.random.default_rng(len(sizes))
     n = sum(sizes)
     offsets = np.cumsum([0, *sizes[:-1]])
@@ -359,12 +428,12 @@ def test_sums_over_groups_equal_enumeration(sizes):
     log_other = log_policy(th.as_tensor(other_logits), sizes)
     for row in range(7):
         expected_entropy = expected_kl = expected_q = total = 0.0
-        for choice in itertools.product(*map(range, sizes)):
+        for bins in itertools.product(*map(range, sizes)):
             p = p_other = 1.0
             value = 0.0
-            for offset, size, c in zip(offsets, sizes, choice, strict=True):
-                group, other = (np.exp(x[row, offset : offset + size]) for x in (logits, other_logits))
-                p *= group[c] / group.sum()
+            for offset, size, c in zip(offsets, sizes, bins, strict=True):
+                branch, other = (np.exp(x[row, offset : offset + size]) for x in (logits, other_logits))
+                p *= branch[c] / branch.sum()
                 p_other *= other[c] / other.sum()
                 value += q[row, offset + c]
             total += p
@@ -436,7 +505,7 @@ class RandomMDP:
             q = self.evaluate(th.softmax(weights.scale * total, dim=-1).numpy())
             errors.append(np.abs(q - optimum).max())
             update = weights.push(kl_coef, self.ent_coef)
-            deleted = kept.pop(0) if update.deletes else None
+            deleted = [kept.pop(0) for _ in update.deleted_weights]
             kept.append(th.as_tensor(q))
             total = update.apply(total, kept[-1], deleted)
         log_optimum = th.log_softmax(th.as_tensor(optimum) / self.ent_coef, dim=-1)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch as th
 
-from benchmarks.tabular import TabularStaQ, bound, convergence, fitted_slope, floor, linear_rate, measured_rate
+from benchmarks.tabular import (
+    TabularStaQ,
+    bound,
+    convergence,
+    fitted_slope,
+    floor,
+    linear_rate,
+    measured_rate,
+    run_average,
+)
 from benchmarks.tabular_mdps import GRID, MOVES, garnet, grid_cells, grid_world
 from sb3_staq.mirror_descent import log_policy
 
@@ -129,6 +138,43 @@ def test_noise_shrinks_as_the_weights_say(mdp):
         assert th.stack(samples[memory_size:]).std().item() == pytest.approx(staq.noise_gain, rel=0.1)
         # With hardly any decay: the mean of M
         assert staq.noise_gain == pytest.approx(memory_size**-0.5, rel=0.01)
+
+
+def test_averaged_policy(mdp):
+    """By hand: the softmax of the plain mean over ent_coef, whatever weights the rule gives the single Q-functions."""
+    staq = TabularStaQ(mdp, "weight_corrected", 4, KL_COEF, ENT_COEF)
+    q_values = [th.as_tensor(np.random.default_rng(seed).normal(size=mdp.reward.shape)) for seed in range(6)]
+    for q in q_values:
+        staq.update(q)
+    exponentials = np.exp(np.mean([q.numpy() for q in q_values], axis=0) / ENT_COEF)
+    expected = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(staq.averaged(q_values).exp(), expected, rtol=1e-10)
+
+
+def test_noise_is_that_of_the_seed_and_new_at_every_update(mdp):
+    """Of the stated size, and independent from update to update and from MDP to MDP."""
+    staq = TabularStaQ(mdp, "weight_corrected", 4, KL_COEF, ENT_COEF)
+    noise = np.array([(noisy - q).numpy() for q, noisy in staq.noisy_evaluations(300, seed=1)])
+    assert noise.std() == pytest.approx(0.5, rel=0.02)
+    assert abs(np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]) < 0.03
+    assert abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.05
+    again = next(TabularStaQ(mdp, "exact", 0, KL_COEF, ENT_COEF).noisy_evaluations(1, seed=1))
+    np.testing.assert_allclose(again[1] - again[0], noise[0], rtol=0, atol=1e-12)
+
+
+def test_the_average_gets_better_with_the_window_and_the_last_policy_does_not():
+    """On MDPs and noise that the report has not seen, with little and with much KL regularisation."""
+    losses = run_average(seeds=range(100, 112), windows=(1, 5, 20, 60))
+    for _, rows in losses.groupby("kl_coef"):
+        averaged, last = (rows.groupby("W")[policy].mean().to_numpy() for policy in ("averaged", "last"))
+        assert (averaged[1:] < 0.6 * averaged[:-1]).all()
+        assert last[-1] > 0.7 * last[0]
+        assert averaged[-1] < 0.5 * last[-1]
+        # On nearly every seed, not by a few lucky ones
+        longest = rows[rows["W"] == 60]
+        assert (longest["averaged"] < longest["last"]).mean() > 0.8
+        # A window shorter than what the last policy averages over is worse
+        assert averaged[0] > 1.2 * last[0]
 
 
 def steps_to_goal(grid):

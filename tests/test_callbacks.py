@@ -12,7 +12,6 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, make_model, slow_q_values
-from matplotlib.image import imread
 from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -21,8 +20,8 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_staq import StaQ
-from sb3_staq import diagnostics as module
-from sb3_staq.diagnostics import PolicyUpdateDiagnostics, plot_diagnostics, read_diagnostics
+from sb3_staq.callbacks import PolicyUpdateDiagnostics
+from sb3_staq.plotting import plot_diagnostics, read_diagnostics
 
 CUSTOM = [2.0, -1.0, 0.0, 3.0]
 
@@ -36,7 +35,7 @@ TINY_FEATURES = dict(features_extractor_kwargs=dict(features_dim=4))
 CASES = {
     "discrete": lambda: make_model(RandomObsEnv(), ent_coef="lin_0.5_0.05", kl_coef="lin_2_0.5"),
     "no cache": lambda: make_model(RandomObsEnv(), logit_cache=False),
-    "groups": lambda: make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3, 1])), logit_rule="truncated"),
+    "branches": lambda: make_model(RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3, 1])), logit_rule="truncated"),
     "bits": lambda: make_model(RandomObsEnv(action_space=spaces.MultiBinary(3)), critic_reduction="min"),
     "box": lambda: make_model(DummyVecEnv([box_env] * 2), memory_size=1),
     "joint": lambda: make_model(box_env(), critic="joint", ent_coef="auto", kl_coef="rel_1.0"),
@@ -77,7 +76,7 @@ class WrittenOut(BaseCallback):
     """All of the diagnostics from the definitions, on all stored states, critic by critic in double precision."""
 
     def _on_training_start(self):
-        self.coefs, self.critics, self.rows = [], [], []
+        self.coefs, self.critics, self.rows, self.memory_size = [], [], [], self.model.memory_size
         self.model.policy_update_hooks.append(self._note)
 
     def _on_step(self):
@@ -98,18 +97,21 @@ class WrittenOut(BaseCallback):
         obs = {key: th.as_tensor(x) for key, x in obs.items()} if isinstance(obs, dict) else th.as_tensor(obs)
         return preprocess_obs(obs, self.model.observation_space)
 
-    def _note(self, kl_coef, ent_coef, old_weights, deleted):
+    def _note(self, info):
+        kl_coef, ent_coef = info.kl_coef, info.ent_coef
         model, rule, memory_size = self.model, self.model.logit_rule, self.model.memory_size
         self.coefs.append((kl_coef, ent_coef))
         self.critics.append(model.policy.additive_critics.frozen_copy())
         obs = self._stored_states()
         q_values = [slow_q_values(critics, obs).numpy() for critics in self.critics]
         xi = logits_written_out(rule, memory_size, self.coefs, q_values)
-        old = logits_written_out(rule, memory_size, self.coefs[:-1], q_values[:-1]) + np.zeros_like(xi)
+        old_size, self.memory_size = self.memory_size, memory_size
+        old = logits_written_out(rule, old_size, self.coefs[:-1], q_values[:-1]) + np.zeros_like(xi)
         overflows = rule != "exact" and len(q_values) > memory_size
         kept = xi
         if overflows and isinstance(rule, str):
-            kept = logits_written_out(rule, memory_size + 1, self.coefs, q_values)
+            n_deleted = min(len(q_values) - 1, old_size) + 1 - memory_size
+            kept = logits_written_out(rule, memory_size + n_deleted, self.coefs, q_values)
 
         # The stack is linear in each critic: a critic's weight is what a unit Q-function gives
         ones = [np.zeros(len(q_values)) for _ in q_values]
@@ -118,7 +120,7 @@ class WrittenOut(BaseCallback):
         weights = logits_written_out(rule, memory_size, self.coefs, ones)
         row = dict(kl=0.0, lost_kl=0.0, entropy=0.0)
         most, gaps, shares, start = 0.0, [], np.zeros(len(q_values)), 0
-        for size in model.policy.action_groups.sizes:
+        for size in model.policy.branches.sizes:
             columns = slice(start, start + size)
             start += size
             pi, pi_old, pi_kept = (
@@ -166,7 +168,7 @@ def test_every_number(name, tmp_path):
     assert (data["lost_kl"].iloc[: 1 if name == "box" else 4] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["discrete", "no cache", "groups", "image", "normalized", "her"])
+@pytest.mark.parametrize("name", ["discrete", "no cache", "branches", "image", "normalized", "her"])
 def test_same_training_with_and_without(name, tmp_path):
     """Same actions, same parameters, same state of the random generators."""
     results = []
@@ -187,6 +189,36 @@ def test_several_policy_updates_in_one_training_phase(tmp_path):
     assert list(data["step"]) == [30] + [60] * 4 + [90] * 5
     for column in ("kl", "lost_kl"):
         np.testing.assert_allclose(data[column], [row[column] for row in expected.rows], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", ["weight_corrected", "truncated"])
+def test_memory_that_is_made_smaller(rule, tmp_path):
+    """One policy update deletes several critics: lost_kl is that of all of them together."""
+
+    class Smaller(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 75:
+                self.model.memory_size = 2
+            return True
+
+    model, expected = make_model(RandomObsEnv(), logit_rule=rule), WrittenOut()
+    callback = PolicyUpdateDiagnostics(tmp_path / "log.csv", n_states=1000)
+    model.learn(110, callback=[callback, expected, Smaller()])
+    data = read_diagnostics(callback.path)
+    assert list(data["shares"].map(len)) == [1, 2, 3, 4, 4, 2, 2, 2, 2]
+    for column in ("kl", "lost_kl", "entropy", "action_gap"):
+        np.testing.assert_allclose(data[column], [row[column] for row in expected.rows], rtol=1e-3, atol=1e-8)
+
+
+def test_average_policy_is_no_matter(tmp_path):
+    """The numbers are those of the policy that learns, whatever is delivered, and whatever else the stack keeps."""
+    model, expected = make_model(RandomObsEnv(), eval_policy="average", average_window=1.0, memory_size=2), WrittenOut()
+    model.learn(110, callback=[PolicyUpdateDiagnostics(tmp_path / "log.csv", n_states=1000), expected])
+    assert len(model.policy.frozen_critics) == 9
+    data = read_diagnostics(tmp_path / "log.csv")
+    for column in ("kl", "lost_kl", "entropy", "action_gap"):
+        np.testing.assert_allclose(data[column], [row[column] for row in expected.rows], rtol=1e-3, atol=1e-8)
+    assert list(data["shares"].map(len)) == [1] + [2] * 8
 
 
 def test_states_are_spread_over_the_buffer():
@@ -234,7 +266,7 @@ def test_training_that_goes_on(tmp_path):
 
     model = StaQ.load(tmp_path / "rl_model_60_steps", env=RandomObsEnv())
     assert model.policy_update_hooks == []
-    assert model._n_policy_updates == 3  # saved before the update of its last step
+    assert model.n_policy_updates == 3  # saved before the update of its last step
     with open(path, "a") as file:
         file.write("8,100,0.1")  # killed in the middle of a line
     assert len(read_diagnostics(path)) == 7
@@ -242,10 +274,10 @@ def test_training_that_goes_on(tmp_path):
     after = path.read_text().splitlines()
     assert after[:4] == before[:4]
     assert after[4:] != before[4:]
-    assert list(read_diagnostics(path)["policy_update"]) == list(range(1, model._n_policy_updates + 1))
+    assert list(read_diagnostics(path)["policy_update"]) == list(range(1, model.n_policy_updates + 1))
 
     # Once more on the same model: one line per update still
-    n_updates = model._n_policy_updates
+    n_updates = model.n_policy_updates
     model.learn(40, callback=PolicyUpdateDiagnostics(path))
     assert list(read_diagnostics(path)["policy_update"]) == list(range(1, n_updates + 3))
     make_model(RandomObsEnv()).learn(40, callback=PolicyUpdateDiagnostics(path))
@@ -256,7 +288,7 @@ LONG_TRAINING = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from helpers import RandomObsEnv, make_model
-from sb3_staq.diagnostics import PolicyUpdateDiagnostics
+from sb3_staq.callbacks import PolicyUpdateDiagnostics
 make_model(RandomObsEnv()).learn(10**9, callback=PolicyUpdateDiagnostics(sys.argv[1]))
 """
 
@@ -282,83 +314,16 @@ def test_file_of_a_killed_training(tmp_path):
 
 @pytest.mark.parametrize("n_states", [0, -1, 2.5, None, "256"])
 def test_number_of_states_out_of_range(n_states):
-    with pytest.raises(ValueError, match=rf"n_states={n_states!r} is not accepted; accepted: "):
+    with pytest.raises(ValueError, match=rf"Invalid n_states={n_states!r}: expected an integer >= 1"):
         PolicyUpdateDiagnostics("log.csv", n_states=n_states)
 
 
 def test_other_files_and_algorithms_are_refused(tmp_path):
     (tmp_path / "precious.csv").write_text("my,thesis\n1,2\n")
-    with pytest.raises(ValueError, match=r"precious.csv.*not a file of PolicyUpdateDiagnostics.*my,thesis"):
+    with pytest.raises(
+        ValueError, match=r"Invalid path=.*precious.csv'.*expected a file of PolicyUpdateDiagnostics.*my,thesis"
+    ):
         make_model().learn(10, callback=PolicyUpdateDiagnostics(tmp_path / "precious.csv"))
     assert (tmp_path / "precious.csv").read_text() == "my,thesis\n1,2\n"
-    with pytest.raises(ValueError, match=r"model=.*DQN.*accepted: a StaQ model"):
+    with pytest.raises(ValueError, match=r"Invalid model=.*DQN.*expected a StaQ model"):
         DQN("MlpPolicy", "CartPole-v1", device="cpu").learn(10, callback=PolicyUpdateDiagnostics(tmp_path / "log.csv"))
-
-
-# The plot
-
-
-@pytest.fixture(scope="module", params=["weight_corrected", "exact", CUSTOM], ids=str)
-def log(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("diagnostics") / "log.csv"
-    make_model(RandomObsEnv(), logit_rule=request.param).learn(120, callback=PolicyUpdateDiagnostics(path))
-    return path
-
-
-@pytest.mark.parametrize("n_lines", [1, 2, 10])
-def test_plot(log, n_lines, tmp_path, monkeypatch, capsys):
-    """From the first policy update on; beside the file or where it is told to."""
-    part = tmp_path / "part.csv"
-    part.write_text("".join(log.read_text().splitlines(keepends=True)[: n_lines + 1]))
-    for arguments, image in [([], tmp_path / "part.png"), (["-o", str(tmp_path / "b.png")], tmp_path / "b.png")]:
-        monkeypatch.setattr(sys, "argv", ["diagnostics", str(part), *arguments])
-        module.main()
-        assert capsys.readouterr().out == f"{image}\n"
-        pixels = imread(image)
-        assert pixels.shape[:2] == (700, 1100)
-        assert pixels.std() > 0.01
-
-
-def test_what_the_plot_shows(log):
-    data = read_diagnostics(log)
-    figure = plot_diagnostics(data)
-    kl, entropy, gap, by_age, colors = figure.axes
-    np.testing.assert_array_equal(kl.lines[0].get_ydata(), data["kl"])
-    np.testing.assert_array_equal(kl.lines[1].get_ydata(), data["lost_kl"].where(data["lost_kl"] > 0))
-    np.testing.assert_array_equal(entropy.lines[0].get_ydata(), data["entropy"])
-    np.testing.assert_array_equal(gap.lines[0].get_ydata(), data["action_gap"])
-    shares = by_age.collections[0].get_array()
-    for column, numbers in zip(shares.T, data["shares"], strict=True):
-        np.testing.assert_array_equal(column.filled(0.0)[: len(numbers)], numbers)
-    assert "nats" in kl.get_ylabel()
-    assert kl.get_yscale() == "log"
-    for ax in (kl, entropy, gap, by_age):
-        assert ax.get_title()
-        assert ax.get_ylabel()
-    assert gap.get_xlabel() == by_age.get_xlabel() == "policy update"
-    assert colors.get_ylabel() == "share of the logits"
-
-
-@pytest.mark.parametrize("problem", ["missing", "empty", "other", "matplotlib"])
-def test_plot_that_cannot_be_drawn(problem, log, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "log.csv"
-    text = {"missing": None, "empty": module.HEADER, "other": "a,b\n", "matplotlib": log.read_text()}[problem]
-    if text is not None:
-        path.write_text(text)
-    if problem == "matplotlib":
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(sys, "argv", ["diagnostics", str(path)])
-    with pytest.raises(SystemExit) as exit_:
-        module.main()
-    assert exit_.value.code == 1
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "pip install matplotlib" in message if problem == "matplotlib" else "log.csv" in message
-
-
-@pytest.mark.parametrize("log", ["exact"], indirect=True)
-def test_command(log, tmp_path):
-    """As a module, without a warning."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "sb3_staq.diagnostics", str(log)]
-    subprocess.run([*command, "-o", str(tmp_path / "a.png")], check=True, capture_output=True)
-    assert (tmp_path / "a.png").exists()

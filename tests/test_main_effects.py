@@ -1,4 +1,4 @@
-"""The joint critic and its main effects, held against ordinary networks and enumeration of all actions."""
+"""State-action critics and their main effects, held against ordinary networks and enumeration of all actions."""
 
 import copy
 import itertools
@@ -11,8 +11,8 @@ from helpers import RandomObsEnv, make_model, members, randomise, relative_error
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvBox, IdentityEnvMultiDiscrete
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
-from sb3_staq.action_spaces import make_action_groups
-from sb3_staq.critics import JointCritics
+from sb3_staq.action_spaces import make_branches
+from sb3_staq.main_effects import StateActionCritics, main_effects_loss, sample_actions, vary_one_branch
 from sb3_staq.mirror_descent import log_policy
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)
@@ -49,14 +49,14 @@ def make_policy(architecture="mlp", action_space="box_factored", **kwargs):
 
 
 def all_actions(policy):
-    """Every combination of choices, shape (n_actions, number of groups), and the networks' input for each."""
-    groups = policy.action_groups
-    choices = th.tensor(list(itertools.product(*map(range, groups.sizes))))
-    stored = groups.decode(choices)
-    if groups.box_dim:
-        return choices, stored
-    one_hot = [th.eye(size)[choices[:, i]] for i, size in enumerate(groups.sizes)]
-    return choices, th.cat(one_hot, dim=1)
+    """Every combination of bins, shape (n_actions, number of branches), and the networks' input for each."""
+    branches = policy.branches
+    bins = th.tensor(list(itertools.product(*map(range, branches.sizes))))
+    stored = branches.decode(bins)
+    if branches.box_dim:
+        return bins, stored
+    one_hot = [th.eye(size)[bins[:, i]] for i, size in enumerate(branches.sizes)]
+    return bins, th.cat(one_hot, dim=1)
 
 
 def slow_values(net, obs, actions):
@@ -75,7 +75,7 @@ def test_joint_critics_equal_networks_one_by_one(architecture, action_space):
     """Values and gradients."""
     policy = make_policy(architecture, action_space)
     obs = policy.preprocess(sample_obs(policy.observation_space, 3))
-    actions = th.rand(3, 5, policy.action_groups.n_inputs)
+    actions = th.rand(3, 5, policy.branches.n_inputs)
     nets = members(policy.critics)
     assert len(nets) == policy.n_critics
     batched = policy.critics(obs, actions.flatten(0, 1), th.arange(3).repeat_interleave(5)).unflatten(1, (3, 5))
@@ -95,8 +95,8 @@ def test_joint_critics_equal_networks_one_by_one(architecture, action_space):
 def test_values_of_stored_actions(action_space):
     policy = make_policy(action_space=action_space)
     obs = sample_obs(policy.observation_space, 1)
-    choices, inputs = all_actions(policy)
-    stored = policy.action_groups.decode(choices)
+    bins, inputs = all_actions(policy)
+    stored = policy.branches.decode(bins)
     many = obs.expand(len(stored), -1)
     expected = th.stack([slow_values(net, obs, inputs.unsqueeze(0)).squeeze(0) for net in members(policy.critics)])
     assert expected.std() > 0.01
@@ -106,7 +106,7 @@ def test_values_of_stored_actions(action_space):
 def test_critics_of_images_have_a_hidden_layer():
     """Without one, the values of actions would not depend on the state."""
     policy = StaQ("CnnPolicy", FakeImageEnv(discrete=False), buffer_size=1, device="cpu").policy
-    assert isinstance(policy.critics, JointCritics)
+    assert isinstance(policy.critics, StateActionCritics)
     randomise(policy.critics, seed=0)
     obs = sample_obs(policy.observation_space, 2)
     low, high = (policy.action_values(obs, th.full((2, 5), value)) for value in (-1.0, 1.0))
@@ -115,84 +115,84 @@ def test_critics_of_images_have_a_hidden_layer():
 
 
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
-def test_sweep_varies_one_group(action_space):
+def test_sweep_varies_one_branch(action_space):
     space, kwargs = ACTION_SPACES[action_space]
-    groups = make_action_groups(space, **kwargs)
-    n_groups = len(groups.sizes)
-    choices = groups.uniform(4 * n_groups)
-    varied, columns, valid = groups.sweep(choices)
-    offsets = np.cumsum([0, *groups.sizes])
+    branches = make_branches(space, **kwargs)
+    n_branches = len(branches.sizes)
+    bins = branches.uniform(4 * n_branches)
+    varied, columns, valid = vary_one_branch(branches, bins)
+    offsets = np.cumsum([0, *branches.sizes])
     first = offsets.tolist().index(columns[0, 0].item())
-    for i in range(len(choices)):
-        group = (first + i // 2) % n_groups  # pairs take turns
-        size = groups.sizes[group]
-        assert valid[i].tolist() == [True] * size + [False] * (max(groups.sizes) - size)
-        assert columns[i, :size].tolist() == list(range(offsets[group], offsets[group + 1]))
+    for i in range(len(bins)):
+        branch = (first + i // 2) % n_branches  # pairs take turns
+        size = branches.sizes[branch]
+        assert valid[i].tolist() == [True] * size + [False] * (max(branches.sizes) - size)
+        assert columns[i, :size].tolist() == list(range(offsets[branch], offsets[branch + 1]))
         for option in range(size):
-            expected = choices[i].clone()
-            expected[group] = option
+            expected = bins[i].clone()
+            expected[branch] = option
             assert varied[i, option].tolist() == expected.tolist()
         # What is not valid can still be looked up
-        assert (varied[i] < th.tensor(groups.sizes)).all()
-        assert (columns[i] < groups.n_choices).all()
+        assert (varied[i] < th.tensor(branches.sizes)).all()
+        assert (columns[i] < branches.n_bins).all()
 
 
-def test_small_batches_sweep_all_groups():
-    """... in the course of time: which group is the first one changes."""
-    groups = make_action_groups(spaces.Box(-1, 1, (17,)), action_bins=3)
+def test_small_batches_sweep_all_branches():
+    """... in the course of time: which branch is the first one changes."""
+    branches = make_branches(spaces.Box(-1, 1, (17,)), action_bins=3)
     th.manual_seed(0)
-    first_columns = th.cat([groups.sweep(groups.uniform(4))[1][:, 0] for _ in range(100)])
+    first_columns = th.cat([vary_one_branch(branches, branches.uniform(4))[1][:, 0] for _ in range(100)])
     assert set(first_columns.tolist()) == set(range(0, 17 * 3, 3))
 
 
 @pytest.mark.parametrize("sizes", [[2, 4], [3, 3]])
 def test_samples_follow_the_policy(sizes):
-    groups = make_action_groups(spaces.MultiDiscrete(sizes))
+    branches = make_branches(spaces.MultiDiscrete(sizes))
     th.manual_seed(0)
-    log_pi = log_policy(2 * th.randn(1, 6), groups.sizes)
+    log_pi = log_policy(2 * th.randn(1, 6), branches.sizes)
     n = 40_000
-    choices = groups.sample(log_pi.expand(n, -1))
-    frequencies = groups.one_hot(choices).mean(dim=0)
+    bins = branches.sample(log_pi.expand(n, -1))
+    frequencies = branches.one_hot(bins).mean(dim=0)
     # Five standard errors
     assert (frequencies - log_pi.exp()[0]).abs().max() < 5 * 0.5 / n**0.5
-    # Independent groups
-    both = th.stack([(choices == th.tensor(pair)).all(dim=1).float().mean() for pair in [(0, 1), (1, 2)]])
+    # Independent branches
+    both = th.stack([(bins == th.tensor(pair)).all(dim=1).float().mean() for pair in [(0, 1), (1, 2)]])
     product = th.stack([log_pi.exp()[0, a] * log_pi.exp()[0, sizes[0] + b] for a, b in [(0, 1), (1, 2)]])
     assert (both - product).abs().max() < 5 * 0.5 / n**0.5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "min"])
 @pytest.mark.parametrize("action_space", ["multi_discrete", "box_factored", "discrete"])
-def test_expected_values_and_main_effects_are_unbiased(action_space, reduction):
+def test_expected_q_and_main_effects_are_unbiased(action_space, reduction):
     """Against the sum over all joint actions, for a random policy at one state."""
     policy = make_policy(action_space=action_space, critic_reduction=reduction, n_critics=1)
-    groups = policy.action_groups
+    branches = policy.branches
     obs = sample_obs(policy.observation_space, 1)
     th.manual_seed(1)
-    log_pi = log_policy(th.randn(1, groups.n_choices), groups.sizes)
-    choices, inputs = all_actions(policy)
+    log_pi = log_policy(th.randn(1, branches.n_bins), branches.sizes)
+    bins, inputs = all_actions(policy)
     (net,) = members(policy.critics_target)
     with th.no_grad():
         q_values = slow_values(net, obs, inputs.unsqueeze(0))[0]
-    log_p = log_pi[0, groups.columns(choices)].sum(dim=1)
+    log_p = log_pi[0, branches.columns(bins)].sum(dim=1)
     expected = (log_p.exp() * q_values).sum()
 
-    n_swept = 30_000 * len(groups.sizes)
-    n = n_swept if len(groups.sizes) == 1 else 2 * n_swept
+    n_swept = 30_000 * len(branches.sizes)
+    n = n_swept if len(branches.sizes) == 1 else 2 * n_swept
     many, log_pis = obs.expand(n, -1), log_pi.expand(n, -1)
-    values, sweep = policy.expected_values(many, log_pis, policy.draw_actions(log_pis))
-    for part in (values, values[::2], values[1::2]):  # of many groups, every other one is swept
+    values, sweep = policy.expected_q(many, log_pis, sample_actions(policy.branches, log_pis))
+    for part in (values, values[::2], values[1::2]):  # of many branches, every other one is swept
         assert (part.mean() - expected).abs() < 5 * part.std() / len(part) ** 0.5 + 1e-5
     assert len(sweep.q_values) == n_swept
-    columns = groups.columns(choices)
-    for column in range(groups.n_choices):
+    columns = branches.columns(bins)
+    for column in range(branches.n_bins):
         here = (columns == column).any(dim=1)
-        # E[Q | a_g] over the other groups
+        # E[Q | a_g] over the other branches
         effect = (log_p[here].softmax(dim=0) * q_values[here]).sum()
         samples = sweep.q_values[(sweep.columns == column) & sweep.valid]
         assert len(samples) == 30_000
         assert (samples.mean() - effect).abs() < 5 * samples.std() / len(samples) ** 0.5 + 1e-5
-    if len(groups.sizes) == 1:  # then nothing is left to chance
+    if len(branches.sizes) == 1:  # then nothing is left to chance
         assert values.std() < 1e-5
 
 
@@ -201,16 +201,17 @@ def test_actions_of_a_batch_are_drawn_from_its_policy(action_space):
     """Those of several batches are drawn at once."""
     space, kwargs = ACTION_SPACES[action_space]
     model = make_model(RandomObsEnv(action_space=space), critic="joint", **kwargs).learn(100)
-    batches = list(model._batches(3, 50))
+    batches = list(model.replay.batches(3, 50))
     assert len(batches) == 3
-    assert not th.equal(batches[0][1], batches[1][1])
-    for _, log_pi, drawn in batches:
+    assert not th.equal(batches[0].next_log_prob, batches[1].next_log_prob)
+    for batch in batches:
+        log_pi, drawn = batch.next_log_prob, batch.next_actions
         for row in range(50):
             columns = drawn.columns[row][drawn.valid[row]]
-            assert th.equal(drawn.probabilities[row][drawn.valid[row]], log_pi[row, columns].exp())
-            assert (drawn.probabilities[row][~drawn.valid[row]] == 0).all()
-            # The drawn action is one of the varied ones, which differ in one group only: in up to two components of its
-            # one-hot code, or of an action of the axis grid
+            assert th.equal(drawn.prob[row][drawn.valid[row]], log_pi[row, columns].exp())
+            assert (drawn.prob[row][~drawn.valid[row]] == 0).all()
+            # The drawn action is one of the varied ones, which differ in one branch only: in up to two components of
+            # its one-hot code, or of an action of the axis grid
             same = (drawn.varied_inputs[row] == drawn.inputs[row]).all(dim=1) & drawn.valid[row]
             assert same.sum() == 1
             n_different = (drawn.varied_inputs[row][drawn.valid[row]] != drawn.inputs[row]).sum(dim=1)
@@ -222,39 +223,39 @@ def test_every_other_state_is_swept(n):
     """Not a part of the batch: those of HER are ordered, with the relabelled transitions at the end."""
     policy = make_policy(action_space="box_factored")
     obs = sample_obs(policy.observation_space, n)
-    log_pi = log_policy(th.randn(n, policy.action_groups.n_choices), policy.action_groups.sizes)
-    drawn = policy.draw_actions(log_pi)
-    values, sweep = policy.expected_values(obs, log_pi, drawn)
+    log_pi = log_policy(th.randn(n, policy.branches.n_bins), policy.branches.sizes)
+    drawn = sample_actions(policy.branches, log_pi)
+    values, sweep = policy.expected_q(obs, log_pi, drawn)
     assert th.equal(sweep.obs, obs[::2])
     with th.no_grad():
         nets = members(policy.critics_target)
         swept = th.stack([slow_values(net, obs[::2], drawn.varied_inputs[::2]) for net in nets])
         sampled = th.stack([slow_values(net, obs[1::2], drawn.inputs[1::2].unsqueeze(1)) for net in nets])
     assert relative_error(sweep.q_values, swept.mean(dim=0)) < 1e-5
-    assert relative_error(values[::2], (drawn.probabilities[::2] * swept).sum(dim=2).mean(dim=0)) < 1e-5
+    assert relative_error(values[::2], (drawn.prob[::2] * swept).sum(dim=2).mean(dim=0)) < 1e-5
     assert relative_error(values[1::2], sampled.squeeze(2).mean(dim=0)) < 1e-5
 
 
-def test_minimum_is_of_expected_values():
+def test_minimum_is_of_expected_q():
     policy = make_policy(action_space="discrete", critic_reduction="min", n_critics=3)
-    groups = policy.action_groups
+    branches = policy.branches
     obs = sample_obs(policy.observation_space, 6)
-    log_pi = log_policy(th.randn(6, groups.n_choices), groups.sizes)
+    log_pi = log_policy(th.randn(6, branches.n_bins), branches.sizes)
     _, inputs = all_actions(policy)
     with th.no_grad():
         q_values = th.stack([slow_values(net, obs, inputs.expand(6, -1, -1)) for net in members(policy.critics_target)])
     expected = (log_pi.exp() * q_values).sum(dim=2).amin(dim=0)
-    values, _ = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
+    values, _ = policy.expected_q(obs, log_pi, sample_actions(policy.branches, log_pi))
     assert relative_error(values, expected) < 1e-5
 
 
 @pytest.mark.parametrize("action_space", ["multi_discrete", "box_factored"])
 def test_main_effects_loss(action_space):
-    """It is the squared error of differences within a group, and takes no notice of a group's constant."""
+    """It is the squared error of differences within a branch, and takes no notice of a branch's constant."""
     policy = make_policy(action_space=action_space)
     obs = sample_obs(policy.observation_space, 23)
-    log_pi = log_policy(th.randn(23, policy.action_groups.n_choices), policy.action_groups.sizes)
-    _, sweep = policy.expected_values(obs, log_pi, policy.draw_actions(log_pi))
+    log_pi = log_policy(th.randn(23, policy.branches.n_bins), policy.branches.sizes)
+    _, sweep = policy.expected_q(obs, log_pi, sample_actions(policy.branches, log_pi))
     (net,) = members(policy.main_effects)
     with th.no_grad():
         effects = net(obs[::2])
@@ -263,9 +264,9 @@ def test_main_effects_loss(action_space):
         n = int(sweep.valid[i].sum())
         difference = effects[i, sweep.columns[i, :n]] - sweep.q_values[i, :n]
         errors += (difference - difference.mean()).square().tolist()
-    assert policy.main_effects_loss(sweep).item() == pytest.approx(np.mean(errors), rel=1e-4)
+    assert main_effects_loss(policy.main_effects, sweep).item() == pytest.approx(np.mean(errors), rel=1e-4)
     shifted = sweep._replace(q_values=sweep.q_values + th.randn(12, 1))
-    assert policy.main_effects_loss(shifted).item() == pytest.approx(np.mean(errors), rel=1e-4)
+    assert main_effects_loss(policy.main_effects, shifted).item() == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_targets_are_polyak_averages():
@@ -293,7 +294,7 @@ def test_update_pushes_the_average_of_the_main_effects():
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
 @pytest.mark.parametrize("logit_cache", [True, False])
 def test_training_fits_the_main_effects(action_space, logit_cache):
-    """With rewards that are a sum over groups plus an interaction, at a single state."""
+    """With rewards that are a sum over branches plus an interaction, at a single state."""
     space, kwargs = ACTION_SPACES[action_space]
     env = RandomObsEnv(action_space=space)
     model = make_model(env, critic="joint", logit_cache=logit_cache, gamma=0.5, **kwargs)
@@ -301,17 +302,19 @@ def test_training_fits_the_main_effects(action_space, logit_cache):
     assert model._n_updates == 280
     assert len(model.policy.frozen_critics) == 4
     batch = model.replay_buffer.sample(200)
-    log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.action_groups.sizes)
-    _, sweep = model.policy.expected_values(batch.next_observations, log_pi, model.policy.draw_actions(log_pi))
-    loss = model.policy.main_effects_loss(sweep).item()
+    log_pi = log_policy(model.policy.logits(batch.next_observations), model.policy.branches.sizes)
+    _, sweep = model.policy.expected_q(batch.next_observations, log_pi, sample_actions(model.policy.branches, log_pi))
+    loss = main_effects_loss(model.policy.main_effects, sweep).item()
     centred = sweep.valid * sweep.q_values
     centred = centred - sweep.valid * centred.sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)
     assert loss < 0.5 * centred.square().sum().item() / sweep.valid.sum().item()
 
 
-@pytest.mark.parametrize("env", [lambda: IdentityEnvBox(eps=0.5), lambda: IdentityEnvMultiDiscrete(4)])
+@pytest.mark.parametrize(
+    "env", [IdentityEnvMultiDiscrete(4), pytest.param(IdentityEnvBox(eps=0.5), marks=pytest.mark.slow)]
+)
 def test_identity_environments_are_solved(env):
-    model = make_model(env(), critic="joint", gamma=0.0, action_bins=5, buffer_size=3000, gradient_steps=1)
+    model = make_model(env, critic="joint", gamma=0.0, action_bins=5, buffer_size=3000, train_freq=2, gradient_steps=1)
     model.learn(3000)
     env = model.get_env()
     obs = env.reset()

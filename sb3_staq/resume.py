@@ -1,0 +1,326 @@
+"""
+Trainings that cannot be lost: checkpoints of everything, from which the same script goes on when it is started again.
+
+What goes on is bitwise the training that would have gone on (on a CPU, in one thread), if the environments can give
+their states: MuJoCo's and classic control's can, others by two methods, ``get_training_state()`` and
+``set_training_state(state)``. Without them it is the same from the next episode on, for the environments start anew.
+"""
+
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+# Whose state is all in their attributes
+KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.mujoco")
+# Attributes that belong to the process, and those that belong to the script
+NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
+IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
+NOT_OF_THE_MODEL = (
+    "_total_timesteps",
+    "action_space",
+    "device",
+    "n_envs",
+    "observation_space",
+    "policy_class",
+    "policy_kwargs",
+    "start_time",
+    "tensorboard_log",
+    "verbose",
+)
+NOT_OF_CALLBACKS = (
+    "callback",
+    "callbacks",
+    "eval_env",
+    "globals",
+    "locals",
+    "logger",
+    "model",
+    "parent",
+    "training_env",
+)
+
+
+def _attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
+    """The attributes that can be pickled."""
+    state = {}
+    for name, value in vars(owner).items():
+        if name in skip or name in IN_OTHER_PROCESSES:
+            continue
+        try:
+            state[name] = pickle.loads(pickle.dumps(value))
+        except Exception:  # whatever the reason: it is nothing that a file can hold
+            continue
+    return state
+
+
+def _layers(env: gym.Env) -> Iterator[Any]:
+    """The wrappers of an environment, and the environment itself."""
+    while env is not env.unwrapped:
+        yield env
+        env = env.env  # type: ignore[attr-defined]
+    yield env
+
+
+def get_env_state(env: gym.Env) -> Any:
+    """
+    Give the state of an environment, with its wrappers and random numbers.
+
+    :param env: the environment
+    :return: something that can be pickled; None if the environment has no way to give it
+    """
+    layers = list(_layers(env))
+    own = getattr(env.unwrapped, "get_training_state", None)
+    if own is None and not type(env.unwrapped).__module__.startswith(KNOWN_MODULES):
+        return None
+    states = [_attributes(layer) for layer in layers[:-1]]
+    return [*states, _attributes(layers[-1]) if own is None else own()]
+
+
+def set_env_state(env: gym.Env, state: Any) -> None:
+    """
+    Put an environment into a state.
+
+    :param env: an environment of the same making
+    :param state: from :func:`get_env_state`
+    """
+    *wrappers, unwrapped = _layers(env)
+    for layer, attributes in zip(wrappers, state[:-1], strict=True):
+        vars(layer).update(attributes)
+    own = getattr(unwrapped, "set_training_state", None)
+    if own is not None:
+        own(state[-1])
+    else:
+        vars(unwrapped).update(state[-1])
+        if hasattr(unwrapped, "mujoco_renderer"):
+            unwrapped.mujoco_renderer.data = unwrapped.data
+
+
+class TrainingState(gym.Wrapper):
+    """
+    Let an environment in another process, as those of ``SubprocVecEnv`` are, give and take its state.
+
+    :param env: the environment
+    """
+
+    def get_training_state(self) -> Any:
+        """Give the state, see :func:`get_env_state`."""
+        return get_env_state(self.env)
+
+    def set_training_state(self, state: Any) -> None:
+        """Take a state, see :func:`set_env_state`."""
+        set_env_state(self.env, state)
+
+
+def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
+    while isinstance(env, VecEnvWrapper):
+        yield env
+        env = env.venv
+    yield env
+
+
+def _get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
+    *wrappers, base = _vec_layers(env)
+    if isinstance(base, DummyVecEnv):
+        states = [get_env_state(single) for single in base.envs]
+    else:
+        has = base.has_attr("get_training_state")
+        states = base.env_method("get_training_state") if has else [None] * base.num_envs
+    return [_attributes(layer) for layer in (*wrappers, base)], states
+
+
+def _set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]) -> bool:
+    """Put a vectorised environment into a state; tell whether all of its environments could give theirs."""
+    of_layers, of_envs = state
+    if any(single is None for single in of_envs):
+        return False
+    layers = list(_vec_layers(env))
+    for layer, attributes in zip(layers, of_layers, strict=True):
+        vars(layer).update(attributes)
+    base = layers[-1]
+    for i, single in enumerate(of_envs):
+        if isinstance(base, DummyVecEnv):
+            set_env_state(base.envs[i], single)
+        else:
+            base.env_method("set_training_state", single, indices=i)
+    return True
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=th.get_rng_state(), cuda=cuda)
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+    if states["cuda"]:
+        th.cuda.set_rng_state_all(states["cuda"])
+
+
+class ResumeCallback(BaseCallback):
+    """
+    Save everything now and then, and go on from the newest whole checkpoint when the same script is started again.
+
+    It saves between two rollouts, where nothing is in flight: model, replay buffer with what is remembered of it,
+    wrappers with their statistics, environments, callbacks, and the states of all random number generators. Whatever
+    happens meanwhile, the newest whole checkpoint stays. For any algorithm of SB3; the files are pickles, so load your
+    own only.
+
+    Example::
+
+        StaQ("MlpPolicy", env, seed=0).learn(1_000_000, callback=ResumeCallback(10_000, "checkpoints"))
+
+    :param save_freq: environment steps between two checkpoints
+    :param save_path: folder of the checkpoints of this training, and of no other
+    :param keep: number of checkpoints that are kept
+    :param verbose: Verbosity level: 1 tells where a training goes on
+    :raise ValueError: if the checkpoint is of a training with other arguments
+    """
+
+    def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
+        super().__init__(verbose)
+        for name, value in (("save_freq", save_freq), ("keep", keep)):
+            if not (isinstance(value, (int, np.integer)) and value >= 1):
+                raise ValueError(f"Invalid {name}={value!r}: expected an integer >= 1")
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.keep = keep
+        self._next_save = save_freq
+
+    def _checkpoints(self) -> list[Path]:
+        """All that are whole, oldest first."""
+        return sorted(self.save_path.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+    def _on_training_start(self) -> None:
+        self._arguments = self._own_arguments()
+        if self._checkpoints():
+            self._resume(self._checkpoints()[-1])
+        self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps >= self._next_save:
+            self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
+            self.save()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        if self.model.num_timesteps >= self.model._total_timesteps:  # else it was stopped within a rollout
+            self.save()
+
+    def _own_arguments(self) -> dict[str, Any]:
+        """The arguments of the algorithm that are plain values."""
+        kinds = (bool, int, float, str, type(None))
+        return {name: value for name, value in vars(self.model).items() if name[0] != "_" and isinstance(value, kinds)}
+
+    def _callbacks(self) -> list[BaseCallback]:
+        """All callbacks of the training, in a fixed order."""
+        found, todo = [], [self.locals["callback"]]
+        while todo:
+            callback = todo.pop()
+            found.append(callback)
+            todo += [*getattr(callback, "callbacks", []), *filter(None, [getattr(callback, "callback", None)])]
+        return [callback for callback in found if isinstance(callback, BaseCallback)]
+
+    @staticmethod
+    def _state_of(callback: BaseCallback) -> tuple[str, dict[str, Any], Any]:
+        eval_env = getattr(callback, "eval_env", None)
+        of_eval_env = None if eval_env is None else _get_vec_env_state(eval_env)
+        return type(callback).__name__, _attributes(callback, NOT_OF_CALLBACKS), of_eval_env
+
+    def save(self) -> None:
+        """Save a checkpoint. It has its name as soon as it is whole."""
+        model, unfinished = self.model, self.save_path / f"unfinished_{os.getpid()}"
+        for path in self.save_path.glob("unfinished_*"):
+            shutil.rmtree(path, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model.save(unfinished / "model.zip")
+        if hasattr(model, "save_replay_buffer"):
+            model.save_replay_buffer(unfinished / "replay_buffer.pkl")
+        assert model.env is not None
+        rest = dict(
+            arguments=self._arguments,
+            env=_get_vec_env_state(model.env),
+            callbacks=[self._state_of(callback) for callback in self._callbacks()],
+            random=_random_states(),
+        )
+        with open(unfinished / "rest.pkl", "wb") as file:
+            pickle.dump(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        complete = self.save_path / f"step_{model.num_timesteps}"
+        shutil.rmtree(complete, ignore_errors=True)
+        unfinished.rename(complete)
+        for path in self._checkpoints()[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _resume(self, checkpoint: Path) -> None:
+        model: Any = self.model
+        rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
+        for name, value in rest["arguments"].items():
+            if name not in NOT_OF_THE_MODEL and name in self._arguments and self._arguments[name] != value:
+                raise ValueError(
+                    f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
+                    f"{value!r}; expected the same, or another save_path"
+                )
+        data, params, variables = load_from_zip_file(checkpoint / "model.zip", device=model.device)
+        assert data is not None and params is not None
+        vars(model).update({name: value for name, value in data.items() if name not in NOT_OF_THE_MODEL})
+        model.set_parameters(params, exact_match=True, device=model.device)
+        for name, value in (variables or {}).items():
+            if value is not None:
+                getattr(model, name).data = value.data
+        if (checkpoint / "replay_buffer.pkl").exists():
+            model.load_replay_buffer(checkpoint / "replay_buffer.pkl", truncate_last_traj=False)
+        left = list(rest["callbacks"])
+        for callback in self._callbacks():
+            state = next((state for state in left if state[0] == type(callback).__name__), None)
+            if state is None or callback is self:
+                continue
+            left.remove(state)
+            vars(callback).update(state[1])
+            if state[2] is not None:
+                _set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
+        exact = _set_vec_env_state(model.env, rest["env"])
+        if not exact:
+            self._begin_episodes_anew(model)
+        _set_random_states(rest["random"])
+        if self.verbose >= 1:
+            how = (
+                "exactly where it was"
+                if exact
+                else "with new episodes, since the environments cannot give their states"
+            )
+            print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
+
+    @staticmethod
+    def _begin_episodes_anew(model: BaseAlgorithm) -> None:
+        """Start new episodes; in the replay buffer the old ones end as by a timeout."""
+        assert model.env is not None
+        buffer: Any = getattr(model, "replay_buffer", None)
+        if buffer is not None and buffer.size() > 0:
+            last = (buffer.pos - 1) % buffer.buffer_size
+            if buffer.handle_timeout_termination:
+                buffer.timeouts[last] = buffer.timeouts[last] + (1 - buffer.dones[last])
+            buffer.dones[last] = 1
+            if hasattr(buffer, "truncate_last_trajectory"):
+                buffer.truncate_last_trajectory()
+        model._last_obs = model.env.reset()  # type: ignore[assignment]
+        model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
+        if model._vec_normalize_env is not None:
+            model._last_original_obs = model._vec_normalize_env.get_original_obs()

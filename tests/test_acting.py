@@ -1,0 +1,516 @@
+"""Acting: what predict(), evaluation and the training take their actions from, as every policy of SB3 is used."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import (
+    SMALL,
+    OneStateEnv,
+    RandomObsEnv,
+    grow,
+    make_model,
+    randomise,
+    relative_error,
+    sample_obs,
+    slow_average,
+    slow_log_policy,
+    slow_logit_sums,
+)
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
+
+from sb3_staq import MlpPolicy, StaQ
+
+
+class NeverZero(MlpPolicy):
+    """Never takes the first action."""
+
+    def _predict(self, observation, deterministic=True):
+        logits = self.logits(observation)
+        return 1 + logits[:, 1:].argmax(dim=1, keepdim=True)
+
+
+class AlwaysTwo(StaQ):
+    def predict(self, observation, *args, **kwargs):
+        return np.full(len(observation), 2), None
+
+
+@pytest.mark.parametrize("logit_cache", [True, False])
+def test_subclasses_that_act_in_their_own_way(logit_cache):
+    """... do so in training, too, although the logit cache has logits of its own."""
+    own_ways = dict(logit_cache=logit_cache, exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    model = make_model(RandomObsEnv(), NeverZero, **own_ways).learn(150)
+    taken = model.replay_buffer.actions[model.learning_starts : 150]
+    assert set(taken.ravel()) == {1, 2}
+    arguments = {**SMALL, **own_ways, "policy_kwargs": dict(net_arch=[8])}
+    model = AlwaysTwo("MlpPolicy", RandomObsEnv(), **arguments).learn(150)
+    assert (model.replay_buffer.actions[model.learning_starts : 150] == 2).all()
+
+
+# Predicting and acting
+
+
+@pytest.mark.parametrize("kind", ["box", "dict", "discrete", "image"])
+def test_shapes_of_predictions(kind):
+    env = RandomObsEnv(kind, start=2)
+    policy, kwargs = {
+        "dict": ("MultiInputPolicy", {}),
+        "image": ("CnnPolicy", dict(policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)))),
+    }.get(kind, ("MlpPolicy", {}))
+    model = make_model(env, policy, **kwargs)
+    grow(model, 2)
+    model.exploration_rate = 0.5
+    single, _ = env.reset(seed=0)
+    if kind == "dict":
+        batch = {key: np.stack([value] * 6) for key, value in single.items()}
+    else:
+        batch = np.stack([single] * 6)
+    for predict, deterministic in itertools.product((model.predict, model.policy.predict), (True, False)):
+        action, state = predict(single, deterministic=deterministic)
+        assert isinstance(action, np.ndarray) and action.shape == ()
+        assert state is None
+        assert env.action_space.contains(np.int64(action))
+        actions, _ = predict(batch, deterministic=deterministic)
+        assert isinstance(actions, np.ndarray)
+        assert actions.shape == (6,)
+        assert np.issubdtype(actions.dtype, np.integer)
+        assert all(env.action_space.contains(action) for action in actions)
+        if deterministic:
+            assert (actions == action).all()
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [spaces.MultiDiscrete([[2, 3], [4, 2]]), spaces.MultiBinary([2, 3]), spaces.Box(-2, 1, (2, 3), np.float32)],
+    ids=str,
+)
+def test_shapes_of_actions_of_several_dimensions(action_space, tmp_path):
+    """The policy gives them as the model does, also when it is saved and loaded alone."""
+    model = make_model(RandomObsEnv(action_space=action_space)).learn(40)
+    model.policy.save(tmp_path / "policy.pth")
+    obs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    expected, _ = model.predict(obs, deterministic=True)
+    assert expected.shape == (6, *action_space.shape)
+    assert all(action_space.contains(action.astype(action_space.dtype)) for action in expected)
+    for policy in (model.policy, MlpPolicy.load(tmp_path / "policy.pth")):
+        np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
+        # The mean of a Box is a number, whose rounding depends on how many observations are evaluated at once
+        np.testing.assert_allclose(policy.predict(obs[0], deterministic=True)[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_deterministic_prediction_is_the_most_probable_action():
+    """Also with exploration; and vectorised or not, it is the arg max of the logits."""
+    model = make_model(RandomObsEnv())
+    grow(model, 3)
+    model.exploration_rate = 1.0
+    obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    expected = slow_logit_sums(model.policy, th.as_tensor(obs)).argmax(dim=1).numpy()
+    assert len(set(expected)) > 1
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], expected)
+    assert [int(model.predict(row, deterministic=True)[0]) for row in obs] == expected.tolist()
+
+
+def assert_frequencies(actions, probabilities):
+    """Within five standard deviations of the expected frequencies."""
+    n = len(actions)
+    frequencies = np.bincount(actions, minlength=len(probabilities)) / n
+    probabilities = np.asarray(probabilities)
+    assert (np.abs(frequencies - probabilities) <= 5 * np.sqrt(probabilities * (1 - probabilities) / n) + 1e-9).all()
+
+
+@pytest.fixture(scope="module")
+def one_state_model():
+    """A policy that is neither uniform nor deterministic in the only state of its environment."""
+    model = make_model(OneStateEnv(True, n_actions=3), learning_starts=0, gradient_steps=0)
+    grow(model, 3)
+    with th.no_grad():
+        logits = model.policy.logits(th.ones(1, 2))[0]
+        model.policy.frozen_critics.weights.scale *= 1.5 / (logits.max() - logits.min()).item()
+    return model
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_behaviour_is_epsilon_softmax(one_state_model, epsilon):
+    """The frequencies of predicted actions and of those taken while learning."""
+    model = one_state_model
+    logits = slow_logit_sums(model.policy, th.ones(1, 2))[0] * model.policy.frozen_critics.weights.scale
+    softmax = logits.softmax(-1).numpy()
+    assert 0.1 < softmax.min() < softmax.max() < 0.8
+    expected = (1 - epsilon) * softmax + epsilon / 3
+    model.set_random_seed(0)
+    model.exploration_rate = epsilon
+    actions, _ = model.predict(np.ones((20_000, 2), np.float32), deterministic=False)
+    assert_frequencies(actions, expected)
+    assert_frequencies([int(model.predict(np.ones(2, np.float32))[0]) for _ in range(1000)], expected)
+    actions, _ = model.policy.predict(np.ones((20_000, 2), np.float32), deterministic=False)
+    assert_frequencies(actions, softmax)  # the policy itself does not explore
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+def test_behaviour_while_learning_is_epsilon_softmax(epsilon, truncates):
+    """Also where the logits come from the cache: within episodes and at their beginnings."""
+
+    class Episodes(OneStateEnv):
+        def step(self, action):
+            self.count = getattr(self, "count", 0) + 1
+            obs, reward, terminated, truncated, info = super().step(action)
+            ends = self.count % 5 == 0
+            return obs, reward, terminated and ends, truncated and ends, info
+
+    env = DummyVecEnv([lambda: Episodes(truncates, 3)] * 2)
+    model = make_model(
+        env,
+        learning_starts=0,
+        gradient_steps=0,
+        buffer_size=4000,
+        exploration_initial_eps=epsilon,
+        exploration_final_eps=epsilon,
+    )
+    grow(model, 3)
+    weights = model.policy.frozen_critics.weights
+    logits = slow_logit_sums(model.policy, th.ones(1, 2))[0]
+    weights.scale = 1.5 / (logits.max() - logits.min()).item()
+    model.learn(4000)
+    softmax = (weights.scale * logits).softmax(-1).numpy()
+    assert_frequencies(model.replay_buffer.actions[:2000].ravel(), (1 - epsilon) * softmax + epsilon / 3)
+
+
+def test_uniform_actions_before_learning_starts(one_state_model):
+    model = make_model(OneStateEnv(True, n_actions=3), learning_starts=1000, buffer_size=1000)
+    model.policy.load_state_dict(one_state_model.policy.state_dict())
+    model.learn(1000)
+    assert_frequencies(model.replay_buffer.actions.ravel(), [1 / 3] * 3)
+
+
+def test_exploration_schedule():
+    """Linear over ``exploration_fraction`` of the training, then constant; logged under SB3's name."""
+
+    class Watch(BaseCallback):
+        rates = ()
+
+        def _on_step(self):
+            self.rates = (*self.rates, self.model.exploration_rate)
+            return True
+
+    callback = Watch()
+    model = make_model(exploration_initial_eps=0.8, exploration_final_eps=0.2, exploration_fraction=0.5)
+    model.learn(101, callback=callback, log_interval=None)
+    expected = [max(0.2, 0.8 - 0.6 * (step / 101) / 0.5) for step in range(1, 101)]
+    np.testing.assert_allclose(callback.rates[1:], expected, atol=1e-9)
+    assert model.logger.name_to_value["rollout/exploration_rate"] == pytest.approx(0.2)
+
+
+# As every policy of SB3
+
+
+LIST_SPACES = [spaces.Discrete(3, start=1), spaces.MultiDiscrete([2, 3]), spaces.Box(-2, 1, (2,), np.float32)]
+
+
+@pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.parametrize("action_space", LIST_SPACES, ids=lambda space: type(space).__name__)
+def test_lists_are_observations(action_space, kind):
+    """One or several as (nested) lists, of a Dict as values, give the actions of the same arrays."""
+    env = RandomObsEnv(kind, action_space=action_space)
+    model = make_model(env, "MultiInputPolicy" if kind == "dict" else "MlpPolicy")
+    grow(model, 3)
+    model.exploration_rate = 0.5
+    several = {key: x.numpy() for key, x in sample_obs(env.observation_space, 5).items()} if kind == "dict" else None
+    if several is not None:
+        several["b"] = several["b"].ravel()
+        several_lists = {key: x.tolist() for key, x in several.items()}
+        one, one_list = {key: x[0] for key, x in several.items()}, {key: x[0] for key, x in several_lists.items()}
+    else:
+        several = sample_obs(env.observation_space, 5).numpy()
+        several_lists, one, one_list = several.tolist(), several[0], several[0].tolist()
+    for array, as_list in [(one, one_list), (several, several_lists)]:
+        for predict, deterministic in itertools.product((model.predict, model.policy.predict), (True, False)):
+            actions = []
+            for obs in (array, as_list):
+                model.set_random_seed(3)
+                actions.append(predict(obs, deterministic=deterministic)[0])
+            assert actions[0].shape == actions[1].shape == (() if array is one else (5,)) + action_space.shape
+            assert np.array_equal(*actions)
+
+
+class DropoutExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 16)
+        self.net = nn.Sequential(nn.Linear(observation_space.shape[0], 16), nn.Tanh(), nn.Dropout(0.5))
+
+    def forward(self, obs):
+        return self.net(obs)
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_change_nothing(mode, critic):
+    """With dropout: the training goes on as if there had been no call, and the policy is never random."""
+    parameters = []
+    for called in (False, True):
+        extractor = dict(features_extractor_class=DropoutExtractor)
+        model = make_model(RandomObsEnv(), critic=critic, policy_kwargs=extractor).learn(60)
+        if called:
+            model.policy.set_training_mode(not mode)
+            model.policy.train() if mode else model.policy.eval()
+            assert model.policy.training == mode
+            obs = th.ones(4, 4)
+            assert th.equal(model.policy.logits(obs), model.policy.logits(obs))
+            assert relative_error(model.policy.logit_sums(obs), slow_logit_sums(model.policy, obs)) < 1e-5
+        model.learn(40, reset_num_timesteps=False)
+        parameters.append(model.policy.parameters_to_vector())
+    assert np.array_equal(*parameters)
+
+
+@pytest.mark.parametrize("logit_cache", [True, False])
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_training_under_autocast(critic, logit_cache):
+    """Losses are close to those of full precision; parameters stay floats, the policy keeps its full precision."""
+    losses = []
+    for enabled in (False, True):
+        env = RandomObsEnv(action_space=spaces.Box(-1, 1, (2,), np.float32))
+        model = make_model(env, critic=critic, logit_cache=logit_cache).learn(60)
+        model.set_random_seed(1)
+        with th.autocast("cpu", dtype=th.bfloat16, enabled=enabled):
+            model.train(12, 32)
+        assert all(th.isfinite(param).all() and param.dtype == th.float32 for param in model.policy.parameters())
+        losses.append(model.logger.name_to_value["train/critic_loss"])
+        obs = sample_obs(env.observation_space, 20)
+        with th.autocast("cpu", dtype=th.bfloat16, enabled=enabled):
+            sums = model.policy.logit_sums(obs)
+        assert relative_error(sums, slow_logit_sums(model.policy, obs)) < 1e-5
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_state_dict_holds_tensors_that_restore_everything(critic):
+    """... in a model of another size, too: set_parameters with what a user has copied gives bitwise equal logits."""
+    model = make_model(RandomObsEnv(), critic=critic, memory_size=3, average_window=1.0).learn(120)
+    state = {key: value.cpu().clone() for key, value in model.policy.state_dict().items()}
+    assert all(isinstance(value, th.Tensor) for value in state.values())
+    file = io.BytesIO()
+    th.save(state, file)
+    file.seek(0)
+    state = th.load(file, weights_only=True)
+    new = make_model(RandomObsEnv(), critic=critic, memory_size=3, average_window=1.0, seed=1)
+    optimizer = model.policy.optimizer.state_dict()
+    new.set_parameters({"policy": state, "policy.optimizer": optimizer}, exact_match=True)
+    obs = sample_obs(model.observation_space, 20)
+    for average in (False, True):
+        assert th.equal(new.policy.logit_sums(obs, average), model.policy.logit_sums(obs, average))
+    assert not th.equal(model.policy.logit_sums(obs), model.policy.logit_sums(obs, average=True))
+    assert th.equal(new.policy.logits(obs), model.policy.logits(obs))
+    assert new.policy.frozen_critics.weights.state_dict() == model.policy.frozen_critics.weights.state_dict()
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_compiled_policy(env):
+    """Training goes on with it, policy updates included, as with the policy that is not compiled."""
+    models = []
+    for compiled in (False, True):
+        model = make_model(env, train_freq=8, gradient_steps=2, policy_update_interval=40, logit_cache=True).learn(100)
+        if compiled:
+            model.policy = th.compile(model.policy, backend="eager")
+        models.append(model.learn(100, reset_num_timesteps=False))
+    assert models[0].n_policy_updates == models[1].n_policy_updates == 4
+    vectors = [np.concatenate([param.detach().ravel() for param in model.policy.parameters()]) for model in models]
+    np.testing.assert_allclose(*vectors, rtol=1e-3, atol=1e-4)
+    batch = models[1].replay.sample(64)
+    sums = models[1].replay.logit_sums(batch.next_observations)
+    assert relative_error(sums, slow_logit_sums(models[1].policy, batch.next_observations)) < 1e-4
+
+
+# Two weightings of one stack: the last policy collects, the average is delivered
+
+EVAL_CASES = {
+    "discrete": dict(action_space=spaces.Discrete(4, start=2)),
+    "discrete_joint": dict(action_space=spaces.Discrete(4, start=2), critic="joint"),
+    "multi_discrete": dict(action_space=spaces.MultiDiscrete([2, 4])),
+    "multi_binary_joint": dict(action_space=spaces.MultiBinary(3), critic="joint"),
+    "box": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_bins=4),
+    "box_joint": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_bins=4, critic="joint"),
+    "box_axis": dict(action_space=spaces.Box(-3, 1, (2,), np.float32), action_grid="axis"),
+}
+
+
+def two_policies(n_envs=1, env_class=RandomObsEnv, eval_policy="average", action_space=None, **kwargs):
+    """A model whose last policy is one critic, and whose average is another policy, neither of them sharp."""
+    env = DummyVecEnv([lambda: env_class(action_space=action_space) for _ in range(n_envs)])
+    arguments = dict(memory_size=1, average_window=1.0, exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    model = make_model(env, eval_policy=eval_policy, **arguments, **kwargs)
+    for seed in range(4):
+        randomise(model.policy.additive_critics, seed)
+        model.policy.push_critics(1.0, 0.1)
+    weights = model.policy.frozen_critics.weights
+    sums = slow_logit_sums(model.policy, sample_obs(env.observation_space, 50))
+    weights.scale = 1.5 / (sums - sums.mean(1, keepdim=True)).std().item()
+    return model
+
+
+def slow_log_probs(model, obs):
+    """log pi of the last policy and of the average, network by network in double precision."""
+    policy, weights = model.policy, model.policy.frozen_critics.weights
+    last = slow_log_policy(policy, weights.scale * slow_logit_sums(policy, obs))
+    average = slow_log_policy(policy, weights.scale * sum(weights.values) * slow_average(policy, obs))
+    assert (last - average).abs().max() > 0.5
+    return {"last": last, "average": average}
+
+
+def columns_of(model, stored):
+    """The columns of the bins of stored actions, shape (n, number of branches)."""
+    space = model.action_space
+    if isinstance(space, spaces.Discrete):
+        return stored - space.start
+    if isinstance(space, spaces.MultiDiscrete):
+        return stored + np.array([0, 2])
+    if isinstance(space, spaces.MultiBinary):
+        return stored + np.array([0, 2, 4])
+    if model.action_grid == "axis":
+        listed = np.array([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]])
+        return np.abs(stored[:, None] - listed).sum(2).argmin(1)[:, None]
+    return np.rint((stored + 1) * 3 / 2) + np.array([0, 4])
+
+
+def largest_deviation(columns, log_prob):
+    """Of the frequency of a bin from its mean probability, in standard deviations."""
+    prob = log_prob.exp().numpy()
+    taken = np.zeros_like(prob)
+    np.put_along_axis(taken, columns.astype(int), 1.0, axis=1)
+    variance = (prob * (1 - prob)).sum(0)
+    return np.abs((taken - prob).sum(0) / np.sqrt(variance)).max()
+
+
+@pytest.mark.parametrize("case", EVAL_CASES)
+def test_average_is_delivered_and_last_policy_collects(case):
+    """Sampled and deterministic predictions against one policy, the actions of learn() against the other."""
+    model = two_policies(n_envs=4, learning_starts=0, gradient_steps=0, buffer_size=4000, **EVAL_CASES[case])
+    model.learn(4000)
+    obs = th.as_tensor(model.replay_buffer.observations).flatten(0, 1)
+    stored = model.replay_buffer.actions.reshape(len(obs), -1)
+    log_probs = slow_log_probs(model, obs)
+    columns = columns_of(model, stored)
+    assert largest_deviation(columns, log_probs["last"]) < 5
+    assert largest_deviation(columns, log_probs["average"]) > 5
+
+    deterministic = {}
+    for choice in ("average", "last"):
+        model.eval_policy = choice
+        model.set_random_seed(1)
+        actions = model.predict(obs.numpy())[0].reshape(len(obs), -1)
+        if isinstance(model.action_space, spaces.Box):
+            actions = (actions + 3) / 2 - 1  # bounds -3 and 1
+        assert largest_deviation(columns_of(model, actions), log_probs[choice]) < 5
+        distribution = model.policy.get_distribution(obs).distribution
+        parts = distribution if isinstance(distribution, list) else [distribution]
+        th.testing.assert_close(
+            th.cat([part.logits for part in parts], dim=1).double(), log_probs[choice], rtol=1e-4, atol=1e-4
+        )
+        deterministic[choice] = model.predict(obs.numpy(), deterministic=True)[0]
+        if not isinstance(model.action_space, spaces.Box) or model.action_grid == "axis":
+            modes = columns_of(
+                model,
+                model.policy.scale_action(deterministic[choice]).reshape(len(obs), -1)
+                if isinstance(model.action_space, spaces.Box)
+                else deterministic[choice].reshape(len(obs), -1),
+            )
+            best = np.take_along_axis(log_probs[choice].numpy(), modes.astype(int), axis=1).sum(1)
+            assert np.allclose(
+                best, sum(b.max(1).values for b in log_probs[choice].split(model.policy.branches.sizes, 1))
+            )
+    assert not np.array_equal(deterministic["average"], deterministic["last"])
+
+
+class WatchedEnv(RandomObsEnv):
+    """Notes where its actions were taken."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = []
+
+    def step(self, action):
+        self.seen.append(np.array(self._last))
+        return super().step(action)
+
+
+@pytest.mark.parametrize("choice", ["average", "last"])
+def test_evaluation_uses_the_policy_that_is_chosen(choice):
+    """By evaluate_policy, of the model or its policy, and by EvalCallback in a training that collects by the last."""
+    model = two_policies(eval_policy=choice, learning_starts=0, gradient_steps=0)
+    for use in ("model", "policy", "callback"):
+        watched = WatchedEnv()
+        env = DummyVecEnv([lambda watched=watched: Monitor(watched)])
+        if use == "callback":
+            model.learn(40, callback=EvalCallback(env, n_eval_episodes=10, eval_freq=20, verbose=0))
+        else:
+            evaluate_policy(model if use == "model" else model.policy, env, n_eval_episodes=10)
+        best = {
+            name: x.argmax(1).tolist() for name, x in slow_log_probs(model, th.tensor(np.array(watched.seen))).items()
+        }
+        assert len(watched.actions) >= 20
+        assert watched.actions == best[choice] != best["last" if choice == "average" else "average"]
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+@pytest.mark.parametrize("choice", ["average", "last"])
+def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_path):
+    """By the argument, at load, and at any time on the model or its policy."""
+    other = "last" if choice == "average" else "average"
+    model = two_policies(eval_policy=choice, critic=critic)
+    obs = sample_obs(model.observation_space, 20)
+    expected = slow_log_probs(model, obs)
+
+    def assert_delivers(policy, choice):
+        th.testing.assert_close(
+            slow_log_policy(policy, policy.logits(obs).double()), expected[choice], rtol=1e-4, atol=1e-4
+        )
+
+    assert_delivers(model.policy, choice)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    assert_delivers(StaQ.load(tmp_path / "model").policy, choice)
+    assert_delivers(StaQ.load(tmp_path / "model", eval_policy=other).policy, other)
+    assert_delivers(MlpPolicy.load(tmp_path / "policy"), choice)
+
+    loaded = StaQ.load(tmp_path / "model")
+    loaded.eval_policy = other
+    assert_delivers(loaded.policy, other)
+    loaded.policy.eval_policy = choice
+    assert loaded.eval_policy == choice
+    loaded.policy.eval_policy = other
+    loaded.save(tmp_path / "changed")
+    assert StaQ.load(tmp_path / "changed").eval_policy == other
+    assert_delivers(StaQ.load(tmp_path / "changed").policy, other)
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
+        loaded.eval_policy = "mean"
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
+        StaQ.load(tmp_path / "model", eval_policy="mean")
+
+
+@pytest.mark.parametrize(("share", "n_by_average"), [(0.0, 0), (0.3, 1), (0.5, 2), (1.0, 4)])
+def test_a_share_of_the_environments_collects_with_the_average(share, n_by_average):
+    """The first ones, rounded down: frequencies of the actions that each environment got, in its only state."""
+    env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * 4)
+    model = make_model(
+        env, learning_starts=0, gradient_steps=0, buffer_size=8000, average_share=share, average_window=1.0,
+        memory_size=2, exploration_initial_eps=0.0, exploration_final_eps=0.0,
+    )  # fmt: skip
+    grow(model, 6)
+    stack, obs = model.policy.frozen_critics, th.ones(1, 2)
+    logits = [slow_logit_sums(model.policy, obs)[0], sum(stack.weights.values) * slow_average(model.policy, obs)[0]]
+    stack.weights.scale = 2.0 / max((x.max() - x.min()).item() for x in logits)
+    last, average = ((stack.weights.scale * x).softmax(-1).numpy() for x in logits)
+    assert np.abs(last - average).max() > 0.1
+    model.learn(8000)
+    actions = model.replay_buffer.actions[:2000, :, 0]
+    for i in range(4):
+        frequencies = np.bincount(actions[:, i], minlength=3) / 2000
+        np.testing.assert_allclose(frequencies, average if i < n_by_average else last, atol=0.05)
