@@ -268,3 +268,21 @@ def test_module_runs(tmp_path):
     obs = draw(model.observation_space, 5)
     actions, _ = run_script(tmp_path / "policy.pt", obs)
     np.testing.assert_array_equal(actions, loaded.predict(obs, deterministic=True)[0])
+
+
+@pytest.mark.slow
+def test_benchmark(monkeypatch, tmp_path):
+    """A row for the stack and one for its student, of an agent in the folders of RL Zoo3."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    from benchmarks import distillation
+
+    model = make_model("CartPole-v1")
+    grow(model, 3)
+    model.save(tmp_path / "CartPole-v1.zip")
+    arguments = ["--agent", "tiny, M = 3", str(tmp_path), "CartPole-v1", "--max-steps", "20", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["distillation", *arguments])
+    distillation.main()
+    heading, _, stack, student = (tmp_path / "report.md").read_text().splitlines()
+    assert stack.startswith("| tiny, M = 3 | stack | 6 |") and student.startswith("| tiny, M = 3 | student | 1 |")
+    assert stack.count("|") == student.count("|") == heading.count("|")
+    assert "critics that act" in heading and (tmp_path / "tiny_m_3.csv").is_file()

@@ -1,0 +1,147 @@
+"""
+What a stack loses and saves as one small network: ``python -m benchmarks.distillation --agent NAME MODEL ENV``.
+
+For instance:
+
+    python -m benchmarks.distillation \\
+        --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \\
+        --agent Hopper trained_agents/staq/Hopper-v4_1 Hopper-v4
+
+MODEL is a zip-file or a folder of RL Zoo3 with ``ENV.zip`` and perhaps ``ENV/vecnormalize.pkl``. Everything runs on one
+core, and states come from the environment only. Each agent has a CSV file in ``benchmarks/results/distillation``, and
+``report.md`` there is a table of all of them; without ``--agent`` only that is written anew.
+"""
+
+import argparse
+import csv
+import io
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_staq import StaQ, StaQPolicy
+from sb3_staq.distill import distill, select
+from sb3_staq.distill_report import DistillReport, PolicyNumbers
+from sb3_staq.export import export_policy
+from sb3_staq.save_util import atomic_write
+
+FOLDER = Path(__file__).parent / "results" / "distillation"
+HEADINGS = "agent|policy|critics that act|return|parameters|ONNX file|`predict`|onnxruntime|KL, mean (largest)|same bin"
+
+
+def load(env_id: str, model: Path) -> StaQ:
+    """
+    Load an agent with its environment.
+
+    :param env_id: id of the environment
+    :param model: zip-file, or folder of RL Zoo3
+    :return: the model
+    """
+    path = model / f"{env_id}.zip" if model.is_dir() else model
+    statistics = path.parent / env_id / "vecnormalize.pkl"
+    env: Any = make_vec_env(env_id)
+    if statistics.exists():
+        env = VecNormalize.load(str(statistics), env)
+    return StaQ.load(path, env=env, device="cpu")
+
+
+def _onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> tuple[int, float]:
+    """Bytes of the exported policy, and milliseconds for one observation on one core (median)."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_policy(policy, Path(folder) / "policy.onnx", model.get_vec_normalize_env())
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        n_bytes = path.stat().st_size
+    first = select(report.held_out, slice(1))
+    inputs = first if isinstance(first, dict) else {"obs": first}
+    arrays = {key: (x.float() if x.is_floating_point() else x).numpy() for key, x in inputs.items()}
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        session.run(["action"], arrays)
+        times.append(1000 * (time.perf_counter() - start))
+    return n_bytes, float(np.median(times))
+
+
+def _row(policy: StaQPolicy, numbers: PolicyNumbers, model: StaQ, report: DistillReport) -> dict[str, Any]:
+    """What the table says of stack or student."""
+    n_bytes, onnx_ms = _onnx_numbers(policy, model, report)
+    return {
+        "critics": int(policy.frozen_critics.coefs(policy.eval_policy == "average").count_nonzero()),
+        "parameters": numbers.n_parameters,
+        "saved_bytes": numbers.n_bytes,
+        "onnx_bytes": n_bytes,
+        "predict_ms": f"{numbers.ms_per_action:.4g}",
+        "onnx_ms": f"{onnx_ms:.4g}",
+        "kl_mean": f"{report.kl_mean:.4g}",
+        "kl_max": f"{report.kl_max:.4g}",
+        "agreement": f"{report.agreement:.4f}",
+        "gradient_steps": report.n_steps,
+        "returns": " ".join(f"{value:.6g}" for value in numbers.returns),
+    }
+
+
+def table(folder: Path) -> str:
+    """
+    Make a Markdown table of all result files.
+
+    :param folder: where they are
+    :return: the table
+    """
+    lines = [f"|{HEADINGS}|", "|---" * (HEADINGS.count("|") + 1) + "|"]
+    for path in sorted(folder.glob("*.csv")):
+        for x in csv.DictReader(path.open()):
+            returns = [float(value) for value in x["returns"].split()]
+            student = x["policy"] == "student"
+            cells = [
+                x["agent"],
+                x["policy"],
+                x["critics"],
+                f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
+                f"{int(x['parameters']):,}",
+                f"{int(x['onnx_bytes']) / 1e6:.2f} MB",
+                f"{float(x['predict_ms']):.2f} ms",
+                f"{float(x['onnx_ms']):.3f} ms",
+                f"{float(x['kl_mean']):.3g} ({float(x['kl_max']):.2g})" if student else "",
+                f"{float(x['agreement']):.1%}" if student else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Distil the agents of the command line, and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__)
+    parser.add_argument("--agent", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "ENV"))
+    parser.add_argument("--max-steps", type=int, default=20_000, help="gradient steps at most")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results are")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    for name, path, env_id in args.agent:
+        model = load(env_id, Path(path))
+        student, report = distill(model, max_steps=args.max_steps, progress_bar=True)
+        print(f"{name}\n{report}")
+        text, numbers = io.StringIO(), {"stack": report.stack, "student": report.student}
+        policies = {"stack": model.policy, "student": student}
+        rows = [dict(agent=name, policy=k, **_row(p, numbers[k], model, report)) for k, p in policies.items()]
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_write(args.folder / f"{re.sub('[^A-Za-z0-9]+', '_', name).strip('_').lower()}.csv") as file:
+            file.write(text.getvalue().encode())
+    with atomic_write(args.folder / "report.md") as file:
+        file.write(table(args.folder).encode())
+
+
+if __name__ == "__main__":
+    main()
