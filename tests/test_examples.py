@@ -11,14 +11,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # Environment steps: enough for a few policy updates where these are what the script is about
 STEPS = dict(
     demo=1_200,
+    deploy=2_000,
     diagnostics=1_500,
     export_policy=1_500,
     lunar_lander=2_200,
     mujoco=400,
     vec_normalize=600,
 )
-NEEDS = {"lunar_lander": "Box2D", "minatar_breakout": "minatar", "mujoco": "mujoco"}
-SLOW = {"minatar_breakout"}  # more than 5 seconds
+NEEDS = {"deploy": "onnxruntime", "lunar_lander": "Box2D", "minatar_breakout": "minatar", "mujoco": "mujoco"}
+SLOW = {"deploy", "minatar_breakout"}  # more than 5 seconds
 OWN_TESTS = {"export_policy", "resume"}
 
 
