@@ -53,8 +53,8 @@ SMALL_KL_COEF, SMALL_ENT_COEF, N_SMALL_MDPS = 1.0, 1e-4, 500
 ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 LINES = dict(zip(MEMORY_SIZES, zip((VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^v", strict=True), strict=True))
 REFERENCE: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 2}
-STYLE = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2, "figure.constrained_layout.use": True}
-STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1, "legend.frameon": False}
+STYLE: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2, "legend.frameon": False}
+STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1, "figure.constrained_layout.use": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -104,7 +104,8 @@ class TabularStaQ:
         if self.weights.recursive:
             self.total = update.apply(self.total, q_values, deleted)
         else:
-            self.total = sum(weight * q for weight, q in zip(self.weights.values, self.stack, strict=True))
+            products = [weight * q for weight, q in zip(self.weights.values, self.stack, strict=True)]
+            self.total = th.stack(products).sum(dim=0)
 
     def averaged(self, q_values: Sequence[th.Tensor]) -> th.Tensor:
         """Log-probabilities if the logits are the mean of these Q-functions times the sum of the rule's weights."""
@@ -381,9 +382,9 @@ def markdown(table: pd.DataFrame, *formats: str) -> str:
 def settings_table() -> str:
     """What :func:`run_convergence` ran on."""
     rows = []
-    for name, (mdp, *coefs) in CONVERGENCE_SETTINGS.items():
-        theory = decay_rate(*coefs), linear_rate(*coefs, mdp.gamma), memory_bound(mdp.gamma, *coefs)
-        rows.append([name, mdp.gamma, *coefs, *theory])
+    for name, (mdp, kl, ent) in CONVERGENCE_SETTINGS.items():
+        theory = decay_rate(kl, ent), linear_rate(kl, ent, mdp.gamma), memory_bound(mdp.gamma, kl, ent)
+        rows.append([name, mdp.gamma, kl, ent, *theory])
     columns = ["MDPs", "gamma", "kl_coef", "ent_coef", "beta", "d", "M of the theorem"]
     return markdown(pd.DataFrame(rows, columns=columns), "g")
 
