@@ -27,6 +27,8 @@ OBS_ELEMENTS = 2**21
 # Critics whose weight is at most this share of the sum of the weights are left out. For 256 of them this is the
 # resolution of a float, 2^-24.
 NEGLIGIBLE_WEIGHT = 2.0**-32
+# Rows of critics without weight that are evaluated rather than parted at: a pass of its own costs about as much
+GAP = 4
 NEW = -1
 # Stands in files for an ``ent_coef`` before the first policy update
 NO_ENT_COEF = -1.0
@@ -102,7 +104,7 @@ class FrozenCritics(nn.ModuleList):
         self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
         # The parameters of entry i are views of row i of these blocks, so that one batched pass reads them all
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
-        self._coefs: dict[bool, th.Tensor] = {}
+        self._coefs: dict[bool, tuple[th.Tensor, list[range]]] = {}
         linear = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in linear)
 
@@ -120,15 +122,15 @@ class FrozenCritics(nn.ModuleList):
         :return: shape (batch, n_bins); zero for an empty stack
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        coefs = self.coefs(average)
+        coefs, runs = self._factors(average)
         chunk = max(1, len(coefs))
         if not exporting():
             elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
             chunk = max(1, elements // (self._widest_layer * max(1, len(first))))
         total = first.new_zeros(first.shape[0], self.n_bins, dtype=th.float32)
         with th.autocast(first.device.type, enabled=False):
-            for start in range(0, len(coefs), chunk):
-                rows = slice(start, min(start + chunk, len(coefs)))
+            for start, stop in [(i, min(i + chunk, run.stop)) for run in runs for i in run[::chunk]]:
+                rows = slice(start, stop)
                 params = {name: block[rows].flatten(0, 1) for name, block in self._blocks.items()}
                 total = total + batched_forward(self._template[0].net, params, obs, coef=coefs[rows].flatten())
         return total
@@ -140,6 +142,10 @@ class FrozenCritics(nn.ModuleList):
         :param average: those of the average, instead of those of the logit rule
         :return: shape (number of entries up to the last that has one, n_critics)
         """
+        return self._factors(average)[0]
+
+    def _factors(self, average: bool) -> tuple[th.Tensor, list[range]]:
+        """The factors, and the ranges of rows that have any: the average may leave out most of the rule's entries."""
         if average in self._coefs:
             return self._coefs[average]
         block = next(iter(self._blocks.values()))
@@ -151,9 +157,14 @@ class FrozenCritics(nn.ModuleList):
         # The mean of an ensemble is a sum as well: one factor for each network
         coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
         coefs = coefs.unsqueeze(1).repeat(1, block.shape[1])
+        runs: list[range] = []
+        for row, value in enumerate(values):
+            if value != 0.0:
+                start = runs.pop().start if runs and row - runs[-1].stop < GAP else row
+                runs.append(range(start, row + 1))
         if not exporting():  # a trace would differ from the next one
-            self._coefs[average] = coefs
-        return coefs
+            self._coefs[average] = coefs, runs
+        return coefs, runs
 
     def _rule_values(self) -> list[float]:
         """The weights by the logit rule, in the order of the entries."""

@@ -16,6 +16,7 @@ import pytest
 import torch as th
 from architectures import ARCHITECTURES, BOX, make_policy, push
 from helpers import (
+    RandomObsEnv,
     by_age,
     grow,
     make_model,
@@ -919,3 +920,15 @@ def test_members_of_entries_are_ordinary_modules():
     for entry, expected in zip(policy.frozen_critics[:], nets, strict=True):
         for net, other in zip(members(entry), expected, strict=True):
             assert th.equal(net(obs), other(obs))
+
+
+@pytest.mark.parametrize("average_size", [3, 5, 60])
+def test_average_leaves_out_what_has_no_weight(average_size):
+    """Critics of the average that lie apart among those of the rule, by ordinary networks one by one."""
+    model = make_model(RandomObsEnv(), memory_size=30, average_window=0.5, average_size=average_size)
+    grow(model, 35)
+    policy, obs = model.policy, sample_obs(model.observation_space, 5)
+    with th.no_grad():
+        sums = policy.logit_sums(obs, average=True)
+        assert relative_error(sums, policy.frozen_critics.weights.total * slow_average(policy, obs)) < 1e-5
+        assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
