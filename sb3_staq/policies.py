@@ -3,7 +3,7 @@
 import io
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -19,13 +19,16 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.action_spaces import make_action_groups
 from sb3_staq.critics import CriticEnsemble, FrozenCritics, JointCritics, JointQNetwork, QNetwork
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
-from sb3_staq.save_util import atomic_write
+from sb3_staq.plain_json import load_policy, save_policy
+
+SelfPolicy = TypeVar("SelfPolicy", bound="StaQPolicy")
 
 CRITICS = ("additive", "joint")
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
@@ -369,8 +372,20 @@ class StaQPolicy(BasePolicy):
 
         :param path: where to save it
         """
-        with atomic_write(path) as file:
-            super().save(file)
+        save_policy(path, self.state_dict(), self._get_constructor_parameters())
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfPolicy],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        device: th.device | str = "auto",
+        weights_only: bool = False,
+        **kwargs: Any,
+    ) -> SelfPolicy:
+        state_dict, arguments = load_policy(path, device, weights_only, kwargs)
+        policy = cls(**arguments)
+        policy.load_state_dict(state_dict)
+        return policy.to(get_device(device))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -378,7 +393,7 @@ class StaQPolicy(BasePolicy):
             net_arch=self.net_arch,
             activation_fn=self.activation_fn,
             layer_norm=self.layer_norm,
-            lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
+            lr_schedule=ConstantSchedule(0.0),  # not needed for loading the policy alone
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
             features_extractor_class=self.features_extractor_class,

@@ -27,8 +27,10 @@ from stable_baselines3.common.type_aliases import (
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
+from sb3_staq.buffer_files import check_buffer, load_buffer, save_buffer
 from sb3_staq.buffers import LogitCache, split_samples
 from sb3_staq.critics import CriticEnsemble
 from sb3_staq.mirror_descent import (
@@ -44,8 +46,9 @@ from sb3_staq.mirror_descent import (
     soft_value,
     solve_ent_coef,
 )
+from sb3_staq.plain_json import add_arguments, without_pickles
 from sb3_staq.policies import CnnPolicy, DrawnActions, MlpPolicy, MultiInputPolicy, StaQPolicy
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, check_algorithm, open_archive
 from sb3_staq.schedules import make_schedule, parse_auto, parse_relative
 from sb3_staq.validation import POLICY_ARGUMENTS, check_arguments, check_coefficients
 
@@ -90,6 +93,11 @@ DEFAULT_TARGET_ENTROPY_BINS = 5
 MIN_UPDATE_STATES = 1024
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
+# What `_setup_model` or `learn` makes anew; and a path that a file from elsewhere must not choose
+DERIVED = (
+    *("lr_schedule", "kl_coef_schedule", "ent_coef_schedule", "target_entropy_schedule", "exploration_schedule"),
+    *("_last_obs", "_last_original_obs", "_last_episode_starts", "tensorboard_log"),
+)
 PolicyUpdateHook = Callable[[float, float, StackWeights, CriticEnsemble | None], None]
 
 
@@ -732,17 +740,49 @@ class StaQ(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        left_out = {*self._excluded_save_params(), *DERIVED, *(exclude or ())} - {*(include or ())}
         with atomic_write(path, "zip") as file:
-            super().save(file, exclude, include)
+            archive = io.BytesIO()  # a pipe, or a file open for writing only, cannot be added to
+            super().save(archive, exclude, include)
+            add_arguments(archive, {name: value for name, value in vars(self).items() if name not in left_out})
+            file.write(archive.getbuffer())
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfStaQ],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        weights_only: bool = False,
+        **kwargs: Any,
+    ) -> SelfStaQ:
+        with open_archive(path, "zip") as file:
+            check_algorithm(file, "StaQ", ("memory_size", "policy_update_interval"))
+            if weights_only:
+                given = {**(custom_objects or {}), **kwargs}
+                file, custom_objects = without_pickles(file, given, cls.policy_aliases.values())
+            return super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """
-        Save the replay buffer as a pickle file. An existing file is replaced once the new one is complete.
+        assert self.replay_buffer is not None
+        save_buffer(path, self.replay_buffer)
 
-        :param path: Path to the file where the replay buffer should be saved.
-        """
-        with atomic_write(path, "pkl") as file:
-            super().save_replay_buffer(file)
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
+    ) -> None:
+        assert self.replay_buffer is not None
+        buffer, _ = load_buffer(path, mmap)
+        check_buffer(buffer, self.replay_buffer)
+        if isinstance(buffer, HerReplayBuffer):
+            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
+            buffer.set_env(self.env)
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()
+        buffer.device = self.device
+        self.replay_buffer = buffer
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_logit_cache", "_last_logit_sums", "policy_update_hooks"]
