@@ -27,9 +27,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_staq import StaQ, StaQPolicy
-from sb3_staq.distill import distill, select
+from sb3_staq.distill import distill
 from sb3_staq.distill_report import DistillReport, PolicyNumbers
 from sb3_staq.export import export_policy
+from sb3_staq.observations import select
 from sb3_staq.save_util import atomic_write
 
 FOLDER = Path(__file__).parent / "results" / "distillation"

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
 from sb3_staq.distill_report import DistillReport, measure_policy
 from sb3_staq.mirror_descent import kl_divergence, log_policy
+from sb3_staq.observations import join, select
 from sb3_staq.policies import StaQPolicy
 
 if TYPE_CHECKING:
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
 HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
 TAU = 0.005  # of the Polyak average, which is what becomes the student
-
-
-def select(obs: Any, rows: Any) -> Any:
-    """Take some rows of observations, which may be dictionaries."""
-    return {key: x[rows] for key, x in obs.items()} if isinstance(obs, dict) else obs[rows]
-
-
-def join(parts: Any) -> Any:
-    """Concatenate observations, which may be dictionaries."""
-    return {key: th.cat([x[key] for x in parts]) for key in parts[0]} if isinstance(parts[0], dict) else th.cat(parts)
 
 
 def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:

@@ -25,9 +25,9 @@ from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_staq
-from sb3_staq.distill import select
 from sb3_staq.exported_policy import ExportedPolicy
 from sb3_staq.mirror_descent import log_policy
+from sb3_staq.observations import select
 from sb3_staq.policies import EVAL_POLICIES, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import StaQ

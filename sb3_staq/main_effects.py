@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_staq.action_spaces import Branches
+from sb3_staq.observations import select
 from sb3_staq.q_networks import Critic, CriticEnsemble, Ensemble, batched_forward
 
 
@@ -161,8 +162,7 @@ def expected_q_values(
     expected = q_values.new_empty(len(q_values), batch_size)
     expected[:, swept] = (actions.prob[swept] * q_swept).sum(dim=2).to(expected.dtype)
     expected[:, drawn] = q_values[:, columns.numel() :]
-    obs_swept = {key: x[swept] for key, x in obs.items()} if isinstance(obs, dict) else obs[swept]
-    return expected, Sweep(obs_swept, columns, actions.valid[swept], q_swept.mean(dim=0))
+    return expected, Sweep(select(obs, swept), columns, actions.valid[swept], q_swept.mean(dim=0))
 
 
 def main_effects_loss(main_effects: CriticEnsemble, sweep: Sweep) -> th.Tensor:

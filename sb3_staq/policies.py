@@ -2,8 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -32,8 +31,9 @@ from sb3_staq.main_effects import (
     expected_q_values,
 )
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
+from sb3_staq.observations import in_parts
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
-from sb3_staq.q_stack import FrozenCritics, in_parts
+from sb3_staq.q_stack import FrozenCritics
 from sb3_staq.save_util import atomic_write, check_zip
 
 SelfStaQPolicy = TypeVar("SelfStaQPolicy", bound="StaQPolicy")
@@ -140,7 +140,6 @@ class StaQPolicy(BasePolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
-        self._known_sums: th.Tensor | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -206,19 +205,6 @@ class StaQPolicy(BasePolicy):
         """
         return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
 
-    @contextmanager
-    def collecting(self, logit_sums: th.Tensor) -> Iterator[None]:
-        """
-        Let :meth:`logits`, and so ``predict``, follow the last policy, at observations where its sums are known.
-
-        :param logit_sums: the weighted sums at the observations that ``predict`` will get, shape (batch, n_bins)
-        """
-        self._known_sums = logit_sums
-        try:
-            yield
-        finally:
-            self._known_sums = None
-
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
         Compute the logits of the policy that is delivered, see ``eval_policy``.
@@ -226,10 +212,7 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        sums = self._known_sums
-        if sums is None:
-            sums = self.logit_sums(obs, average=self.eval_policy == "average")
-        return self.frozen_critics.weights.scale * sums
+        return self.frozen_critics.weights.scale * self.logit_sums(obs, average=self.eval_policy == "average")
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """

@@ -22,8 +22,6 @@ from sb3_staq.q_networks import CriticEnsemble, batched_forward
 
 # Activations per layer at a time: on a CPU 2 MB, which stay in its cache; a GPU needs much work at a time
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
-# Elements of the observations that are evaluated at a time: bounds the memory that images take
-OBS_ELEMENTS = 2**21
 # Critics whose weight is at most this share of the sum of the weights are left out. For 256 of them this is the
 # resolution of a float, 2^-24.
 NEGLIGIBLE_WEIGHT = 2.0**-32
@@ -48,24 +46,6 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
         if received:
             signal.raise_signal(signal.SIGINT)
-
-
-def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
-    """
-    Evaluate a function of observations with bounded memory.
-
-    :param function: from observations to a tensor with one row for each
-    :param obs: a tensor or a dictionary of tensors
-    :return: its value
-    """
-    tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
-    n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
-    if exporting() or len(tensors[0]) <= n_at_once:
-        return function(obs)
-    if isinstance(obs, dict):
-        parts = [dict(zip(obs, part, strict=True)) for part in zip(*(x.split(n_at_once) for x in tensors), strict=True)]
-        return th.cat([function(part) for part in parts])
-    return th.cat([function(part) for part in obs.split(n_at_once)])
 
 
 class FrozenCritics(nn.ModuleList):

@@ -11,14 +11,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
-    PyTorchObs,
     Schedule,
     TrainFreq,
     TrainFrequencyUnit,
@@ -40,10 +37,12 @@ from sb3_staq.mirror_descent import (
     max_entropy,
     soft_value,
 )
+from sb3_staq.observations import select
+from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
-from sb3_staq.replay import PolicyReplay, cache_fits, first_rows, is_plain
-from sb3_staq.save_util import atomic_write, check_pickle, check_zip, read_staq_data, with_checksum
+from sb3_staq.replay import PolicyReplay, cache_pays
+from sb3_staq.save_util import check_zip, read_staq_data
 
 if TYPE_CHECKING:
     from sb3_staq.distill_report import DistillReport
@@ -60,7 +59,7 @@ class PolicyUpdateInfo(NamedTuple):
     deleted: list[CriticEnsemble]  # what it deleted from the weighted sum, oldest first
 
 
-class StaQ(OffPolicyAlgorithm):
+class StaQ(CheckedOffPolicyAlgorithm):
     """
     StaQ: entropy-regularised policy mirror descent on a stack of frozen critics.
 
@@ -213,7 +212,7 @@ class StaQ(OffPolicyAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,  # type: ignore[arg-type]  # what is None is replaced below
+            learning_rate,  # type: ignore[arg-type]  # None is replaced below
             buffer_size,
             learning_starts,
             batch_size,  # type: ignore[arg-type]
@@ -235,22 +234,13 @@ class StaQ(OffPolicyAlgorithm):
             supported_action_spaces=SUPPORTED_ACTION_SPACES,
             support_multi_env=True,
         )
-        # There is no action space yet when a model is loaded, which brings its arguments
-        defaults = defaults_for(getattr(self, "action_space", None), action_grid)
-        self.learning_rate = defaults["learning_rate"] if learning_rate is None else learning_rate
-        self.batch_size = defaults["batch_size"] if batch_size is None else batch_size
-        self.tau = defaults["tau"] if tau is None else tau
-        self.kl_coef = defaults["kl_coef"] if kl_coef is None else kl_coef
-        self.ent_coef = defaults["ent_coef"] if ent_coef is None else ent_coef
-        interval = policy_update_interval
-        self.policy_update_interval: int = defaults["policy_update_interval"] if interval is None else interval
-        self.critic: str = defaults["critic"] if critic is None else critic
-        self.critic_reduction: str = defaults["critic_reduction"] if critic_reduction is None else critic_reduction
-        initial_eps, final_eps = exploration_initial_eps, exploration_final_eps
-        self.exploration_initial_eps: float = (
-            defaults["exploration_initial_eps"] if initial_eps is None else initial_eps
-        )
-        self.exploration_final_eps: float = defaults["exploration_final_eps"] if final_eps is None else final_eps
+        self.kl_coef = kl_coef
+        self.ent_coef = ent_coef
+        self.policy_update_interval: Any = policy_update_interval
+        self.critic: Any = critic
+        self.critic_reduction: Any = critic_reduction
+        self.exploration_initial_eps: Any = exploration_initial_eps
+        self.exploration_final_eps: Any = exploration_final_eps
         self.exploration_fraction = exploration_fraction
         self.memory_size = memory_size
         self.logit_rule = logit_rule
@@ -265,13 +255,15 @@ class StaQ(OffPolicyAlgorithm):
         self.average_share = average_share
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
+        # There is no action space yet when a model is loaded, which brings its arguments
+        for name, default in defaults_for(getattr(self, "action_space", None), action_grid).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
         self.exploration_rate = 0.0
-        self._n_policy_updates = 0
         self._steps_since_policy_update = 0.0
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
         self._replay: PolicyReplay | None = None
-        self._statistics: Any = None  # of VecNormalize, before the last step of the environments
         # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
         # `_on_training_start`
         self.policy_update_hooks: list[Callable[[PolicyUpdateInfo], None]] = []
@@ -292,6 +284,11 @@ class StaQ(OffPolicyAlgorithm):
         # Those of the end too: "auto" would fail in the last policy update where ent_coef falls to 0
         _, memory_size = (self._memory_size_for(*self._coefficients().at(progress)) for progress in (0.0, 1.0))
         self.logit_rule = make_logit_rule(self.logit_rule, memory_size)
+        if self.logit_cache is True and not isinstance(self.logit_rule, str):
+            raise ValueError(
+                f"Invalid logit_cache=True: custom weights, logit_rule={self.logit_rule!r}, follow no recursion; "
+                "expected 'auto' or False"
+            )
         with self._as_sb3_needs_them():
             super()._setup_model()
         self.policy.action_space = self.action_space
@@ -399,7 +396,6 @@ class StaQ(OffPolicyAlgorithm):
 
         # xi_{k+1} = beta * xi_k + alpha * Q_k, and without the deleted critics: pi_{k+1} = softmax(xi_{k+1})
         update, deleted = policy.push_critics(kl_coef, ent_coef, self._memory_size_for(kl_coef, ent_coef))
-        self._n_policy_updates += 1
         self.replay.follow(update, deleted)
 
         log_prob = policy.log_prob(self.replay.logit_sums(states))
@@ -412,7 +408,7 @@ class StaQ(OffPolicyAlgorithm):
         self.logger.record("train/beta", decay_rate(kl_coef, ent_coef))
         self.logger.record("train/n_frozen_critics", len(weights))
         self.logger.record("train/oldest_weight", weights.values[0] if weights.full else 0.0)
-        self.logger.record("train/n_policy_updates", self._n_policy_updates, exclude="tensorboard")
+        self.logger.record("train/n_policy_updates", self.n_policy_updates, exclude="tensorboard")
         for hook in self.policy_update_hooks:
             hook(PolicyUpdateInfo(kl_coef, ent_coef, old_weights, deleted))
 
@@ -459,7 +455,7 @@ class StaQ(OffPolicyAlgorithm):
     @property
     def n_policy_updates(self) -> int:
         """Number of policy updates so far."""
-        return self._n_policy_updates
+        return self.policy.frozen_critics.n_updates
 
     @property
     def eval_policy(self) -> str:
@@ -512,27 +508,14 @@ class StaQ(OffPolicyAlgorithm):
             or replay.policy is not self.policy
             or replay.vec_normalize is not vec_normalize
         ):
-            replay = self._replay = PolicyReplay(self.replay_buffer, self.policy, vec_normalize, self._use_cache())
+            n_sampled = None  # unknown where a number of gradient steps follows an episode
+            if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.STEP:  # type: ignore[union-attr]
+                n_sampled = self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
+            use_cache = self.logit_cache
+            if use_cache == "auto":
+                use_cache = cache_pays(self.replay_buffer, self.policy, vec_normalize, n_sampled)
+            replay = self._replay = PolicyReplay(self.replay_buffer, self.policy, vec_normalize, bool(use_cache))
         return replay
-
-    def _use_cache(self) -> bool:
-        """Decide what ``logit_cache`` says; "auto" compares two critics at all stored states with M at the sampled."""
-        buffer, recursive = self.replay_buffer, self.policy.frozen_critics.weights.recursive
-        assert buffer is not None and isinstance(self.train_freq, TrainFreq)
-        if self.logit_cache is True and not recursive:
-            raise ValueError(
-                f"Invalid logit_cache=True: custom weights, logit_rule={self.logit_rule!r}, follow no recursion; "
-                "expected 'auto' or False"
-            )
-        if isinstance(self.logit_cache, bool):
-            return self.logit_cache
-        normalised = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
-        if not recursive or normalised or not is_plain(buffer) or not cache_fits(buffer, self.policy.branches.n_bins):
-            return False
-        if self.logit_rule == "exact" or (self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP):
-            return True  # a stack without limit; a number of gradient steps that is not known beforehand
-        n_sampled = self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
-        return 2 * self.buffer_size <= self.policy.memory_size * n_sampled
 
     def predict(
         self,
@@ -564,12 +547,12 @@ class StaQ(OffPolicyAlgorithm):
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
-            actions[explores] = self._uniform_actions(int(explores.sum()))
+            actions[explores] = self._to_env(self.policy.branches.uniform(int(explores.sum())))
         return actions
 
-    def _uniform_actions(self, n: int) -> np.ndarray:
-        branches = self.policy.branches
-        stored = branches.decode(branches.uniform(n)).cpu().numpy()
+    def _to_env(self, bins: th.Tensor) -> np.ndarray:
+        """Give bins as actions of the environment."""
+        stored = self.policy.branches.decode(bins).cpu().numpy()
         actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
         return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
@@ -577,39 +560,27 @@ class StaQ(OffPolicyAlgorithm):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """Act by the last policy, which is the one that learns; in a share of the environments by the average."""
-        self._remember_statistics()
-        assert self._last_obs is not None
+        policy = self.policy
         if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
-            actions = self._uniform_actions(n_envs)
+            actions = self._to_env(policy.branches.uniform(n_envs))
         else:
-            obs = self._last_obs_as_tensor()
+            obs, _ = policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
             sums = self.replay.logit_sums(obs, remember=False)
             n_average = int(self.average_share * n_envs)
             if n_average > 0:
-                sums[:n_average] = self.policy.logit_sums(first_rows(obs, n_average), average=True)
-            with self.policy.collecting(sums):
-                actions, _ = self.predict(self._last_obs)
-        return actions, self.policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+                with th.no_grad():
+                    sums[:n_average] = policy.logit_sums(select(obs, slice(n_average)), average=True)
+            actions = self._explore(self._to_env(policy.branches.sample(policy.log_prob(sums))))
+        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def _last_obs_as_tensor(self) -> PyTorchObs:
-        """The last observations as the replay buffer has them."""
-        buffer, vec_normalize = self.replay_buffer, self._vec_normalize_env
-        assert buffer is not None and self._last_obs is not None
-        normalised = vec_normalize is not None and vec_normalize.norm_obs
-
-        def to_tensor(array: np.ndarray, space: spaces.Space, shape: tuple[int, ...], normalised: bool) -> th.Tensor:
-            dtype = np.float32 if normalised else space.dtype
-            return buffer.to_torch(np.asarray(array, dtype=dtype).reshape(-1, *shape))
-
-        if isinstance(self._last_obs, dict):
-            assert isinstance(self.observation_space, spaces.Dict) and isinstance(buffer.obs_shape, dict)
-            keys, normalised_keys = self.observation_space.spaces, vec_normalize.norm_obs_keys if normalised else []
-            return {k: to_tensor(self._last_obs[k], keys[k], buffer.obs_shape[k], k in normalised_keys) for k in keys}
-        assert isinstance(buffer.obs_shape, tuple)
-        return to_tensor(self._last_obs, self.observation_space, buffer.obs_shape, normalised)
+    def _store_transition(self, replay_buffer: ReplayBuffer, *args: Any, **kwargs: Any) -> None:
+        super()._store_transition(replay_buffer, *args, **kwargs)
+        if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
+            self.replay.remember_last()
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
+        super()._on_step()
         for name in ("exploration_initial_eps", "exploration_final_eps", "exploration_fraction"):
             check_argument(name, getattr(self, name))
         schedule = LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
@@ -617,89 +588,7 @@ class StaQ(OffPolicyAlgorithm):
         self._steps_since_train += max(0, min(self.n_envs, self.num_timesteps - self.learning_starts))
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
-    # What environments return must be finite before it gets into statistics, replay buffer or critics
-
-    def _remember_statistics(self) -> None:
-        """Keep the running statistics of VecNormalize as they are before a step of the environments."""
-        normalize = self._vec_normalize_env
-        if normalize is not None:
-            obs_rms: Any = normalize.obs_rms if normalize.norm_obs else None
-            copied = (
-                {k: x.copy() for k, x in obs_rms.items()} if isinstance(obs_rms, dict) else obs_rms and obs_rms.copy()
-            )
-            self._statistics = copied, normalize.ret_rms.copy(), normalize.returns.copy()
-
-    def _restore_statistics(self) -> None:
-        normalize = self._vec_normalize_env
-        if normalize is not None and self._statistics is not None:
-            obs_rms, normalize.ret_rms, normalize.returns = self._statistics
-            if obs_rms is not None:
-                normalize.obs_rms = obs_rms
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        """Store a step of the environments, if all that it returned is finite."""
-        normalize = self._vec_normalize_env  # it clips: look at what the environments returned
-        self._check_finite("reward", reward if normalize is None else normalize.get_original_reward())
-        self._check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
-        for i in np.flatnonzero(dones):
-            self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
-            self.replay.remember_last()
-
-    def _check_finite(
-        self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
-    ) -> None:
-        """
-        Stop before a number that is not finite as a float gets anywhere.
-
-        :param what: what it is, for the error message
-        :param values: of all environments, or of one
-        :param env_index: the environment, if they are of one
-        """
-        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
-            array = np.asarray(array)
-            if not np.issubdtype(array.dtype, np.floating):
-                continue
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(array.astype(np.float32))
-            if not finite.all():
-                self._restore_statistics()
-                self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
-                if env_index is None:
-                    env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
-                    array, finite = array[env_index], finite[env_index]
-                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *np.argwhere(~finite)[0].tolist()))
-                raise ValueError(
-                    f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
-                    f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                    "can be saved, and learn() can be called again, which resets the environments"
-                )
-
     # Learning, saving and loading
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        self._remember_statistics()
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        assert self._last_obs is not None
-        original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
-        self._check_finite("observation", self._last_obs if original is None else original)
-        return result
 
     def learn(
         self: SelfStaQ,
@@ -739,23 +628,13 @@ class StaQ(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file.
-
-        An existing file is replaced once the new one is complete.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        self.eval_policy = self.policy.eval_policy
-        with atomic_write(path, "zip") as file:
-            super().save(file, exclude, include)
+        self.eval_policy = self.policy.eval_policy  # where it may have been changed
+        super().save(path, exclude, include)
 
     @classmethod
     def load(cls: type[SelfStaQ], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfStaQ:
         """
-        Load the model from a zip-file: as of any SB3 algorithm, and the file must be whole and of StaQ.
+        Load the model from a zip-file, which must be whole and of StaQ.
 
         :param path: path to the file (or a file-like) where to load the agent from
         :param args: as of ``BaseAlgorithm.load``
@@ -770,57 +649,25 @@ class StaQ(OffPolicyAlgorithm):
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file, with what the logit cache remembers.
-
-        An existing file is replaced once the new one is complete.
+        Save the replay buffer as a pickle file with a checksum, with what the logit cache remembers.
 
         :param path: Path to the file where the replay buffer should be saved.
         """
         buffer, cache = self.replay_buffer, self.replay.cache
         vars(buffer)["logit_cache"] = {} if cache is None else cache.state_dict()
         try:
-            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
-                super().save_replay_buffer(checked_file)
+            super().save_replay_buffer(path)
         finally:
             del vars(buffer)["logit_cache"]
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file. If that fails, the model keeps its own.
-
-        :param path: Path to the pickled replay buffer.
-        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
-            the replay buffer is truncated, or continued
-        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
-        """
-        check_pickle(path, "pkl")
-        own = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            self._check_replay_buffer()
-        except Exception as error:
-            self.replay_buffer = own
-            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
-                raise
-            raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
+        super().load_replay_buffer(path, truncate_last_traj)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})
         if remembered and self.replay.cache is not None:
             self.replay.cache.load_state_dict(remembered)
 
-    def _check_replay_buffer(self) -> None:
-        buffer = self.replay_buffer
-        expected = {
-            "action_space": flatten_action_space(self.action_space),
-            "observation_space": self.observation_space,
-            "n_envs": self.n_envs,
-        }
-        for name, value in expected.items():
-            found = getattr(buffer, name)
-            if found != value:
-                raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]
+        return [*super()._excluded_save_params(), "_replay", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

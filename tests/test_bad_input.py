@@ -151,7 +151,7 @@ def test_arguments_at_the_edge_of_the_range(kwargs):
     model = StaQ("MlpPolicy", "CartPole-v1", device="cpu", **kwargs).learn(30)
     assert model.num_timesteps >= 30
     assert all(th.isfinite(param).all() for param in model.policy.parameters())
-    assert model._n_policy_updates >= (0 if model.gradient_steps == 0 else 3)
+    assert model.n_policy_updates >= (0 if model.gradient_steps == 0 else 3)
 
 
 # Arguments that do not fit each other
@@ -540,7 +540,7 @@ def test_bad_numbers_while_learning(where, value, n_envs, kind, tmp_path):
     assert kind == "box" or where == "reward" or "'second'" in message
     assert re.search(r"nan|inf", message)
     assert model.num_timesteps == 50 * n_envs
-    assert model._n_policy_updates > 0
+    assert model.n_policy_updates > 0
     assert model.replay_buffer.pos == 49
     assert_whole(model, snapshots.state, tmp_path)
     model.learn(60)  # the environment is in order again

@@ -21,7 +21,7 @@ class UpdateSteps(BaseCallback):
         self.updates = []
 
     def _note(self):
-        new = self.model._n_policy_updates - len(self.updates)
+        new = self.model.n_policy_updates - len(self.updates)
         self.updates += [(self.model.num_timesteps, self.model._n_updates)] * new
 
     def _on_rollout_start(self):
@@ -80,7 +80,7 @@ def test_number_and_times_of_policy_updates(n_envs, train_freq, gradient_steps, 
     for due in range(learning_starts + interval, rollout_ends[-1] + 1, interval):
         expected.append(next(end for end in rollout_ends if end >= due))
     assert [step for step, _ in callback.updates] == expected
-    assert model._n_policy_updates == (rollout_ends[-1] - learning_starts) // interval
+    assert model.n_policy_updates == (rollout_ends[-1] - learning_starts) // interval
     per_training = per_rollout if gradient_steps == -1 else gradient_steps
     assert model._n_updates == per_training * sum(end > learning_starts for end in rollout_ends)
     for step, n_updates in callback.updates:
@@ -94,12 +94,12 @@ def test_at_most_one_policy_update_per_gradient_step():
     )
     model.learn(60)
     assert model._n_updates == 2 * 4
-    assert model._n_policy_updates == 2 * 4
+    assert model.n_policy_updates == 2 * 4
     values = [entry.net.q_net[-1].bias.clone() for entry in by_age(model.policy)]
     assert not any(th.equal(a, b) for a, b in itertools.pairwise(values))
     model.policy_update_interval = 1000
     model.learn(60, reset_num_timesteps=False)
-    assert model._n_policy_updates == 2 * 4
+    assert model.n_policy_updates == 2 * 4
 
 
 @pytest.mark.parametrize(("gradient_steps", "n_trainings"), [(-1, 5), (1, 5), (3, 5)])
@@ -127,7 +127,7 @@ def test_training_by_episodes(gradient_steps, n_trainings):
 def test_no_gradient_steps():
     """``gradient_steps=0`` collects only."""
     model = make_model(gradient_steps=0).learn(60)
-    assert (model._n_updates, model._n_policy_updates, model.replay_buffer.pos) == (0, 0, 60)
+    assert (model._n_updates, model.n_policy_updates, model.replay_buffer.pos) == (0, 0, 60)
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

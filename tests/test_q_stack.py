@@ -30,7 +30,7 @@ from helpers import (
 )
 from torch._subclasses import FakeTensor
 
-from sb3_staq import MlpPolicy, StaQ, kernels, q_stack
+from sb3_staq import MlpPolicy, StaQ, kernels, observations, q_stack
 from sb3_staq.mirror_descent import averaged_updates
 
 DATA = Path(__file__).parent / "data"
@@ -285,7 +285,7 @@ def test_parts_of_a_batch(architecture, monkeypatch):
     obs = sample_obs(policy.observation_space, 23)
     whole = both_sums(policy, obs)
     n_numbers = sum(x[0].numel() for x in (obs.values() if isinstance(obs, dict) else [obs]))
-    monkeypatch.setattr(q_stack, "OBS_ELEMENTS", 5 * n_numbers)
+    monkeypatch.setattr(observations, "OBS_ELEMENTS", 5 * n_numbers)
     monkeypatch.setattr(q_stack, "CHUNK_ELEMENTS", 1)
     assert relative_error(both_sums(policy, obs), whole) < 1e-6
     none = {key: x[:0] for key, x in obs.items()} if isinstance(obs, dict) else obs[:0]

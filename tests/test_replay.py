@@ -32,7 +32,9 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_staq import StaQ, replay
-from sb3_staq.replay import LogitCache, cache_fits, fingerprints, is_plain
+from sb3_staq import logit_cache as cache_file
+from sb3_staq.logit_cache import LogitCache, cache_fits, fingerprints
+from sb3_staq.replay import is_plain
 
 LOW_MEMORY = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
 BUFFERS = {
@@ -185,7 +187,7 @@ def test_sums_equal_those_of_the_stack(buffer, n_envs):
     model = make_cached(buffer, n_envs, buffer_size=100, kl_coef="lin_3_0.5", ent_coef="lin_0.5_0.05")
     model.learn(450)
     assert model.replay_buffer.full
-    assert model._n_policy_updates >= 42
+    assert model.n_policy_updates >= 42
     assert len(model.policy.frozen_critics.weights) == 4
     assert 0 < len(model.replay.cache) <= 100
     assert model.replay_buffer.dones.any()
@@ -200,7 +202,7 @@ def test_sums_equal_those_of_the_stack(buffer, n_envs):
 def test_sums_for_all_memory_sizes_and_rules(memory_size, rule):
     model = make_cached(memory_size=memory_size, logit_rule=rule, policy_update_interval=3, buffer_size=60)
     model.learn(150)
-    assert model._n_policy_updates == 43
+    assert model.n_policy_updates == 43
     assert len(model.policy.frozen_critics.weights) == (43 if rule == "exact" else memory_size)
     assert largest_error(model) < 1e-4
 
@@ -222,7 +224,7 @@ def test_sums_after_a_thousand_updates_of_a_training(memory_size):
         policy_update_interval=1, memory_size=memory_size, buffer_size=80, kl_coef="lin_20_2", ent_coef="lin_0.4_0.1"
     )
     model.learn(1040)
-    assert model._n_policy_updates == 1020
+    assert model.n_policy_updates == 1020
     assert len(model.policy.frozen_critics.weights) == memory_size
     assert largest_error(model) < 1e-4
 
@@ -281,7 +283,9 @@ def test_acting_uses_the_current_policy(n_envs):
         def _on_step(self):
             if self.model.n_policy_updates > 0:
                 obs = th.as_tensor(self.model._last_obs)
-                sums = self.model.replay.logit_sums(self.model._last_obs_as_tensor(), remember=False)
+                sums = self.model.replay.logit_sums(
+                    self.model.policy.obs_to_tensor(self.model._last_obs)[0], remember=False
+                )
                 self.worst = max(self.worst, relative_error(sums, slow_logit_sums(self.model.policy, obs)))
                 self.compared += 1
             return True
@@ -471,7 +475,7 @@ def test_automatic_choice_where_states_do_not_come_again():
     ]:
         model.learn(100)
         assert (model.replay.cache is not None) == cached
-        assert model._n_policy_updates == 8
+        assert model.n_policy_updates == 8
         assert largest_error(model) < 1e-4
 
 
@@ -576,7 +580,7 @@ def test_same_training_with_and_without_cache(buffer, n_envs, n_steps):
         actions[logit_cache] = [single.actions for single in env.envs]
         parameters[logit_cache] = th.cat([param.flatten() for param in model.policy.critics.parameters()])
         assert (model.replay.cache is not None) == logit_cache
-        assert model._n_policy_updates == (n_steps - 20) // 100
+        assert model.n_policy_updates == (n_steps - 20) // 100
     assert sum(map(len, actions[True])) == n_steps
     assert actions[True] == actions[False]
     assert relative_error(parameters[True], parameters[False]) < 1e-3
@@ -613,7 +617,7 @@ def test_transitions_added_by_hand_before_learning():
     model = make_model(vec_env(), buffer_size=30, learning_starts=0, logit_cache=True)
     add_by_hand(model, 30)
     model.learn(25)
-    assert model._n_policy_updates == 2
+    assert model.n_policy_updates == 2
     assert largest_error(model) < 1e-4
 
 
@@ -722,7 +726,7 @@ def test_second_learn_with_and_without_reset():
 @pytest.mark.parametrize("interrupted_at", range(1, 7))
 def test_interrupted_follow(interrupted_at, monkeypatch):
     """Ctrl-C after any part of the remembered states: all is forgotten, and learning goes on as if nothing were."""
-    monkeypatch.setattr(replay, "FOLLOW_ROWS", 30)
+    monkeypatch.setattr(cache_file, "FOLLOW_ROWS", 30)
     model = make_cached(buffer_size=100, average_window=0.01).learn(100)
     cache, obs = model.replay.cache, model.replay.sample(64).next_observations
     randomise(model.policy.critics, 0)
@@ -824,7 +828,7 @@ def test_fingerprints_depend_on_nothing_but_the_content():
     assert fingerprints(obs.flip(0)) == keys[::-1]
     assert fingerprints(obs.transpose(1, 2).contiguous().transpose(1, 2)) == keys
     code = (
-        "import torch as th; from sb3_staq.replay import fingerprints; "
+        "import torch as th; from sb3_staq.logit_cache import fingerprints; "
         "print(fingerprints(th.arange(60).reshape(4, 15) / 7), fingerprints(dict(b=th.ones(1, 3), a=th.zeros(1, 2))))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

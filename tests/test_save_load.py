@@ -308,8 +308,8 @@ def test_next_train_is_the_one_that_would_have_come(logit_cache, tmp_path):
             th.manual_seed(step)
             np.random.seed(step)
             each.train(gradient_steps=3, batch_size=16)
-        n_updates.append(model._n_policy_updates)
-        assert loaded._n_policy_updates == model._n_policy_updates
+        n_updates.append(model.n_policy_updates)
+        assert loaded.n_policy_updates == model.n_policy_updates
         assert loaded._n_updates == model._n_updates
         assert loaded._current_ent_coef == model._current_ent_coef
         assert th.equal(flat_state(loaded), flat_state(model))
@@ -328,7 +328,7 @@ def test_state_of_a_loaded_model(tmp_path):
     for name in (
         "num_timesteps",
         "_n_updates",
-        "_n_policy_updates",
+        "n_policy_updates",
         "_steps_since_policy_update",
         "_episode_num",
         "_current_progress_remaining",
@@ -336,7 +336,7 @@ def test_state_of_a_loaded_model(tmp_path):
         "exploration_rate",
     ):
         assert getattr(loaded, name) == getattr(model, name), name
-    assert (loaded.num_timesteps, loaded._n_updates, loaded._n_policy_updates) == (68, 47, 5)
+    assert (loaded.num_timesteps, loaded._n_updates, loaded.n_policy_updates) == (68, 47, 5)
     for progress in (1.0, 0.7, 0.0):
         assert loaded.lr_schedule(progress) == model.lr_schedule(progress)
         assert loaded._coefficients().at(progress) == pytest.approx((1.0 + progress, 0.1 + 0.4 * progress))
@@ -357,11 +357,11 @@ def test_learning_goes_on(tmp_path):
         before = flat_state(loaded).clone()
         loaded.learn(36, reset_num_timesteps=False)
         assert loaded.num_timesteps == 104
-        assert loaded._n_policy_updates == 9
+        assert loaded.n_policy_updates == 9
         assert not th.equal(flat_state(loaded), before)
     loaded.learn(40)  # and with a reset from the beginning
     assert loaded.num_timesteps == 40
-    assert loaded._n_policy_updates == 9 + 2
+    assert loaded.n_policy_updates == 9 + 2
 
 
 def test_load_with_another_number_of_environments(tmp_path):
@@ -374,7 +374,7 @@ def test_load_with_another_number_of_environments(tmp_path):
     loaded.learn(60, reset_num_timesteps=False)
     assert loaded.num_timesteps == 128
     assert loaded.replay_buffer.n_envs == 3
-    assert loaded._n_policy_updates == 5 + (2 + 60) // 9
+    assert loaded.n_policy_updates == 5 + (2 + 60) // 9
 
 
 def test_load_with_other_arguments(tmp_path):
@@ -387,7 +387,7 @@ def test_load_with_other_arguments(tmp_path):
     assert loaded.replay_buffer.buffer_size == 1
     assert [loaded._coefficients().at(progress) for progress in (1.0, 0.5)] == [(2.0, 0.3), (2.0, 0.15)]
     loaded.learn(30, reset_num_timesteps=False)
-    assert loaded._n_policy_updates == 5 + 3
+    assert loaded.n_policy_updates == 5 + 3
     assert 0.003 <= loaded._current_ent_coef < 0.3
 
     larger = StaQ.load(tmp_path / "model", memory_size=9)
@@ -428,7 +428,7 @@ def test_load_without_environment(tmp_path):
         loaded.learn(10)
     loaded.set_env(RandomObsEnv())
     loaded.learn(30, reset_num_timesteps=False)
-    assert loaded._n_policy_updates == 5 + 3
+    assert loaded.n_policy_updates == 5 + 3
     with pytest.raises(ValueError, match=r"Observation spaces do not match"):
         StaQ.load(tmp_path / "model", env=gym.make("CartPole-v1"))
 

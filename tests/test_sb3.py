@@ -38,7 +38,7 @@ from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
 def assert_trained(model, n_steps, n_policy_updates):
     """It ran as long as it should have, learned something, and is finite."""
     assert model.num_timesteps == n_steps
-    assert model._n_policy_updates == n_policy_updates
+    assert model.n_policy_updates == n_policy_updates
     assert len(model.policy.frozen_critics.weights) == min(n_policy_updates, model.policy.memory_size)
     params = th.cat([param.flatten() for param in model.policy.parameters()])
     assert th.isfinite(params).all()

@@ -1,0 +1,213 @@
+"""The weighted sums of the stack at replayed states, remembered by the content of the states.
+
+Between two policy updates the policy is fixed, and an update changes a sum by the newest and the deleted critic only
+(see :mod:`sb3_staq.mirror_descent`), so what is remembered follows for two passes instead of M: M does not cost M. A
+state that was edited, relabelled or added by others has other content, and is evaluated anew.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_staq.mirror_descent import PolicyUpdate
+from sb3_staq.observations import map_fields, select
+from sb3_staq.policies import StaQPolicy
+from sb3_staq.q_networks import CriticEnsemble
+
+# Remembered states that follow a policy update at a time
+FOLLOW_ROWS = 4096
+# With logit_cache="auto", the cache takes at most so many bytes and half of what the replay buffer takes
+CACHE_BYTES = 2**28
+# What Python's dictionary takes for one state
+BYTES_PER_KEY = 150
+# Spreads the bits of a word over 64: 2^64 over the golden ratio
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
+
+
+@cache
+def _multipliers(n_words: int) -> np.ndarray:
+    """Odd numbers for a multilinear hash, the same in every process."""
+    return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
+
+
+def _words(tensor: th.Tensor) -> np.ndarray:
+    """The bytes of each row as unsigned integers."""
+    rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
+    if rows.shape[1] % 4:
+        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
+    return rows.view(np.uint32)
+
+
+def fingerprints(obs: PyTorchObs) -> list[int]:
+    """
+    Hash observations by their content.
+
+    :param obs: a tensor or a dictionary of tensors
+    :return: 64 bits for each
+    """
+    parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
+    words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    # Changes of high bits, such as signs, must reach the low ones, or only these few would tell the sums apart
+    mixed = words * SPREAD
+    mixed ^= mixed >> np.uint64(32)
+    return (mixed @ _multipliers(words.shape[1])).tolist()
+
+
+class LogitCache:
+    """
+    Remember the weighted sums ``S(s)`` of the stack by the content of the states.
+
+    :param policy: whose stack is evaluated
+    :param capacity: number of states; the oldest are forgotten
+    """
+
+    def __init__(self, policy: StaQPolicy, capacity: int):
+        self.policy = policy
+        self.capacity = capacity
+        self._slots: dict[int, int] = {}  # by fingerprint
+        self._keys: list[int | None] = []  # the fingerprint in each slot
+        self._next = 0  # the slot to write to
+        self._obs: Any = None
+        self._sums = th.zeros(0)
+        self._version: int | None = None  # of the stack that the sums are of
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._slots, self._keys, self._next = {}, [], 0
+
+    def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
+        """
+        Give the weighted sums, evaluating the stack where they are not known.
+
+        :param obs: observations
+        :param remember: whether to remember what was evaluated
+        :return: shape (batch, n_bins)
+        """
+        if self._version != self.policy.frozen_critics.version:
+            self.clear()
+            self._version = self.policy.frozen_critics.version
+        keys = fingerprints(obs)
+        slots = [self._slots.get(key, -1) for key in keys]
+        unknown = [i for i, slot in enumerate(slots) if slot < 0]
+        if len(unknown) == len(keys):
+            sums = self.policy.logit_sums(obs)
+        else:
+            sums = self._sums[th.tensor(slots, device=self._sums.device)]
+            if unknown:
+                sums[unknown] = self.policy.logit_sums(select(obs, unknown))
+        if remember and unknown:
+            self._remember([keys[i] for i in unknown], select(obs, unknown), sums[unknown])
+        return sums
+
+    def _remember(self, keys: list[int], obs: Any, sums: th.Tensor) -> None:
+        if self._obs is None:
+            self._obs, self._sums = map_fields(lambda x: x.new_empty(self.capacity, *x.shape[1:]), (obs, sums))
+        row_of = dict(zip(keys, range(len(keys)), strict=True))  # each state once
+        row_of = dict(list(row_of.items())[-self.capacity :])
+        slots = [(self._next + i) % self.capacity for i in range(len(row_of))]
+        self._next = (self._next + len(slots)) % self.capacity
+        self._keys += [None] * (max(slots) + 1 - len(self._keys))
+        for slot in slots:
+            self._slots.pop(self._keys[slot], None)  # type: ignore[arg-type]
+            self._keys[slot] = None
+        index = th.tensor(slots, device=sums.device)
+        new_obs, new_sums = select((obs, sums), list(row_of.values()))
+        self._sums[index] = new_sums
+        map_fields(lambda room, x: room.index_copy_(0, index, x), self._obs, new_obs)
+        for key, slot in zip(row_of, slots, strict=True):
+            self._keys[slot], self._slots[key] = key, slot
+
+    def follow(self, update: PolicyUpdate, newest: CriticEnsemble, deleted: Sequence[CriticEnsemble]) -> None:
+        """
+        Bring all that is remembered up to date after a policy update. If it is interrupted, all is forgotten.
+
+        :param update: what the update does to the weighted sums
+        :param newest: the critics that it pushed
+        :param deleted: the critics that it deleted
+        """
+        policy, was_current = self.policy, self._version == self.policy.frozen_critics.version - 1
+        self._version = None
+        if not was_current:
+            return
+        for start in range(0, len(self._keys), FOLLOW_ROWS):
+            rows = slice(start, min(start + FOLLOW_ROWS, len(self._keys)))
+            obs = select(self._obs, rows)
+            of_deleted = [policy.q_values(critics, obs) for critics in deleted]
+            self._sums[rows] = update.apply(self._sums[rows], policy.q_values(newest, obs), of_deleted)
+        self._version = policy.frozen_critics.version
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Give all that is remembered as arrays, with a digest of the stack that it belongs to."""
+        n = len(self._keys)
+        obs = self._obs if isinstance(self._obs, dict) else {"": self._obs}
+        if n == 0 or None in self._keys or self._version != self.policy.frozen_critics.version:
+            return {}
+        return {
+            **{f"obs:{name}": x[:n].cpu().numpy() for name, x in obs.items()},
+            "sums": self._sums[:n].cpu().numpy(),
+            "keys": np.array(self._keys, dtype=np.uint64),
+            "next": np.array(self._next),
+            "stack": np.frombuffer(stack_digest(self.policy), dtype=np.uint8),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """
+        Take what :meth:`state_dict` gave, if it belongs to the policy's stack.
+
+        :param state: arrays
+        """
+        self.clear()
+        matches = state and state["stack"].tobytes() == stack_digest(self.policy)
+        if not matches or len(state["keys"]) > self.capacity:
+            return
+        n, device = len(state["keys"]), self.policy.device
+        room = {}
+        for name, array in state.items():
+            if name == "sums" or name.startswith("obs:"):
+                values = th.as_tensor(array)
+                room[name] = th.empty(self.capacity, *values.shape[1:], dtype=values.dtype, device=device)
+                room[name][:n] = values.to(device)
+        self._sums = room.pop("sums")
+        self._obs = room["obs:"] if "obs:" in room else {name.removeprefix("obs:"): x for name, x in room.items()}
+        self._keys = state["keys"].tolist()
+        self._slots = {key: slot for slot, key in enumerate(state["keys"].tolist())}
+        self._next = int(state["next"])
+        self._version = self.policy.frozen_critics.version
+
+
+def stack_digest(policy: StaQPolicy) -> bytes:
+    """
+    Hash the stack of a policy.
+
+    :param policy: the policy
+    :return: 32 bytes
+    """
+    digest = hashlib.sha256()
+    for tensor in policy.frozen_critics.state_dict().values():
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.digest()
+
+
+def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
+    """
+    Tell whether ``logit_cache="auto"`` may take the memory that the cache needs.
+
+    :param buffer: the replay buffer
+    :param n_bins: number of columns of the logits
+    :return: whether it takes at most ``CACHE_BYTES`` and half of what the buffer takes
+    """
+    arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
+    next_arrays = {} if buffer.optimize_memory_usage else arrays
+    n_states = buffer.buffer_size * buffer.n_envs
+    observations = sum(array.nbytes for array in arrays.values())
+    needed = observations + n_states * (4 * n_bins + BYTES_PER_KEY)
+    return needed <= CACHE_BYTES + (observations + sum(array.nbytes for array in next_arrays.values())) // 2

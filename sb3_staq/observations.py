@@ -1,0 +1,66 @@
+"""Observations are tensors or dictionaries of tensors: the few functions that make no difference between them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_staq.kernels import exporting
+
+# Elements of the observations that are evaluated at a time: bounds the memory that images take
+OBS_ELEMENTS = 2**21
+
+
+def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
+    """
+    Apply a function to fields of the same structure.
+
+    :param function: of as many tensors or arrays as there are fields
+    :param fields: tensors, arrays, or dictionaries or tuples of them; None stays None
+    :return: its values in the same structure
+    """
+    first = fields[0]
+    if isinstance(first, dict):
+        return {key: map_fields(function, *(field[key] for field in fields)) for key in first}
+    if isinstance(first, tuple):
+        parts = [map_fields(function, *part) for part in zip(*fields, strict=True)]
+        return type(first)._make(parts) if hasattr(first, "_make") else tuple(parts)  # type: ignore[attr-defined]
+    return None if first is None else function(*fields)
+
+
+def select(fields: Any, rows: Any) -> Any:
+    """
+    Take some rows.
+
+    :param fields: tensors or arrays, or dictionaries or tuples of them
+    :param rows: an index, a slice, a list or a mask
+    :return: these rows in the same structure
+    """
+    return map_fields(lambda x: x[rows], fields)
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """
+    Concatenate observations.
+
+    :param parts: tensors, or dictionaries of them
+    :return: one of the same structure
+    """
+    return map_fields(lambda *tensors: th.cat(tensors), *parts)
+
+
+def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
+    """
+    Evaluate a function of observations with bounded memory.
+
+    :param function: from observations to a tensor with one row for each
+    :param obs: a tensor or a dictionary of tensors
+    :return: its value
+    """
+    tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
+    n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
+    if exporting() or len(tensors[0]) <= n_at_once:
+        return function(obs)
+    starts = range(0, len(tensors[0]), n_at_once)
+    return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])

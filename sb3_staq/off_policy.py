@@ -1,0 +1,190 @@
+"""SB3's off-policy algorithms, less what they leave to chance. Nothing here is about StaQ.
+
+Numbers that are not finite are refused before they get anywhere, and a file is whole or it is refused.
+"""
+
+import io
+import pathlib
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from sb3_staq.action_spaces import flatten_action_space
+from sb3_staq.save_util import atomic_write, check_pickle, check_zip, with_checksum
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
+
+
+class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """An ``OffPolicyAlgorithm`` that refuses non-finite numbers and damaged files. Its arguments are the same."""
+
+    # Statistics of VecNormalize, as they were before the last step of the environments
+    _statistics: Any = None
+
+    # What environments return must be finite before it gets into statistics, replay buffer or critics
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self._remember_statistics()
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        assert self._last_obs is not None
+        original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
+        self._check_finite("observation", self._last_obs if original is None else original)
+        self._remember_statistics()
+        return result
+
+    def _on_step(self) -> None:
+        self._remember_statistics()
+
+    def _remember_statistics(self) -> None:
+        normalize: Any = self._vec_normalize_env
+        if normalize is not None:
+            obs_rms = normalize.obs_rms if normalize.norm_obs else None
+            if isinstance(obs_rms, dict):
+                obs_rms = {key: rms.copy() for key, rms in obs_rms.items()}
+            elif obs_rms is not None:
+                obs_rms = obs_rms.copy()
+            self._statistics = obs_rms, normalize.ret_rms.copy(), normalize.returns.copy()
+
+    def _restore_statistics(self) -> None:
+        normalize: Any = self._vec_normalize_env
+        if normalize is not None and self._statistics is not None:
+            obs_rms, normalize.ret_rms, normalize.returns = self._statistics
+            if obs_rms is not None:
+                normalize.obs_rms = obs_rms
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Store a step of the environments, if all that it returned is finite."""
+        normalize = self._vec_normalize_env  # it clips: look at what the environments returned
+        self._check_finite("reward", reward if normalize is None else normalize.get_original_reward())
+        self._check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
+        for i in np.flatnonzero(dones):
+            self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_finite(
+        self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
+    ) -> None:
+        """
+        Stop before a number that is not finite as a float gets anywhere.
+
+        :param what: what it is, for the error message
+        :param values: of all environments, or of one
+        :param env_index: the environment, if they are of one
+        """
+        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+            array = np.asarray(array)
+            if not np.issubdtype(array.dtype, np.floating):
+                continue
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32))
+            if not finite.all():
+                self._restore_statistics()
+                self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
+                if env_index is None:
+                    env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
+                    array, finite = array[env_index], finite[env_index]
+                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *np.argwhere(~finite)[0].tolist()))
+                raise ValueError(
+                    f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
+                    f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
+                    "can be saved, and learn() can be called again, which resets the environments"
+                )
+
+    # Files
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        An existing file is replaced once the new one is complete.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        with atomic_write(path, "zip") as file:
+            super().save(file, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfAlgorithm], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
+    ) -> SelfAlgorithm:
+        """
+        Load the model from a zip-file, which must be whole.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param args: as of ``BaseAlgorithm.load``
+        :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
+        :return: new model instance with loaded parameters
+        :raise ValueError: if the file is damaged
+        """
+        check_zip(path, "zip")
+        return super().load(path, *args, **kwargs)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file with a checksum.
+
+        An existing file is replaced once the new one is complete.
+
+        :param path: Path to the file where the replay buffer should be saved.
+        """
+        with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
+            super().save_replay_buffer(checked_file)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file. If that fails, the model keeps its own.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
+            the replay buffer is truncated, or continued
+        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
+        """
+        check_pickle(path, "pkl")
+        own = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_replay_buffer()
+        except Exception as error:
+            self.replay_buffer = own
+            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
+                raise
+            raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
+
+    def _check_replay_buffer(self) -> None:
+        buffer = self.replay_buffer
+        expected = {
+            "action_space": flatten_action_space(self.action_space),
+            "observation_space": self.observation_space,
+            "n_envs": self.n_envs,
+        }
+        for name, value in expected.items():
+            found = getattr(buffer, name)
+            if found != value:
+                raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
