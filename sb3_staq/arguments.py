@@ -173,3 +173,19 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
     layer_norm = policy_kwargs.get("layer_norm")
     if not (layer_norm is None or isinstance(layer_norm, bool)):
         raise ValueError(f"Invalid policy_kwargs['layer_norm']={layer_norm!r}: expected True, False or None")
+
+
+def check_arguments(model: Any) -> None:
+    """
+    Check all arguments of an algorithm that has them as attributes, and turn NumPy's numbers into Python's.
+
+    :param model: the algorithm
+    :raise ValueError: for the first that is not accepted
+    """
+    for name in ARGUMENTS:
+        attribute = f"_{name}" if name == "stats_window_size" else name
+        value = getattr(model, attribute)
+        check_argument(name, value)
+        if isinstance(value, np.generic):  # SB3 does not take them everywhere
+            setattr(model, attribute, value.item())
+    check_policy_kwargs(model.policy_kwargs, model.critic)

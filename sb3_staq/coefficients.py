@@ -1,6 +1,7 @@
 """The coefficients ``kl_coef`` and ``ent_coef``: schedules, automatic entropy, relative KL, and their checks."""
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
+from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, auto_memory_size, decay_rate, solve_ent_coef
 
 # Of ent_coef="auto": it is found within few updates from anywhere
 FIRST_ENT_COEF = 0.1
@@ -146,13 +147,19 @@ class Coefficients:
     :param ent_coef: a number, a schedule or "auto_FIRST"
     :param target_entropy: a number or a schedule, for an automatic ``ent_coef``
     :param logit_rule: of the stack; "weight_corrected" divides by ``ent_coef``, which then does not fall to 0
+    :param memory_size: an integer, or "auto" for what the coefficients ask for
+    :param gamma: discount factor
     """
 
-    def __init__(self, kl_coef: Any, ent_coef: Any, target_entropy: Any, logit_rule: Any):
+    def __init__(
+        self, kl_coef: Any, ent_coef: Any, target_entropy: Any, logit_rule: Any, memory_size: int | str, gamma: float
+    ):
         self.kl_coef = kl_coef
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
         self.logit_rule = logit_rule
+        self.memory_size = memory_size
+        self.gamma = gamma
         self.relative_kl = parse_relative(kl_coef)
         self.first_ent_coef = parse_auto(ent_coef)
 
@@ -205,10 +212,28 @@ class Coefficients:
             )
         return target
 
-    def check(self) -> None:
+    def memory_size_for(self, kl_coef: float, ent_coef: float) -> int:
+        """
+        Give the number of critics that the stack keeps under some coefficients.
+
+        :param kl_coef: weight of the KL term
+        :param ent_coef: weight of the entropy term
+        :return: ``memory_size``; if it is "auto", what the theorem asks for, or the number of custom weights
+        :raise ValueError: if it is "auto" and ``ent_coef`` is 0
+        """
+        if not isinstance(self.memory_size, str):
+            return int(self.memory_size)
+        if isinstance(self.logit_rule, str) and self.logit_rule == "exact":
+            return 1  # it has no effect
+        if isinstance(self.logit_rule, Sized) and not isinstance(self.logit_rule, str):
+            return len(self.logit_rule)
+        return auto_memory_size(self.gamma, kl_coef, ent_coef)
+
+    def check(self) -> int:
         """
         Evaluate everything at the start and the end of the training.
 
+        :return: the number of critics that the stack keeps at the start
         :raise ValueError: for the first that is invalid
         """
         if self.first_ent_coef is not None and not isinstance(self.logit_rule, str):
@@ -216,9 +241,12 @@ class Coefficients:
                 f"Invalid ent_coef={self.ent_coef!r}: it has no influence on custom weights, "
                 f"logit_rule={self.logit_rule!r}; expected a number or schedule, or another logit_rule"
             )
+        # "auto" would fail in the last policy update where ent_coef falls to 0
+        memory_sizes = []
         for progress in (1.0, 0.0):
             self.target_entropy_at(progress)
-            self.at(progress)
+            memory_sizes.append(self.memory_size_for(*self.at(progress)))
+        return memory_sizes[0]
 
     def next(
         self, progress: float, weights: StackWeights, logit_sums: th.Tensor, q_new: th.Tensor, branch_sizes: Any

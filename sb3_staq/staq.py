@@ -3,7 +3,7 @@
 import io
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
-from sb3_staq.arguments import ARGUMENTS, check_argument, check_policy_kwargs, defaults_for
+from sb3_staq.arguments import ARGUMENTS, check_argument, check_arguments, defaults_for
 from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.mirror_descent import (
@@ -131,8 +131,9 @@ class StaQ(CheckedOffPolicyAlgorithm):
         ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
-    :param average_share: share of the environments, rounded down, that collect with the average while the others
-        collect with the last policy: the replay buffer then keeps what acting well looks like
+    :param average_share: share of the environments that collect with the average while the others collect with the
+        last policy: the replay buffer then keeps what acting well looks like. An environment that this divides takes
+        turns, episode by episode, to that share of its steps
     :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
@@ -263,6 +264,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._steps_since_policy_update = 0.0
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
+        # Of the environment that collects with both policies: whether with the average now, and steps so far
+        self._average_turn, self._average_steps, self._turn_steps = False, 0, 0
         self._replay: PolicyReplay | None = None
         # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
         # `_on_training_start`
@@ -272,18 +275,10 @@ class StaQ(CheckedOffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        for name in ARGUMENTS:
-            value = getattr(self, f"_{name}" if name == "stats_window_size" else name)
-            check_argument(name, value)
-        for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
-            value = getattr(self, name)
-            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        check_arguments(self)
         self._check_learning_rate(self.learning_rate, 1.0)
-        check_policy_kwargs(self.policy_kwargs, self.critic)
-        self._coefficients().check()
-        # Those of the end too: "auto" would fail in the last policy update where ent_coef falls to 0
-        _, memory_size = (self._memory_size_for(*self._coefficients().at(progress)) for progress in (0.0, 1.0))
-        self.logit_rule = make_logit_rule(self.logit_rule, memory_size)
+        # Numbers, which can be saved
+        self.logit_rule = make_logit_rule(self.logit_rule, self._coefficients().check())
         if self.logit_cache is True and not isinstance(self.logit_rule, str):
             raise ValueError(
                 f"Invalid logit_cache=True: custom weights, logit_rule={self.logit_rule!r}, follow no recursion; "
@@ -304,7 +299,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         Afterwards users find the action space of their environment, and the policy's arguments that they gave.
         """
         action_space, policy_kwargs = self.action_space, self.policy_kwargs
-        memory_size = self._memory_size_for(*self._coefficients().at(1.0))
+        memory_size = self._coefficients().memory_size_for(*self._coefficients().at(1.0))
         arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS} | {"memory_size": memory_size}
         self.action_space, self.policy_kwargs = flatten_action_space(action_space), {**policy_kwargs, **arguments}
         try:
@@ -385,17 +380,18 @@ class StaQ(CheckedOffPolicyAlgorithm):
         ``train`` calls it whenever an update is due. Call it yourself to set the pace, for instance between calls of
         ``train`` on a replay buffer that was filled otherwise.
         """
-        policy, weights = self.policy, self.policy.frozen_critics.weights
+        policy, weights, coefficients = self.policy, self.policy.frozen_critics.weights, self._coefficients()
         data = self.replay.sample(max(self.batch_size, self.replay.states_at_once))
         states, old_log_prob = data.next_observations, data.next_log_prob
         q_new = policy.q_values(policy.additive_critics, states)
         self._check_critics("mean Q-value", q_new.mean().item())
         progress = self._current_progress_remaining
         old_sums = self.replay.logit_sums(states)
-        kl_coef, ent_coef = self._coefficients().next(progress, weights, old_sums, q_new, policy.branches.sizes)
+        kl_coef, ent_coef = coefficients.next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
         # xi_{k+1} = beta * xi_k + alpha * Q_k, and without the deleted critics: pi_{k+1} = softmax(xi_{k+1})
-        update, deleted = policy.push_critics(kl_coef, ent_coef, self._memory_size_for(kl_coef, ent_coef))
+        memory_size = coefficients.memory_size_for(kl_coef, ent_coef)
+        update, deleted = policy.push_critics(kl_coef, ent_coef, memory_size)
         self.replay.follow(update, deleted)
 
         log_prob = policy.log_prob(self.replay.logit_sums(states))
@@ -477,23 +473,15 @@ class StaQ(CheckedOffPolicyAlgorithm):
         target_entropy = self.target_entropy
         if isinstance(target_entropy, str) and target_entropy == "auto":
             target_entropy = default_target_entropy(self.action_space, self.action_grid, self.action_bins)
-        return Coefficients(self.kl_coef, self.ent_coef, target_entropy, self.logit_rule)
+        check_argument("memory_size", self.memory_size)
+        arguments = self.kl_coef, self.ent_coef, target_entropy, self.logit_rule, self.memory_size, self.gamma
+        return Coefficients(*arguments)
 
     @property
     def _current_ent_coef(self) -> float:
         """In force since the last policy update, so a part of the policy; at first that of the schedule."""
         ent_coef = self.policy.frozen_critics.weights.ent_coef
         return self._coefficients().at(1.0)[1] if ent_coef is None else ent_coef
-
-    def _memory_size_for(self, kl_coef: float, ent_coef: float) -> int:
-        check_argument("memory_size", self.memory_size)
-        if not isinstance(self.memory_size, str):
-            return int(self.memory_size)
-        if isinstance(self.logit_rule, str) and self.logit_rule == "exact":
-            return 1  # it has no effect
-        if isinstance(self.logit_rule, Sized) and not isinstance(self.logit_rule, str):
-            return len(self.logit_rule)
-        return auto_memory_size(self.gamma, kl_coef, ent_coef)
 
     # Acting
 
@@ -566,17 +554,34 @@ class StaQ(CheckedOffPolicyAlgorithm):
         else:
             obs, _ = policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
             sums = self.replay.logit_sums(obs, remember=False)
-            n_average = int(self.average_share * n_envs)
+            n_average = int(self.average_share * n_envs) + self._average_turn
             if n_average > 0:
                 with th.no_grad():
                     sums[:n_average] = policy.logit_sums(select(obs, slice(n_average)), average=True)
             actions = self._explore(self._to_env(policy.branches.sample(policy.log_prob(sums))))
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def _store_transition(self, replay_buffer: ReplayBuffer, *args: Any, **kwargs: Any) -> None:
-        super()._store_transition(replay_buffer, *args, **kwargs)
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
             self.replay.remember_last()
+            self._take_turns(dones)
+
+    def _take_turns(self, dones: np.ndarray) -> None:
+        """Where ``average_share`` leaves a part of an environment, that one changes its policy between episodes."""
+        n_whole, part = divmod(self.average_share * self.n_envs, 1.0)
+        self._turn_steps += 1
+        self._average_steps += self._average_turn
+        if dones[min(int(n_whole), self.n_envs - 1)]:
+            self._average_turn = self._average_steps < part * self._turn_steps
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""

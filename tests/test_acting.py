@@ -495,10 +495,19 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
         StaQ.load(tmp_path / "model", eval_policy="mean")
 
 
-@pytest.mark.parametrize(("share", "n_by_average"), [(0.0, 0), (0.3, 1), (0.5, 2), (1.0, 4)])
-def test_a_share_of_the_environments_collects_with_the_average(share, n_by_average):
-    """The first ones, rounded down: frequencies of the actions that each environment got, in its only state."""
-    env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * 4)
+@pytest.mark.parametrize(
+    ("share", "by_average"),
+    [
+        (0.0, [0.0, 0.0, 0.0, 0.0]),
+        (0.3, [1.0, 0.2, 0.0, 0.0]),
+        (0.5, [1.0, 1.0, 0.0, 0.0]),
+        (0.5, [0.5]),
+        (1.0, [1.0] * 4),
+    ],
+)
+def test_a_share_of_the_environments_collects_with_the_average(share, by_average):
+    """Frequencies of the actions that each environment got, in its only state. One may take turns."""
+    env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * len(by_average))
     model = make_model(
         env, learning_starts=0, gradient_steps=0, buffer_size=8000, average_share=share, average_window=1.0,
         memory_size=2, exploration_initial_eps=0.0, exploration_final_eps=0.0,
@@ -511,6 +520,6 @@ def test_a_share_of_the_environments_collects_with_the_average(share, n_by_avera
     assert np.abs(last - average).max() > 0.1
     model.learn(8000)
     actions = model.replay_buffer.actions[:2000, :, 0]
-    for i in range(4):
+    for i, part in enumerate(by_average):
         frequencies = np.bincount(actions[:, i], minlength=3) / 2000
-        np.testing.assert_allclose(frequencies, average if i < n_by_average else last, atol=0.05)
+        np.testing.assert_allclose(frequencies, part * average + (1 - part) * last, atol=0.05)

@@ -314,11 +314,11 @@ def test_invalid_changes_are_found_at_the_next_update(changed):
 def test_floor_of_the_corrected_rule():
     """A schedule that falls to 0 is followed down to 1% of its first value; other rules follow it to the end."""
     for rule, last in (("weight_corrected", 0.005), ("truncated", 0.0), ("exact", 0.0)):
-        coefficients = Coefficients(1.0, "lin_0.5", 0.5, rule)
+        coefficients = Coefficients(1.0, "lin_0.5", 0.5, rule, memory_size=4, gamma=0.99)
         coefficients.check()
         assert coefficients.at(0.5) == (1.0, 0.25)
         assert coefficients.at(0.0) == (1.0, pytest.approx(last))
-    assert Coefficients("rel_2", "lin_0.5", 0.5, "weight_corrected").at(0.0) == pytest.approx((0.01, 0.005))
+    assert Coefficients("rel_2", "lin_0.5", 0.5, "weight_corrected", 4, 0.99).at(0.0) == pytest.approx((0.01, 0.005))
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 4)])
@@ -334,7 +334,7 @@ def test_next_automatic_coefficient(kl_coef, sizes):
     for _ in q_values[:-1]:
         weights.push(0.5, 1.0)
     sums = sum(w * q for w, q in zip(weights.values, q_values, strict=False))
-    coefficients = Coefficients(kl_coef, "auto_1.0", 0.5, "weight_corrected")
+    coefficients = Coefficients(kl_coef, "auto_1.0", 0.5, "weight_corrected", 4, 0.99)
     kl, found = coefficients.next(0.7, weights, sums, q_values[-1], sizes)
     assert kl == pytest.approx(0.5 * found if kl_coef == "rel_0.5" else 1.0)
     beta = 1 / 3 if kl_coef == "rel_0.5" else 0.5
@@ -358,7 +358,7 @@ def test_next_automatic_coefficient(kl_coef, sizes):
 def test_automatic_coefficient_has_a_floor():
     """Where all values are equal, no coefficient gives the entropy that is wanted: the search does not run away."""
     weights = StackWeights("weight_corrected", 4)
-    coefficients = Coefficients("rel_1", "auto_2.0", 0.5, "weight_corrected")
+    coefficients = Coefficients("rel_1", "auto_2.0", 0.5, "weight_corrected", 4, 0.99)
     for _ in range(100):
         zeros = th.zeros(10, 3)
         weights.push(*coefficients.next(0.5, weights, zeros, zeros, (3,)))
