@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11+ and nothing else: each sets up the virtual environment if it is missing.
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: each sets up the virtual environment if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -17,13 +17,17 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
-from tqdm import tqdm
 
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
 from sb3_staq.distill_report import DistillReport, measure_policy
 from sb3_staq.mirror_descent import kl_divergence, log_policy
 from sb3_staq.observations import join, select
 from sb3_staq.policies import StaQPolicy
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError('tqdm is missing. Please run: pip install "sb3-staq[zoo]"') from error
 
 if TYPE_CHECKING:
     from sb3_staq.staq import StaQ

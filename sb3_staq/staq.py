@@ -623,7 +623,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         :param kwargs: arguments of :func:`sb3_staq.distill.distill`, as ``max_kl``, ``max_steps``, ``progress_bar``
         :return: a policy whose stack holds one critic, and a report of how close it is
         """
-        from sb3_staq.distill import distill  # it needs tqdm
+        from sb3_staq.distill import distill  # needs tqdm
 
         return distill(self, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Both kinds of install, each into a virtual environment of its own that sees the packages of this one."""
+"""Both kinds of install, each into an environment that sees the packages of this one; and what need not be there."""
 
 import importlib.util
 import os
@@ -126,3 +126,27 @@ def test_uninstall_leaves_nothing(installed: Venv):
     installed.pip("uninstall", "--yes", "sb3-staq")
     assert installed.files() == installed.untouched
     assert "staq" not in installed.run("-m", "rl_zoo3.train", "--help")
+
+
+def test_what_stable_baselines3_needs_is_enough(tmp_path: Path):
+    """Importing, training, saving and loading work without what RL Zoo3 and the extras bring."""
+    script = """
+import sys
+
+MISSING = ("sb3_contrib", "rl_zoo3", "optuna", "tqdm", "rich", "tensorboard", "matplotlib", "pandas", "yaml", "onnx")
+sys.modules.update(dict.fromkeys(MISSING))
+from sb3_staq import StaQ
+
+model = StaQ("MlpPolicy", "Pendulum-v1", learning_starts=50).learn(400)
+model.save("model.zip")
+assert StaQ.load("model.zip", env=model.get_env()).learn(100).n_policy_updates == 4
+try:
+    model.distill()
+except ImportError as error:
+    assert 'pip install "sb3-staq[zoo]"' in str(error), error
+else:
+    raise AssertionError("tqdm is not missing")
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
