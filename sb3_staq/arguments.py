@@ -177,15 +177,14 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
 
 def check_arguments(model: Any) -> None:
     """
-    Check all arguments of an algorithm that has them as attributes, and turn NumPy's numbers into Python's.
+    Check all arguments of an algorithm, which has them as attributes.
 
     :param model: the algorithm
     :raise ValueError: for the first that is not accepted
     """
     for name in ARGUMENTS:
-        attribute = f"_{name}" if name == "stats_window_size" else name
-        value = getattr(model, attribute)
-        check_argument(name, value)
-        if isinstance(value, np.generic):  # SB3 does not take them everywhere
-            setattr(model, attribute, value.item())
+        check_argument(name, getattr(model, f"_{name}" if name == "stats_window_size" else name))
+    for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
+        value = getattr(model, name)
+        setattr(model, name, value.item() if isinstance(value, np.generic) else value)
     check_policy_kwargs(model.policy_kwargs, model.critic)

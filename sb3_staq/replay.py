@@ -116,9 +116,7 @@ class PolicyReplay:
         :return: the batch
         :raise ValueError: if a number in it is not finite, before anything is learnt from it
         """
-        samples = self.buffer.sample(batch_size, env=self.vec_normalize)
-        for name in ("rewards", "observations", "actions", "next_observations"):
-            _check_finite(name, getattr(samples, name))
+        samples = self._sample(batch_size)
         log_prob = self.policy.log_prob(self.logit_sums(samples.next_observations))
         drawn = None if self.policy.main_effects is None else sample_actions(self.policy.branches, log_prob)
         return ReplayBatch(
@@ -131,6 +129,23 @@ class PolicyReplay:
             log_prob,
             drawn,
         )
+
+    def sample_states(self, n_states: int) -> tuple[PyTorchObs, th.Tensor]:
+        """
+        Draw states that the policy update is measured with.
+
+        :param n_states: number of states
+        :return: next observations, and the weighted sums there, shape (n_states, n_bins)
+        :raise ValueError: if a number in the batch is not finite
+        """
+        states = self._sample(n_states).next_observations
+        return states, self.logit_sums(states)
+
+    def _sample(self, batch_size: int) -> Any:
+        samples = self.buffer.sample(batch_size, env=self.vec_normalize)
+        for name in ("rewards", "observations", "actions", "next_observations"):
+            _check_finite(name, getattr(samples, name))
+        return samples
 
     def follow(self, update: PolicyUpdate, deleted: Sequence[CriticEnsemble]) -> None:
         """

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
 
+# What cannot change any more once there is a policy
+FIXED_ARGUMENTS = {*POLICY_ARGUMENTS} - {"eval_policy", "memory_size"}
+
+
 class PolicyUpdateInfo(NamedTuple):
     """What a policy update did, for ``policy_update_hooks``."""
 
@@ -291,6 +295,12 @@ class StaQ(CheckedOffPolicyAlgorithm):
         if self.verbose >= 1:
             self._print_choices(replay)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change what the networks were built with: it would have no effect."""
+        if name in FIXED_ARGUMENTS and "policy" in vars(self):
+            raise ValueError(f"Invalid {name}={value!r}: expected no change after the model was made")
+        super().__setattr__(name, value)
+
     @contextmanager
     def _as_sb3_needs_them(self) -> Iterator[None]:
         """
@@ -381,12 +391,11 @@ class StaQ(CheckedOffPolicyAlgorithm):
         ``train`` on a replay buffer that was filled otherwise.
         """
         policy, weights, coefficients = self.policy, self.policy.frozen_critics.weights, self._coefficients()
-        data = self.replay.sample(max(self.batch_size, self.replay.states_at_once))
-        states, old_log_prob = data.next_observations, data.next_log_prob
+        states, old_sums = self.replay.sample_states(max(self.batch_size, self.replay.states_at_once))
+        old_log_prob = policy.log_prob(old_sums)
         q_new = policy.q_values(policy.additive_critics, states)
         self._check_critics("mean Q-value", q_new.mean().item())
         progress = self._current_progress_remaining
-        old_sums = self.replay.logit_sums(states)
         kl_coef, ent_coef = coefficients.next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
         # xi_{k+1} = beta * xi_k + alpha * Q_k, and without the deleted critics: pi_{k+1} = softmax(xi_{k+1})

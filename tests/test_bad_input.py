@@ -807,3 +807,16 @@ def test_networks_with_shared_parameters(critic):
 
     with pytest.raises(ValueError, match=r"features_extractor_class=TiedExtractor.*several names.*expected "):
         make_model(critic=critic, policy_kwargs=dict(features_extractor_class=TiedExtractor))
+
+
+def test_what_the_networks_were_built_with_is_fixed():
+    """Changed on the model it would have no effect: that is said, and nothing changes."""
+    model = make_model()
+    for name, value in dict(critic_reduction="min", average_window=0.5, n_critics=3, logit_rule="exact").items():
+        old = getattr(model, name)
+        with pytest.raises(ValueError, match=rf"Invalid {name}={value!r}: expected no change after the model was made"):
+            setattr(model, name, value)
+        assert getattr(model, name) == old
+    model.memory_size, model.eval_policy = 3, "last"
+    model.learn(100)
+    assert (model.policy.memory_size, model.policy.eval_policy) == (3, "last")
