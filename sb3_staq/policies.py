@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -54,8 +55,8 @@ POLICY_ARGUMENTS = (
     "average_size",
 )
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
-    "mean": lambda values: values.mean(dim=0),
-    "min": lambda values: values.amin(dim=0),
+    "mean": partial(th.mean, dim=0),
+    "min": partial(th.amin, dim=0),
 }
 
 

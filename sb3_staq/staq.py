@@ -51,7 +51,7 @@ SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
 
 # What cannot change any more once there is a policy
-FIXED_ARGUMENTS = {*POLICY_ARGUMENTS} - {"eval_policy", "memory_size"}
+FIXED_ARGUMENTS = [name for name in POLICY_ARGUMENTS if name not in ("eval_policy", "memory_size")]
 
 
 class PolicyUpdateInfo(NamedTuple):
@@ -295,12 +295,6 @@ class StaQ(CheckedOffPolicyAlgorithm):
         if self.verbose >= 1:
             self._print_choices(replay)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to change what the networks were built with: it would have no effect."""
-        if name in FIXED_ARGUMENTS and "policy" in vars(self):
-            raise ValueError(f"Invalid {name}={value!r}: expected no change after the model was made")
-        super().__setattr__(name, value)
-
     @contextmanager
     def _as_sb3_needs_them(self) -> Iterator[None]:
         """
@@ -483,6 +477,11 @@ class StaQ(CheckedOffPolicyAlgorithm):
         if isinstance(target_entropy, str) and target_entropy == "auto":
             target_entropy = default_target_entropy(self.action_space, self.action_grid, self.action_bins)
         check_argument("memory_size", self.memory_size)
+        policy = vars(self).get("policy")
+        for name in FIXED_ARGUMENTS if policy is not None else ():  # a change would have no effect
+            value, built_with = getattr(self, name), getattr(policy, name)
+            if value != built_with:
+                raise ValueError(f"Invalid {name}={value!r}: expected {built_with!r}, with which the model was built")
         arguments = self.kl_coef, self.ent_coef, target_entropy, self.logit_rule, self.memory_size, self.gamma
         return Coefficients(*arguments)
 

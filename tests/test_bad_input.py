@@ -810,13 +810,15 @@ def test_networks_with_shared_parameters(critic):
 
 
 def test_what_the_networks_were_built_with_is_fixed():
-    """Changed on the model it would have no effect: that is said, and nothing changes."""
-    model = make_model()
+    """Changed on the model it would have no effect: the next policy update says so, and is not done."""
+    model = make_model(policy_update_interval=10, learning_starts=10).learn(20)
     for name, value in dict(critic_reduction="min", average_window=0.5, n_critics=3, logit_rule="exact").items():
         old = getattr(model, name)
-        with pytest.raises(ValueError, match=rf"Invalid {name}={value!r}: expected no change after the model was made"):
-            setattr(model, name, value)
-        assert getattr(model, name) == old
+        setattr(model, name, value)
+        with pytest.raises(ValueError, match=f"Invalid {name}={value!r}: expected {old!r}, with which the model was"):
+            model.learn(40)
+        setattr(model, name, old)
+    assert model.n_policy_updates == 1
     model.memory_size, model.eval_policy = 3, "last"
     model.learn(100)
     assert (model.policy.memory_size, model.policy.eval_policy) == (3, "last")
