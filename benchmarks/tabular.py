@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.tabular_mdps import TabularMDP, garnet, grid_world
-from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy, memory_bound
+from sb3_staq.memory_bounds import memory_bound
+from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy
 
 FOLDER = Path(__file__).parent / "results" / "tabular"
 TEMPLATE = Path(__file__).parent / "tabular.md"  # of the report; it also takes the constants below

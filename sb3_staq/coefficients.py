@@ -10,7 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, auto_memory_size, decay_rate, solve_ent_coef
+from sb3_staq.memory_bounds import auto_memory_size
+from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
 
 # Of ent_coef="auto": it is found within few updates from anywhere
 FIRST_ENT_COEF = 0.1

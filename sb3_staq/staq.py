@@ -26,10 +26,10 @@ from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
 from sb3_staq.arguments import ARGUMENTS, check_argument, check_arguments, defaults_for
 from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
+from sb3_staq.memory_bounds import auto_memory_size
 from sb3_staq.mirror_descent import (
     LogitRule,
     StackWeights,
-    auto_memory_size,
     decay_rate,
     entropy,
     kl_divergence,
@@ -94,7 +94,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
     :param memory_size: ``M``, the number of frozen critics that the policy of the training is made of at most. "auto"
-        is what the paper's theorem asks for, see :func:`~sb3_staq.mirror_descent.auto_memory_size`: 10 for
+        is what the paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: 10 for
         ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.tabular import TabularStaQ, bound, convergence, linear_rate, measured_rate
 from benchmarks.tabular_mdps import garnet
-from sb3_staq.mirror_descent import memory_bound, resolution_bound
+from sb3_staq.memory_bounds import memory_bound, resolution_bound
 
 
 def meets_the_condition(memory_size, gamma, kl_coef, ent_coef):

@@ -9,11 +9,11 @@ import pytest
 import torch as th
 from scipy.optimize import minimize
 
+from sb3_staq.memory_bounds import auto_memory_size
 from sb3_staq.mirror_descent import (
     LOGIT_RULES,
     PolicyUpdate,
     StackWeights,
-    auto_memory_size,
     averaged_updates,
     decay_rate,
     entropy,
