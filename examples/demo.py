@@ -1,4 +1,4 @@
-"""Train StaQ on CartPole-v1, show the progress, evaluate the policy, and keep the model and its learning curve."""
+"""Train StaQ on any environment, show the progress, evaluate, and keep the model, its learning curve and a video."""
 
 import argparse
 from pathlib import Path
@@ -7,18 +7,17 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import EvalCallback
-from stable_baselines3.common.env_util import make_vec_env
+from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor, load_results
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.monitor import load_results
 
-from sb3_staq import StaQ
+from examples.record import load_agent, record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 EVAL_SEED = 1_000_000  # far from that of the training
+BLUE = "#0072B2"
 
 
 def plot_learning_curve(folder: Path, title: str) -> Path:
@@ -29,24 +28,14 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
     """
     episodes = load_results(str(folder))
     evaluations = np.load(folder / "evaluations.npz")
-    returns = evaluations["results"]
+    steps, returns = evaluations["timesteps"], evaluations["results"]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    ax.plot(
-        episodes["l"].cumsum(), episodes["r"], ".", color="0.75", markersize=3, label="training episodes (exploring)"
-    )
-    ax.plot(
-        evaluations["timesteps"], returns.mean(axis=1), color="#0072B2", label="evaluation, greedy: mean of 10 episodes"
-    )
-    ax.fill_between(
-        evaluations["timesteps"],
-        returns.min(axis=1),
-        returns.max(axis=1),
-        color="#0072B2",
-        alpha=0.2,
-        label="min to max",
-    )
+    training = "training episodes (exploring)"
+    ax.plot(episodes["l"].cumsum(), episodes["r"], ".", color="0.75", markersize=3, label=training)
+    ax.plot(steps, returns.mean(axis=1), color=BLUE, label="evaluation, greedy: mean of 10 episodes")
+    ax.fill_between(steps, returns.min(axis=1), returns.max(axis=1), color=BLUE, alpha=0.2, label="min to max")
     ax.set(title=title, xlabel="environment steps", ylabel="return of an episode")
-    ax.legend(loc="lower right")
+    ax.legend(loc="best")
     path = folder / "learning_curve.png"
     fig.savefig(path, dpi=120)
     return path
@@ -54,39 +43,49 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=50_000, help="environment steps")
+    parser.add_argument("--env", default="CartPole-v1", help="any id of Gymnasium")
+    parser.add_argument("--steps", type=int, help="environment steps; those of the hyperparameter file by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the results go")
+    parser.set_defaults(env_kwargs=None)  # the RL Zoo looks for it in the saved arguments
     args = parser.parse_args()
     th.set_num_threads(1)  # small networks: more threads only get in each other's way
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        gym.make(args.env).close()
+    except (gym.error.Error, ImportError) as error:
+        parser.error(f"--env {args.env}: {error}")
 
-    model = StaQ(
-        "MlpPolicy",
-        Monitor(gym.make("CartPole-v1"), str(args.folder)),
-        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-        batch_size=128,
-        train_freq=8,
-        tau=0.01,
-        policy_kwargs=dict(net_arch=[64, 64]),
-        seed=args.seed,
-    )
-    evaluation = EvalCallback(
-        make_vec_env("CartPole-v1", seed=EVAL_SEED),
-        eval_freq=max(1, args.steps // 20),
+    # The settings of hyperparams/staq.yml: those of the environment, or its defaults
+    manager = ExperimentManager(
+        args,
+        "staq",
+        args.env,
+        str(args.folder),
+        n_timesteps=args.steps or -1,
         n_eval_episodes=10,
-        log_path=str(args.folder),
-        best_model_save_path=str(args.folder),
+        seed=args.seed,
+        log_interval=-2,
         verbose=0,
+        show_progress=True,
     )
-    model.learn(args.steps, callback=evaluation, progress_bar=True)
-    model.save(args.folder / "staq_cartpole.zip")
+    steps = args.steps or int(manager.read_hyperparameters()[0]["n_timesteps"])
+    manager.eval_freq = max(1, steps // 20)
+    model, _ = manager.setup_experiment()
+    manager.learn(model)
+    manager.save_trained_model(model)
 
-    model = StaQ.load(args.folder / "staq_cartpole.zip")
-    mean, std = evaluate_policy(model, make_vec_env("CartPole-v1", seed=EVAL_SEED), n_eval_episodes=20)
-    figure = plot_learning_curve(args.folder, f"StaQ on CartPole-v1, seed {args.seed}")
-    print(f"Model:          {args.folder / 'staq_cartpole.zip'} ({len(model.policy.frozen_critics)} frozen critics)")
+    model, env = load_agent(args.folder, args.env, seed=EVAL_SEED)
+    mean, std = evaluate_policy(model, env, n_eval_episodes=20)
+    folder = Path(manager.save_path)
+    figure = plot_learning_curve(folder, f"StaQ on {args.env}, seed {args.seed}")
+    try:
+        video = folder / "video.gif"
+        record(*load_agent(args.folder, args.env, seed=EVAL_SEED, render=True), video)
+    except Exception as error:  # of many kinds: the libraries that draw are optional
+        video = f'none: {error!r} (drawing needs pip install ".[all]", and for MuJoCo without a screen libegl1)'
+    print(f"Model:          {folder / manager.env_name}.zip ({len(model.policy.frozen_critics)} frozen critics)")
     print(f"Learning curve: {figure}")
+    print(f"Video:          {video}")
     print(f"Mean return over 20 evaluation episodes: {mean:.1f} +/- {std:.1f}")
 
 

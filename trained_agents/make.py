@@ -1,0 +1,162 @@
+"""Train an agent for this folder by the RL Zoo, keep what acts, evaluate it, and write its model card."""
+
+import argparse
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch as th
+import yaml
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3.utils import get_latest_run_id
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from examples.record import load_agent
+from sb3_staq import StaQ
+from sb3_staq.q_stack import FrozenCritics
+
+FOLDER = Path(__file__).parent
+MAX_BYTES = 3_000_000
+N_EPISODES = 20
+PACKAGES = ("sb3-staq", "stable-baselines3", "rl_zoo3", "gymnasium", "torch", "numpy", "mujoco", "Box2D", "MinAtar")
+
+CARD = """---
+{metadata}---
+
+# StaQ on {env}
+
+| | |
+|---|---|
+| return | {mean:.2f} +/- {std:.2f} ({n} greedy episodes, {low:.2f} to {high:.2f}) |
+| stack | {kept} critics of the average's {averaged} |
+| return with all {averaged} | {full_mean:.2f} +/- {full_std:.2f} |
+| trained by | `{command}` |
+| commit | {commit} |
+| versions | {versions} |
+
+The last model of the training, not the best one. The file has what acts: no optimizer state, and of the stack the
+critics of the average policy only. So `eval_policy="last"` gives the same policy, and training cannot go on from it.
+
+See its return:
+
+```bash
+python -m rl_zoo3.enjoy --algo staq --env {env} -f trained_agents --no-render -n {steps}
+```
+"""
+
+
+def keep_average(stack: FrozenCritics, size: int) -> int:
+    """
+    Delete all critics but evenly spread ones of the average, which get equal weights.
+
+    :param stack: is changed
+    :param size: number of critics to keep at most
+    :return: number of critics that the average had
+    """
+    state, averaged = stack.state_dict(), stack.coefs(average=True)[:, 0].nonzero().flatten().tolist()
+    averaged.sort(key=stack.updates.__getitem__)
+    n = min(size, len(averaged))
+    rows = [averaged[i] for i in np.linspace(0, len(averaged) - 1, n).round().astype(int)]
+    kept = {}
+    for new, old in enumerate(rows):
+        kept |= {f"{new}.{name}": values for name, values in stack[old].state_dict().items()}
+    weights = th.zeros(n, state["weights"].shape[1])  # a number in several parts
+    weights[:, 0] = stack.weights.total / n
+    stack.load_state_dict(
+        {**kept, "weights": weights, "updates": state["updates"][rows], "constants": state["constants"]}
+    )
+    return len(averaged)
+
+
+def evaluate(folder: Path, env_id: str, n_episodes: int = N_EPISODES) -> tuple[list[float], int]:
+    """
+    Evaluate as ``rl_zoo3.enjoy`` does.
+
+    :param folder: has the agent in ``staq/ENV_1``
+    :param env_id: id of the environment
+    :param n_episodes: number of greedy episodes, the first with seed 0
+    :return: their returns, and the environment steps of all
+    """
+    model, env = load_agent(folder, env_id)
+    returns, lengths = evaluate_policy(model, env, n_episodes, return_episode_rewards=True)
+    return returns, sum(lengths)
+
+
+def installed_versions() -> str:
+    """The versions of what makes a difference."""
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("env", help="id of the environment")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--logs", default="logs", help="where the training goes")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the agent goes")
+    parser.add_argument("--trained", action="store_true", help="take the newest training of --logs, made with the present commit")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+
+    if not args.trained:
+        options = f"--algo staq --env {args.env} --seed {args.seed} --num-threads 1 --eval-freq -1 -f {args.logs}"
+        subprocess.run([sys.executable, "-m", "rl_zoo3.train", *options.split()], check=True)
+
+    name = EnvironmentName(args.env)
+    source = Path(args.logs) / "staq" / f"{name}_{get_latest_run_id(str(Path(args.logs) / 'staq'), name)}"
+    target = args.folder / "staq" / f"{name}_1"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("command.txt"))
+    command = (source / name / "command.txt").read_text().split()[1:]
+    full, _ = evaluate(Path(args.logs), args.env)
+    for size in (60, 45, 30, 20, 15, 10):
+        model = StaQ.load(source / f"{name}.zip", device="cpu")
+        averaged = keep_average(model.policy.frozen_critics, size)
+        model.policy.optimizer.state.clear()
+        model.save(target / f"{name}.zip")
+        if (target / f"{name}.zip").stat().st_size < MAX_BYTES:
+            break
+
+    returns, steps = evaluate(args.folder, args.env)
+    mean, std = np.mean(returns), np.std(returns)
+    metric = {"type": "mean_reward", "name": "mean_reward", "value": f"{mean:.2f} +/- {std:.2f}", "verified": False}
+    task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
+    result = {"task": task, "dataset": {"name": args.env, "type": args.env}, "metrics": [metric]}
+    metadata = {
+        "library_name": "stable-baselines3",
+        "tags": [args.env, "deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3"],
+        "model-index": [{"name": "StaQ", "results": [result]}],
+    }
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    card = CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        env=args.env,
+        n=len(returns),
+        mean=mean,
+        std=std,
+        low=min(returns),
+        high=max(returns),
+        kept=len(model.policy.frozen_critics),
+        averaged=averaged,
+        full_mean=np.mean(full),
+        full_std=np.std(full),
+        command=" ".join(["python", *command]),
+        commit=commit.stdout.strip(),
+        versions=installed_versions(),
+        steps=steps,
+    )
+    (target / "README.md").write_text(card)
+    print(card)
+
+
+if __name__ == "__main__":
+    main()
