@@ -35,7 +35,7 @@ CARD = """---
 | stack | {kept} critics of the average's {averaged} |
 | return with all {averaged} | {full_mean:.2f} +/- {full_std:.2f} |
 | trained by | `{command}` |
-| commit | {commit} |
+| commit | {commit}, the last one to change the package |
 | versions | {versions} |
 
 The last model of the training, not the best one. The file has what acts: no optimizer state, and of the stack the
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--logs", default="logs", help="where the training goes")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the agent goes")
-    parser.add_argument("--trained", action="store_true", help="take the newest training of --logs, made with the present commit")
+    parser.add_argument("--trained", action="store_true", help="take the newest training of --logs")
     args = parser.parse_args()
     th.set_num_threads(1)
 
@@ -136,7 +136,8 @@ def main() -> None:
         "tags": [args.env, "deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3"],
         "model-index": [{"name": "StaQ", "results": [result]}],
     }
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    log = ["git", "log", "-1", "--format=%h", "--", "sb3_staq", "hyperparams"]
+    commit = subprocess.run(log, cwd=FOLDER.parent, capture_output=True, text=True)
     card = CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         env=args.env,
