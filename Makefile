@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Of the demo: any id of Gymnasium; STEPS are by default those of the hyperparameter file
+ENV = CartPole-v1
+STEPS =
 
 .PHONY: demo test test-all lint type fast slow figures docs format wheel-test clean
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo --env $(ENV) $(if $(STEPS),--steps $(STEPS))
 
 # Linters, type checker and the tests that are quick; test-all adds those that take longer
 test: lint type fast
@@ -60,7 +63,7 @@ figures: $(INSTALLED)
 	$(BIN)/python -m benchmarks report classic
 	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 1 2 --algos staq sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
 	$(BIN)/python -m benchmarks report mujoco
-	$(BIN)/python docs/diagrams.py
+	$(BIN)/python -m docs.diagrams
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo docs/_build

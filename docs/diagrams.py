@@ -1,4 +1,4 @@
-"""Draw the diagrams of the documentation: `python docs/diagrams.py` writes docs/images/*.png."""
+"""Draw the pictures of the documentation: `python -m docs.diagrams` writes docs/images."""
 
 import itertools
 from pathlib import Path
@@ -8,7 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from benchmarks.tabular import TabularStaQ
+from benchmarks.tabular_mdps import MOVES, grid_cells, grid_world
+from examples.record import load_agent, record
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "0.4"
 IMAGES = Path(__file__).parent / "images"
@@ -188,13 +193,92 @@ def data_flow() -> plt.Figure:
     return fig
 
 
+MEMORY_SIZE, GROWTH = 40, (0, 1, 3, 10, 40)
+
+
+def draw_policy(ax, staq: TabularStaQ) -> None:
+    """Mean moves as arrows, in cells that are the darker the surer the policy is."""
+    cells, log_pi = np.array(grid_cells()), staq.log_pi.numpy()
+    entropy = -(np.exp(log_pi) * log_pi).sum(axis=1) / np.log(len(MOVES))
+    n_rows, n_columns = 1 + cells.max(axis=0)
+    ax.set(xlim=(-0.5, n_columns - 0.5), ylim=(n_rows - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
+    ax.set_facecolor("0.35")  # walls
+    for (row, column), sure in zip(cells, 1 - entropy, strict=True):
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="white", edgecolor="0.8", linewidth=0.5))
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=0.6 * sure, linewidth=0))
+    is_goal = (cells == cells.max(axis=0)).all(axis=1)
+    ax.add_patch(Rectangle(cells[is_goal][0][::-1] - 0.5, 1, 1, color=ORANGE, linewidth=0))
+    ax.text(*cells[is_goal][0][::-1], "goal", ha="center", va="center", fontsize=7)
+    (rows, columns), (down, right) = cells[~is_goal].T, (np.exp(log_pi) @ np.array(MOVES))[~is_goal].T
+    style = dict(pivot="mid", angles="xy", scale_units="xy", scale=1.2, width=0.012, headwidth=4, minlength=0.5)
+    ax.quiver(columns, rows, right, down, color="0.1", **style)
+
+
+def draw_weights(ax, staq: TabularStaQ) -> None:
+    """The weights of the critics on the stack, newest first."""
+    weights = staq.weights.values[::-1]
+    ax.bar(range(len(weights)), weights, color=BLUE, alpha=0.7)
+    ax.set(xlim=(-1, MEMORY_SIZE), ylim=(0, 1.05), xlabel="age of the critic", yticks=[0, 1])
+
+
+def maze_after(n_updates: int) -> TabularStaQ:
+    """StaQ in a maze, with exact policy evaluation."""
+    staq = TabularStaQ(grid_world(gamma=0.95, slip=0.1), "weight_corrected", MEMORY_SIZE, kl_coef=3.0, ent_coef=0.3)
+    for _ in range(n_updates):
+        staq.update(staq.evaluate())
+    return staq
+
+
+def growing_stack() -> plt.Figure:
+    """A policy gets sharper while its stack grows."""
+    fig, axes = plt.subplots(
+        2, len(GROWTH), figsize=(11, 3.1), layout="constrained", height_ratios=[2.2, 1], sharey="row"
+    )
+    for (maze, bars), n_updates in zip(axes.T, GROWTH, strict=True):
+        staq = maze_after(n_updates)
+        draw_policy(maze, staq)
+        draw_weights(bars, staq)
+        maze.set_title(f"{n_updates} critic{'s' * (n_updates != 1)}")
+    axes[1, 0].set_ylabel("weight")
+    return fig
+
+
+def animate_growing_stack(path: Path) -> None:
+    """The same as a moving picture."""
+    fig, (maze, bars) = plt.subplots(1, 2, figsize=(7, 2.9), layout="constrained", width_ratios=[1.5, 1])
+
+    def draw(n_updates: int) -> None:
+        for ax in (maze, bars):
+            ax.clear()
+        staq = maze_after(n_updates)
+        draw_policy(maze, staq)
+        draw_weights(bars, staq)
+        bars.set(ylabel="weight", title=f"{n_updates} critics on the stack")
+        maze.set_title("policy")
+
+    frames = [*range(MEMORY_SIZE + 1), *[MEMORY_SIZE] * 8]
+    FuncAnimation(fig, draw, frames=frames, init_func=lambda: None).save(path, writer=PillowWriter(fps=5), dpi=90)
+
+
+def film_agents() -> None:
+    """A moving picture of each agent in trained_agents."""
+    folder = IMAGES.parent.parent / "trained_agents"
+    for path in sorted(folder.glob("staq/*_1")):
+        name = path.name.removesuffix("_1")
+        env_id = name.replace("MinAtar-", "MinAtar/")
+        record(*load_agent(folder, env_id, render=True), IMAGES / f"{name}.gif")
+        print(f"images/{name}.gif")
+
+
 def main() -> None:
-    """Write all diagrams."""
+    """Write all pictures."""
     IMAGES.mkdir(exist_ok=True)
-    for draw in (how_it_works, action_grids, main_effects, data_flow):
+    for draw in (how_it_works, action_grids, main_effects, data_flow, growing_stack):
         path = IMAGES / f"{draw.__name__}.png"
         draw().savefig(path, dpi=150)
         print(path.relative_to(IMAGES.parent))
+    animate_growing_stack(IMAGES / "growing_stack.gif")
+    film_agents()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """The scripts in ``examples/`` run, each with so few steps that it takes seconds."""
 
 import importlib.util
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from examples import record
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Environment steps: enough for a few policy updates where these are what the script is about
 STEPS = dict(
-    demo=1_200,
     deploy=2_000,
     diagnostics=1_500,
     export_policy=1_500,
@@ -20,7 +23,7 @@ STEPS = dict(
 )
 NEEDS = {"deploy": "onnxruntime", "lunar_lander": "Box2D", "minatar_breakout": "minatar", "mujoco": "mujoco"}
 SLOW = {"deploy", "minatar_breakout"}  # more than 5 seconds
-OWN_TESTS = {"export_policy", "resume"}
+OWN_TESTS = {"demo", "export_policy", "record", "resume"}
 
 
 def parameters():
@@ -43,8 +46,49 @@ def run(name: str, *arguments: str) -> None:
 @pytest.mark.parametrize("name", list(parameters()))
 def test_example(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = str(STEPS.get(name, 1_200))
-    run(name, *(["--steps", steps] if name == "demo" else [steps]))
+    run(name, str(STEPS.get(name, 1_200)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env_id, settings, largest_return",
+    [("CartPole-v1", "net_arch=[64, 64]", 500), ("FrozenLake-v1", "Using 'default'", 1)],
+)
+def test_demo(env_id, settings, largest_return, tmp_path, monkeypatch, capsys):
+    """It takes the tuned settings or the defaults, and all files that it names are there."""
+    pytest.importorskip("pygame")
+    monkeypatch.chdir(tmp_path)
+    run("demo", "--env", env_id, "--steps", "1200")
+    output = capsys.readouterr().out
+    assert settings in output
+    for what in ("Model", "Learning curve", "Video"):
+        path = Path(re.search(rf"^{what}: +(\S+)", output, re.MULTILINE)[1])
+        assert 0 < path.stat().st_size <= 2_000_000
+    stated = float(re.search(r"Mean return over 20 evaluation episodes: (\S+)", output)[1])
+    assert 0 <= stated <= largest_return
+
+    run("record", "--env", env_id, "-f", "demo", "--seconds", "1")
+    with Image.open(f"{env_id}.gif") as picture:
+        assert picture.width == 300
+
+
+def test_demo_without_rendering(tmp_path, monkeypatch, capsys):
+    """Where nothing can be drawn, it says so, and the rest is done."""
+
+    def fail(*args, **kwargs):
+        raise ImportError("no pygame")
+
+    monkeypatch.setattr(record, "record", fail)
+    monkeypatch.chdir(tmp_path)
+    run("demo", "--steps", "200")
+    output = capsys.readouterr().out
+    assert "none: ImportError('no pygame')" in output and "Mean return" in output
+
+
+def test_demo_of_unknown_environment(capsys):
+    with pytest.raises(SystemExit):
+        run("demo", "--env", "CarPole-v1")
+    assert "CartPole-v1" in capsys.readouterr().err
 
 
 def test_resume_goes_on(tmp_path, monkeypatch, capsys):
