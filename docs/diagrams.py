@@ -253,7 +253,7 @@ def animate_growing_stack(path: Path) -> None:
         staq = maze_after(n_updates)
         draw_policy(maze, staq)
         draw_weights(bars, staq)
-        bars.set(ylabel="weight", title=f"{n_updates} critics on the stack")
+        bars.set(ylabel="weight", title=f"critics on the stack: {n_updates}")
         maze.set_title("policy")
 
     frames = [*range(MEMORY_SIZE + 1), *[MEMORY_SIZE] * 8]
