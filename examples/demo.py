@@ -32,7 +32,7 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     training = "training episodes (exploring)"
     ax.plot(episodes["l"].cumsum(), episodes["r"], ".", color="0.75", markersize=3, label=training)
-    ax.plot(steps, returns.mean(axis=1), color=BLUE, label="evaluation, greedy: mean of 10 episodes")
+    ax.plot(steps, returns.mean(axis=1), color=BLUE, label=f"evaluation, greedy: mean of {returns.shape[1]} episodes")
     ax.fill_between(steps, returns.min(axis=1), returns.max(axis=1), color=BLUE, alpha=0.2, label="min to max")
     ax.set(title=title, xlabel="environment steps", ylabel="return of an episode")
     ax.legend(loc="best")
@@ -62,7 +62,7 @@ def main() -> None:
         args.env,
         str(args.folder),
         n_timesteps=args.steps or -1,
-        n_eval_episodes=10,
+        n_eval_episodes=5,
         seed=args.seed,
         log_interval=-2,
         verbose=0,

@@ -5,7 +5,10 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import yaml
+
+from sb3_staq import StaQ
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "trained_agents"
@@ -45,3 +48,27 @@ def test_files(card):
     env_name = folder.name.removesuffix("_1")
     assert (folder / f"{env_name}.zip").stat().st_size < 3_000_000
     assert {"config.yml", "args.yml"} <= {path.name for path in (folder / env_name).iterdir()}
+
+
+def test_kept_critics(tmp_path):
+    """All critics of the average give its policy; some of them give the softmax of their mean, as a file as well."""
+    from trained_agents.make import keep_average
+
+    model = StaQ("MlpPolicy", "CartPole-v1", memory_size=4, policy_kwargs=dict(net_arch=[8]), seed=0)
+    stack, obs = model.policy.frozen_critics, th.randn(20, 4)
+    for _ in range(50):
+        for parameter in model.policy.critics.parameters():
+            parameter.data += 0.1 * th.randn_like(parameter)
+        stack.push(model.policy.critics, 0.5, 0.05)
+    average = model.policy.logits(obs).detach()
+    assert keep_average(stack, 60) == 8  # 15% of 50
+    assert th.allclose(model.policy.logits(obs), average, rtol=1e-5)
+
+    keep_average(stack, 3)
+    assert sorted(stack.updates) == [43, 47, 50]  # a half rounds to the even number
+    factor = stack.weights.scale * stack.weights.total
+    mean = th.stack([model.policy.q_values(critics, obs) for critics in stack]).mean(dim=0)
+    model.save(tmp_path / "model.zip")
+    for eval_policy in ("average", "last"):
+        policy = StaQ.load(tmp_path / "model.zip", eval_policy=eval_policy).policy
+        assert th.allclose(policy.logits(obs), factor * mean, rtol=1e-4, atol=1e-4)

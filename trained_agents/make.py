@@ -63,7 +63,7 @@ def keep_average(stack: FrozenCritics, size: int) -> int:
     rows = [averaged[i] for i in np.linspace(0, len(averaged) - 1, n).round().astype(int)]
     kept = {}
     for new, old in enumerate(rows):
-        kept |= {f"{new}.{name}": values for name, values in stack[old].state_dict().items()}
+        kept |= {f"{new}.{name}": values.clone() for name, values in stack[old].state_dict().items()}
     weights = th.zeros(n, state["weights"].shape[1])  # a number in several parts
     weights[:, 0] = stack.weights.total / n
     stack.load_state_dict(
