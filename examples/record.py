@@ -8,11 +8,13 @@ from pathlib import Path
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
 
+import rl_zoo3.import_envs  # noqa: F401 (registers environments)
 from huggingface_sb3 import EnvironmentName
 from PIL import Image
 from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_staq.zoo  # noqa: F401 (registers StaQ and MinAtar)
 from sb3_staq import StaQ
 
 

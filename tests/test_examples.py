@@ -88,7 +88,7 @@ def test_demo_without_rendering(tmp_path, monkeypatch, capsys):
 def test_demo_of_unknown_environment(capsys):
     with pytest.raises(SystemExit):
         run("demo", "--env", "CarPole-v1")
-    assert "CartPole-v1" in capsys.readouterr().err
+    assert "--env CarPole-v1: " in capsys.readouterr().err
 
 
 def test_resume_goes_on(tmp_path, monkeypatch, capsys):
