@@ -69,7 +69,7 @@ def main() -> None:
         show_progress=True,
     )
     steps = args.steps or int(manager.read_hyperparameters()[0]["n_timesteps"])
-    manager.eval_freq = max(1, steps // 20)
+    manager.eval_freq = max(min(steps, 1000), steps // 20)
     model, _ = manager.setup_experiment()
     manager.learn(model)
     manager.save_trained_model(model)
