@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def keep_average(stack: FrozenCritics, size: int) -> int:
     return len(averaged)
 
 
+def save(model: StaQ, path: Path) -> None:
+    """
+    Save a model without SB3's note on the machine that trained it.
+
+    :param model: the model
+    :param path: the zip file
+    """
+    model.save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name != "system_info.txt"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
 def evaluate(folder: Path, env_id: str, n_episodes: int = N_EPISODES) -> tuple[list[float], int]:
     """
     Evaluate as ``rl_zoo3.enjoy`` does.
@@ -122,7 +138,7 @@ def main() -> None:
         model = StaQ.load(source / f"{name}.zip", device="cpu")
         averaged = keep_average(model.policy.frozen_critics, size)
         model.policy.optimizer.state.clear()
-        model.save(target / f"{name}.zip")
+        save(model, target / f"{name}.zip")
         if (target / f"{name}.zip").stat().st_size < MAX_BYTES:
             break
 
