@@ -27,6 +27,7 @@ format: $(INSTALLED)
 
 type: $(INSTALLED)
 	$(BIN)/mypy sb3_staq
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -322,8 +323,8 @@ def test_compiled_policy(env):
             model.policy = th.compile(model.policy, backend="eager")
         models.append(model.learn(100, reset_num_timesteps=False))
     assert models[0].n_policy_updates == models[1].n_policy_updates == 4
-    vectors = [np.concatenate([param.detach().ravel() for param in model.policy.parameters()]) for model in models]
-    np.testing.assert_allclose(*vectors, rtol=1e-3, atol=1e-4)
+    first, second = (np.concatenate([x.detach().ravel() for x in model.policy.parameters()]) for model in models)
+    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-4)
     batch = models[1].replay.sample(64)
     sums = models[1].replay.logit_sums(batch.next_observations)
     assert relative_error(sums, slow_logit_sums(models[1].policy, batch.next_observations)) < 1e-4
@@ -447,7 +448,7 @@ def test_evaluation_uses_the_policy_that_is_chosen(choice):
     model = two_policies(eval_policy=choice, learning_starts=0, gradient_steps=0)
     for use in ("model", "policy", "callback"):
         watched = WatchedEnv()
-        env = DummyVecEnv([lambda watched=watched: Monitor(watched)])
+        env = DummyVecEnv([partial(Monitor, watched)])
         if use == "callback":
             model.learn(40, callback=EvalCallback(env, n_eval_episodes=10, eval_freq=20, verbose=0))
         else:

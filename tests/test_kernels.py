@@ -40,7 +40,7 @@ def operands(n, batch, n_inputs, n_outputs, shared):
 def test_special_ways_equal_the_references(shape, shared, read_ahead, processor, monkeypatch):
     """And both equal the sums in double precision; with and without gradients."""
     monkeypatch.setattr(kernels, "READ_AHEAD_BYTES", read_ahead)
-    x, weight, bias, coef = operands(*shape, shared)
+    x, weight, bias, coef = operands(*shape, shared)  # type: ignore[call-arg]
     each = x.double().expand(len(weight), -1, -1)
     exact = th.einsum("nbi,noi->nbo", each, weight.double()) + bias.double().unsqueeze(1)
     exact_sum = (coef.double()[:, None, None] * exact).sum(0)

@@ -122,7 +122,7 @@ def test_new_critics_start_at_zero():
     assert (policy.critics(obs) == 0).all()
     policy.push_critics(1.0, 0.1)
     assert (policy.logits(obs) == 0).all()
-    first, second = policy.critics.net.q_net[0].weight
+    first, second = policy.critics.net.q_net[0].weight.unbind()
     assert not th.equal(first, second)  # but the members are different networks
 
 

@@ -233,7 +233,7 @@ def test_continued_trainings_keep_the_shapes_of_their_networks(tmp_path: Path):
     StaQ("MlpPolicy", "Pendulum-v1", action_bins=7, memory_size=3, n_critics=3).save(tmp_path / "agent.zip")
     arguments = dict(trained_agent=str(tmp_path / "agent.zip"), eval_freq=-1, verbose=0)
     manager = ExperimentManager(SimpleNamespace(), "staq", "Pendulum-v1", str(tmp_path), **arguments)
-    model, hyperparams = manager.setup_experiment()
+    model, hyperparams = manager.setup_experiment()  # type: ignore[misc]
     assert (model.action_bins, model.n_critics) == (7, 3) and hyperparams["action_bins"] == 5
     assert model.memory_size == hyperparams["memory_size"] == 4
     model.get_env().close()
@@ -272,7 +272,7 @@ def test_every_entry_makes_a_model(env_id, tmp_path: Path):
     config.write_text(yaml.safe_dump({gym_id: {**hyperparams, "buffer_size": 100}}))
     args = SimpleNamespace()
     manager = ExperimentManager(args, "staq", gym_id, str(tmp_path), eval_freq=-1, config=str(config), verbose=0)
-    model, _ = manager.setup_experiment()
+    model, _ = manager.setup_experiment()  # type: ignore[misc]
     assert isinstance(model, StaQ) and isinstance(model.get_env().unwrapped, DummyVecEnv)
     obs = model.get_env().reset()
     assert np.isfinite(model.predict(obs)[0]).all()
