@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import SMALL, RandomObsEnv
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -194,6 +194,22 @@ def test_other_algorithms(tmp_path):
     for a, b in zip(model.policy.parameters(), expected.policy.parameters(), strict=True):
         assert th.equal(a, b)
     assert th.equal(model.log_ent_coef, expected.log_ent_coef)
+
+
+def test_random_actions_go_on(tmp_path):
+    """Those of DQN come from the action space, also long after the checkpoint."""
+
+    def learn(**kwargs):
+        env = make_vec_env("CartPole-v1", 1, seed=0)
+        return DQN("MlpPolicy", env, seed=0, buffer_size=250, exploration_final_eps=0.5, device="cpu").learn(
+            200, **kwargs
+        )
+
+    expected = learn()
+    with pytest.raises(KeyboardInterrupt):
+        learn(callback=[Stop(70), ResumeCallback(40, tmp_path, verbose=0)])
+    model = learn(callback=ResumeCallback(40, tmp_path, verbose=0))
+    np.testing.assert_array_equal(model.replay_buffer.actions, expected.replay_buffer.actions)
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Ant-v4", "HalfCheetah-v4", "Walker2d-v5"])
