@@ -19,7 +19,7 @@ from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import report, speed, statistics
+from benchmarks import faults, report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
@@ -595,6 +595,32 @@ def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -
     assert "Training goes on from step" in (tmp_path / "runs/tiny/CartPole-v1/staq/seed_0/log.txt").read_text()
     assert finished.returncode == 1 and "1 done, 1 failed" in finished.stdout
     assert "Missing-v0 staq seed 0 failed" in finished.stderr and "KeyError: 'Missing-v0'" in finished.stderr
+
+
+# Faults
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs signals and limits of Unix")
+def test_no_training_is_lost(tmp_path: Path) -> None:
+    """Twenty kills and some of each other fault: what is started again ends as if nothing had been."""
+    counts = {"SIGKILL": 20, "Ctrl-C": 6, **dict.fromkeys(faults.INJECTED, 2)}
+    assert faults.run(tmp_path, counts, faults.TRAININGS)
+    rows = pd.read_csv(tmp_path / "faults.csv").fillna("")
+    assert rows.groupby("fault").size().to_dict() == counts and not rows["lost"].any()
+    errors = rows.groupby("fault")["error"].unique()
+    assert errors["SIGKILL"].tolist() == [""] and errors["Ctrl-C"].tolist() == ["KeyboardInterrupt"]
+    assert errors["no memory in a policy update"].tolist() == ["MemoryError"]
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| SIGKILL"))
+    assert (row.split("|")[2].strip(), row.split("|")[4].strip()) == ("20", "0")
+
+
+@pytest.mark.slow
+def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that ends otherwise than the undisturbed one, here by a digest that is none."""
+    monkeypatch.setattr(faults, "undisturbed", lambda training: ("another", 1.0))
+    assert not faults.run(tmp_path, {"SIGKILL": 1, "full disk": 1}, ["CartPole-v1"])
+    assert pd.read_csv(tmp_path / "faults.csv")["lost"].all()
 
 
 # Speed
