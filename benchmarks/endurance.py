@@ -10,6 +10,7 @@ import argparse
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch as th
@@ -20,6 +21,7 @@ from sb3_staq.callbacks import PolicyUpdateInfo
 FOLDER = Path(__file__).parent / "results" / "endurance"
 N_SAMPLES = 100
 STEPS_PER_UPDATE = 2
+CLOCKS = (time.perf_counter, time.process_time)
 
 
 def run(n_updates: int) -> pd.DataFrame:
@@ -30,20 +32,11 @@ def run(n_updates: int) -> pd.DataFrame:
     :return: one row per measurement
     """
     th.set_num_threads(1)
-    model = StaQ(
-        "MlpPolicy",
-        "CartPole-v1",
-        buffer_size=1000,
-        learning_starts=200,
-        batch_size=32,
-        train_freq=STEPS_PER_UPDATE,
-        gradient_steps=1,
-        policy_update_interval=STEPS_PER_UPDATE,
-        logit_cache=True,
-        policy_kwargs=dict(net_arch=[16]),
-        seed=0,
-        device="cpu",
+    small: dict[str, Any] = dict(
+        buffer_size=1000, batch_size=32, policy_kwargs=dict(net_arch=[16]), learning_starts=200
     )
+    pace: dict[str, Any] = dict(train_freq=STEPS_PER_UPDATE, gradient_steps=1, policy_update_interval=STEPS_PER_UPDATE)
+    model = StaQ("MlpPolicy", "CartPole-v1", **small, **pace, logit_cache=True, seed=0, device="cpu")
     rows: list[dict[str, float]] = []
     begun = [time.perf_counter(), time.process_time()]
 
@@ -72,9 +65,6 @@ def run(n_updates: int) -> pd.DataFrame:
     model.policy_update_hooks.append(measure)
     model.learn(200 + STEPS_PER_UPDATE * n_updates)
     return pd.DataFrame(rows)
-
-
-CLOCKS = (time.perf_counter, time.process_time)
 
 
 def resident_megabytes() -> float:
