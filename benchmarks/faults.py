@@ -225,8 +225,10 @@ def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) 
     inject = Inject(fault, training, folder, seed) if fault in INJECTED else None
     model = make(training)
     checkpoints = ResumeCallback(SAVE_FREQ, folder / "checkpoints", verbose=0)
+    begun = time.monotonic()
     try:
         model.learn(N_STEPS, callback=checkpoints if inject is None else [inject, checkpoints])
+        (folder / "seconds").write_text(str(time.monotonic() - begun))
         (folder / "digest").write_text(digest(model))
     except (Exception, KeyboardInterrupt) as error:
         if fault is None:
@@ -253,9 +255,8 @@ def start(*args: Any) -> Any:
 def undisturbed(training: str) -> tuple[str, float]:
     """The digest of a training without a fault, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
         start(training, Path(folder)).join()
-        return (Path(folder) / "digest").read_text(), time.monotonic() - begun
+        return (Path(folder) / "digest").read_text(), float((Path(folder) / "seconds").read_text())
 
 
 def try_fault(fault: str, training: str, expected: str, seconds: float, seed: int) -> dict[str, Any] | None:
