@@ -80,7 +80,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     names = ["frozen critics", "resident memory (MB)", "time of the processor per step (ms)"]
     axes = table.plot("policy updates", [*names, "relative drift of cached sums"], subplots=True, layout=(2, 2))
     for ax, title in zip(axes.flat, [*names, "relative drift of cached sums"], strict=True):
-        ax.set(title=title, ylim=(0, None))
+        ax.set(title=title, ylim=(0, 1.1 * table[title].max()))
         ax.get_legend().remove()
         ax.grid(alpha=0.3)
     figure = axes.flat[0].figure

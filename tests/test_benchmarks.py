@@ -19,7 +19,7 @@ from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import faults, report, speed, statistics
+from benchmarks import endurance, faults, report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
@@ -639,3 +639,17 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     ratios = rows[rows.variant == "this version"].pivot(index="repetition", columns="measure", values="seconds")
     ratio = (ratios["gradient step"] / ratios["dqn gradient step"]).median()
     assert f"share of DQN's: {ratio:.2f}" in path.read_text()
+
+
+# Endurance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
+def test_long_trainings_are_measured() -> None:
+    """The number of critics is that of the stack, and the cached sums are those of a direct evaluation."""
+    table = endurance.run(n_updates=300)
+    assert table["policy updates"].tolist() == list(range(3, 301, 3))
+    assert table["frozen critics"].tolist()[:20] == list(range(3, 61, 3))
+    assert table["relative drift of cached sums"].between(0, 1e-5).all()
+    assert (table[["resident memory (MB)", "time per step (ms)"]] > 0).all(None)
