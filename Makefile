@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ENV = CartPole-v1
 STEPS =
 
-.PHONY: demo test test-all lint type fast slow figures docs format wheel-test clean
+.PHONY: demo test test-all lint type fast slow figures faults docs format wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo --env $(ENV) $(if $(STEPS),--steps $(STEPS))
@@ -26,7 +26,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 type: $(INSTALLED)
-	$(BIN)/mypy sb3_staq
+	$(BIN)/mypy sb3_staq benchmarks
 	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 fast: $(INSTALLED)
@@ -65,6 +65,10 @@ figures: $(INSTALLED)
 	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 1 2 --algos staq sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
 	$(BIN)/python -m benchmarks report mujoco
 	$(BIN)/python -m docs.diagrams
+
+# A hundred kills at random moments, and other faults; takes half an hour
+faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults --kills 100 --others 12
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo docs/_build

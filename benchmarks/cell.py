@@ -1,34 +1,37 @@
 """
 The training of one cell, in a process of its own, through RL Zoo3's ``ExperimentManager``.
 
-A checkpoint holds the evaluations so far, and the result file is written from it right after it. So whatever the
-result file says is never done again, at whatever moment the process is killed.
+It can be killed at any moment: the next run goes on from the last checkpoint, bitwise as if nothing had been where the
+environments give their states, see ``sb3_staq.resume``.
 """
 
+import hashlib
+import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 from filelock import FileLock
-from rl_zoo3.exp_manager import ExperimentManager
 from sb3_contrib.common.utils import quantile_huber_loss
 from sb3_contrib.qrdqn import qrdqn
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 import sb3_staq
-from benchmarks.checkpoints import Checkpoints, Progress
 from benchmarks.results import Evaluation, Results
 from benchmarks.suites import Cell
+from sb3_staq.resume import ResumeCallback
 
 # Far from the seeds of the trainings; episode i of every evaluation has the seed EVAL_SEED + i
 EVAL_SEED = 1_000_000
@@ -36,88 +39,84 @@ FINAL_EVAL_SEED = 2_000_000
 N_FINAL_EPISODES = 20
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "torch", "numpy", "mujoco", "MinAtar")
 
+# A checkpoint every so many steps, some minutes of a slow training, and at least ten in a training
+SAVE_FREQ = 25_000
+
 # Called with (step, seconds of training, mean return of the last evaluation if any)
 Report = Callable[[int, float, float | None], None]
 
 
-class Recorder(BaseCallback):
+class Recorder(CallbackList):
     """
-    Evaluates the policy every ``eval_freq`` steps, and saves a checkpoint as soon as the training is between two
-    rollouts, where nothing is half done. The clock of the training is stopped meanwhile.
+    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints, which hold its own attributes as well. The
+    clock of the training is stopped meanwhile.
     """
 
-    def __init__(self, manager: ExperimentManager, cell: Cell, results: Results, progress: Progress, report: Report):
-        super().__init__()
-        self.manager = manager
+    def __init__(self, cell: Cell, results: Results, eval_env: VecEnv, checkpoints: Path, report: Report):
+        super().__init__([ResumeCallback(min(SAVE_FREQ, -(-cell.steps // 10)), checkpoints)])
         self.cell = cell
         self.results = results
-        self.progress = progress
-        self.report = report
-        self.checkpoints = Checkpoints(cell)
-        self.eval_env = manager.create_envs(cell.n_eval_episodes, eval_env=True)
+        self.eval_env = eval_env
+        self.report = lambda *progress: report(*progress)  # a local function cannot be pickled, and stays this one
+        self.seconds = self.cpu_seconds = 0.0
         self._clock: tuple[float, float] | None = None  # wall clock and processor at the last reading
         self._last_report = 0.0
-        self._next_evaluation = 0
+        self._next_evaluation = cell.eval_freq
 
     def _read_clock(self) -> None:
-        """Add the time since the last reading to the progress."""
+        """Add the time since the last reading."""
         now = (time.perf_counter(), time.process_time())
         if self._clock is not None:
-            self.progress.seconds += now[0] - self._clock[0]
-            self.progress.cpu_seconds += now[1] - self._clock[1]
+            self.seconds += now[0] - self._clock[0]
+            self.cpu_seconds += now[1] - self._clock[1]
         self._clock = now
 
     @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
+    def _clock_stopped(self) -> Iterator[None]:
         """What is done meanwhile does not count as training."""
         self._read_clock()
         self._clock = None
         yield
         self._read_clock()
 
+    def record(self, returns: list[float], final: bool = False) -> None:
+        """Note the returns of an evaluation, and write all results."""
+        step = self.model.num_timesteps
+        self.results.evaluations.append(Evaluation(step, self.seconds, self.cpu_seconds, returns, final))
+        self.results.write(self.cell.results_file)
+        self.send_report()
+
+    def send_report(self) -> None:
+        """Tell how far the training is."""
+        evaluations = self.results.evaluations
+        self.report(self.model.num_timesteps, self.seconds, evaluations[-1].mean if evaluations else None)
+        self._last_report = time.perf_counter()
+
     def _on_training_start(self) -> None:
-        self._schedule_evaluation()
+        super()._on_training_start()  # goes on from a checkpoint
+        self._last_report, self._clock = 0.0, None
         self._read_clock()
 
-    def _schedule_evaluation(self) -> None:
-        freq = self.cell.eval_freq
-        self._next_evaluation = (self.model.num_timesteps // freq + 1) * freq
+    def _on_rollout_start(self) -> None:
+        with self._clock_stopped():
+            super()._on_rollout_start()
 
     def _on_step(self) -> bool:
+        super()._on_step()
         if self.num_timesteps >= self._next_evaluation:
-            with self.clock_stopped():
-                returns = evaluate(self.model, self.eval_env, EVAL_SEED)
-                times = self.progress.seconds, self.progress.cpu_seconds
-                self.progress.evaluations.append(Evaluation(self.num_timesteps, *times, returns))
-                self._schedule_evaluation()
+            with self._clock_stopped():
+                self._next_evaluation = (self.num_timesteps // self.cell.eval_freq + 1) * self.cell.eval_freq
+                self.record(evaluate(self.model, self.eval_env, EVAL_SEED))
         if time.perf_counter() - self._last_report > 0.5:
+            self._read_clock()
             self.send_report()
         # Others end by themselves; long rollouts would go on far beyond the budget (complete ones are learnt from)
         model, done = self.model, self.num_timesteps >= self.cell.steps
         return not (done and isinstance(model, OnPolicyAlgorithm) and model.rollout_buffer.pos + 1 < model.n_steps)
 
-    def _on_rollout_start(self) -> None:
-        if len(self.progress.evaluations) > len(self.results.evaluations):
-            self.save()
-
     def _on_training_end(self) -> None:
-        self.save()
-
-    def save(self) -> None:
-        """Checkpoint first, results second."""
-        with self.clock_stopped():
-            self.checkpoints.save(self.manager, self.model, self.progress)
-            self.results.evaluations = list(self.progress.evaluations)
-            self.results.write(self.cell.results_file)
-            self.send_report()
-
-    def send_report(self) -> None:
-        """Tell how far the training is."""
-        if self._clock is not None:
-            self._read_clock()
-        evaluations = self.progress.evaluations
-        self.report(self.model.num_timesteps, self.progress.seconds, evaluations[-1].mean if evaluations else None)
-        self._last_report = time.perf_counter()
+        with self._clock_stopped():
+            super()._on_training_end()
 
 
 def evaluate(model: BaseAlgorithm, env: VecEnv, seed: int) -> list[float]:
@@ -166,27 +165,21 @@ def run_cell(cell: Cell, report: Report) -> None:
     th.set_num_threads(1)
     cell.working_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(cell.working_folder / "lock", timeout=30):
-        checkpoints, settings = Checkpoints(cell), cell.settings()
-        progress = checkpoints.progress(settings)
-        checkpoint = checkpoints.newest()
+        settings = cell.settings()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        checkpoints = cell.working_folder / f"checkpoints_{digest}"
+        for path in cell.working_folder.glob("checkpoints*"):
+            if path != checkpoints:  # of other settings, whose results were deleted
+                shutil.rmtree(path)
         if cell.zoo_algo == "qrdqn":
             fuse_quantile_loss()
-        manager = cell.manager(str(checkpoint / "model.zip") if checkpoint else "")
+        manager = cell.manager()
         model, _ = manager.setup_experiment()
-        if checkpoint:
-            checkpoints.restore(model, progress)
-        results = Results(make_metadata(cell, settings, manager.n_envs), list(progress.evaluations))
-        results.write(cell.results_file)
-
-        recorder = Recorder(manager, cell, results, progress, report)
-        if model.num_timesteps < cell.steps:
-            # Not ``manager.learn``, which would count the steps from 0 again
-            remaining, is_new = cell.steps - model.num_timesteps, checkpoint is None
-            model.learn(remaining, callback=recorder, log_interval=None, reset_num_timesteps=is_new)
-
-        returns = evaluate(model, manager.create_envs(N_FINAL_EPISODES, eval_env=True), FINAL_EVAL_SEED)
-        times = progress.seconds, progress.cpu_seconds
-        results.evaluations.append(Evaluation(model.num_timesteps, *times, returns, final=True))
-        results.write(cell.results_file)
-        report(model.num_timesteps, progress.seconds, results.evaluations[-1].mean)
-        checkpoints.drop_replay()
+        eval_env = manager.create_envs(cell.n_eval_episodes, eval_env=True)
+        results = Results(make_metadata(cell, settings, manager.n_envs))
+        recorder = Recorder(cell, results, eval_env, checkpoints, report)
+        model.learn(cell.steps, callback=recorder, log_interval=None)
+        manager.save_trained_model(model)
+        final_env = manager.create_envs(N_FINAL_EPISODES, eval_env=True)
+        recorder.record(evaluate(model, final_env, FINAL_EVAL_SEED), final=True)
+        shutil.rmtree(checkpoints)

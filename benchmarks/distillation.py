@@ -13,18 +13,17 @@ core, and states come from the environment only. Each agent has a CSV file in ``
 """
 
 import argparse
-import csv
-import io
 import re
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
+from torch.utils.benchmark import Timer
 
 from sb3_staq import StaQ, StaQPolicy
 from sb3_staq.distill import distill
@@ -34,7 +33,6 @@ from sb3_staq.observations import select
 from sb3_staq.save_util import atomic_write
 
 FOLDER = Path(__file__).parent / "results" / "distillation"
-HEADINGS = "agent|policy|critics that act|return|parameters|ONNX file|`predict`|onnxruntime|KL, mean (largest)|same bin"
 
 
 def load(env_id: str, model: Path) -> StaQ:
@@ -66,12 +64,8 @@ def _onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> tup
     first = select(report.held_out, slice(1))
     inputs = first if isinstance(first, dict) else {"obs": first}
     arrays = {key: (x.float() if x.is_floating_point() else x).numpy() for key, x in inputs.items()}
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        session.run(["action"], arrays)
-        times.append(1000 * (time.perf_counter() - start))
-    return n_bytes, float(np.median(times))
+    times = Timer("run()", globals={"run": lambda: session.run(["action"], arrays)}).blocked_autorange()
+    return n_bytes, 1000 * times.median
 
 
 def _row(policy: StaQPolicy, numbers: PolicyNumbers, model: StaQ, report: DistillReport) -> dict[str, Any]:
@@ -99,25 +93,23 @@ def table(folder: Path) -> str:
     :param folder: where they are
     :return: the table
     """
-    lines = [f"|{HEADINGS}|", "|---" * (HEADINGS.count("|") + 1) + "|"]
-    for path in sorted(folder.glob("*.csv")):
-        for x in csv.DictReader(path.open()):
-            returns = [float(value) for value in x["returns"].split()]
-            student = x["policy"] == "student"
-            cells = [
-                x["agent"],
-                x["policy"],
-                x["critics"],
-                f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
-                f"{int(x['parameters']):,}",
-                f"{int(x['onnx_bytes']) / 1e6:.2f} MB",
-                f"{float(x['predict_ms']):.2f} ms",
-                f"{float(x['onnx_ms']):.3f} ms",
-                f"{float(x['kl_mean']):.3g} ({float(x['kl_max']):.2g})" if student else "",
-                f"{float(x['agreement']):.1%}" if student else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        return ""
+    rows = pd.concat([pd.read_csv(path, dtype={"returns": str}) for path in paths])
+    returns = rows["returns"].str.split().map(lambda values: np.array(values, dtype=float))
+    student, columns = rows["policy"] == "student", rows[["agent", "policy", "critics"]].copy()
+    columns["return"] = [f"{x.mean():.0f} ± {x.std():.0f}" for x in returns]
+    columns["parameters"] = rows["parameters"].map("{:,}".format)
+    columns["ONNX file"] = (rows["onnx_bytes"] / 1e6).map("{:.2f} MB".format)
+    columns["`predict`"] = rows["predict_ms"].map("{:.2f} ms".format)
+    columns["onnxruntime"] = rows["onnx_ms"].map("{:.3f} ms".format)
+    kl = rows["kl_mean"].map("{:.3g}".format) + rows["kl_max"].map(" ({:.2g})".format)
+    columns["KL, mean (largest)"] = kl.where(student, "")
+    columns["same bin"] = rows["agreement"].map("{:.1%}".format).where(student, "")
+    return (
+        columns.rename(columns={"critics": "critics that act"}).to_markdown(index=False, disable_numparse=True) + "\n"
+    )
 
 
 def main() -> None:
@@ -132,14 +124,11 @@ def main() -> None:
         model = load(env_id, Path(path))
         student, report = distill(model, max_steps=args.max_steps, progress_bar=True)
         print(f"{name}\n{report}")
-        text, numbers = io.StringIO(), {"stack": report.stack, "student": report.student}
+        numbers = {"stack": report.stack, "student": report.student}
         policies = {"stack": model.policy, "student": student}
         rows = [dict(agent=name, policy=k, **_row(p, numbers[k], model, report)) for k, p in policies.items()]
-        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         with atomic_write(args.folder / f"{re.sub('[^A-Za-z0-9]+', '_', name).strip('_').lower()}.csv") as file:
-            file.write(text.getvalue().encode())
+            file.write(pd.DataFrame(rows).to_csv(index=False).encode())
     with atomic_write(args.folder / "report.md") as file:
         file.write(table(args.folder).encode())
 

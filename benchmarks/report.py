@@ -34,9 +34,11 @@ LABELS = {
     "crossq": "CrossQ",
 }
 # Okabe and Ito's colours, which colour-blind people can tell apart, with grey, and dashes beside them
-COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#000000", "#999999", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#000000", "#CC79A7", "#D55E00", "#009E73", "#999999", "#F0E442")
 DASHES = ("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1))
 
+# The prose, by heading
+TEXTS = {part.partition("\n")[0]: part.strip() for part in (FOLDER / "report.md").read_text().split("\n## ")}
 MIN_RUNS = 2  # algorithms with fewer trainings in common are not compared over all environments
 N_LAST = 5  # evaluations at the end of a training whose mean is reported
 TARGETS = (0.25, 0.5, 0.75, 1.0)  # scores of the returns whose time is reported
@@ -92,18 +94,8 @@ def write_report(suite: Suite, folder: Path, published: pd.DataFrame | None = No
     save(plot_curves(suite, curves, published, "step", "environment steps"), folder / "curves.png")
     curves["minutes"] = curves.groupby(["env", "algo", "step"])["seconds"].transform("mean") / 60
     save(plot_curves(suite, curves, published, "minutes", "minutes of training"), folder / "wall_clock.png")
-    text = [
-        f"# Suite `{suite.name}`",
-        suite.description,
-        summary(suite, finals),
-        "## Learning curves",
-        f"Greedy evaluations, {suite.n_eval_episodes} episodes each on fixed seeds. Mean over the seeds, with 95% "
-        "bootstrap confidence bands.",
-        "![Return over environment steps](curves.png)",
-        "The same over wall-clock time (one thread a run, evaluations not counted). It depends on the machine, and on "
-        "what else ran on it.",
-        "![Return over wall-clock time](wall_clock.png)",
-    ]
+    text = [next(iter(TEXTS.values())).format(suite=suite, summary=summary(suite, finals))]
+    text.append(section("Learning curves", suite=suite))
     if not published.empty:
         text.append(f"Published: {source}. A number in brackets after a name: gradient steps per environment step.")
     if not finals.empty:
@@ -113,6 +105,11 @@ def write_report(suite: Suite, folder: Path, published: pd.DataFrame | None = No
     report = folder / "report.md"
     report.write_text("\n\n".join(text) + "\n")
     return report
+
+
+def section(heading: str, **values: Any) -> str:
+    """A section of the report, with its values filled in."""
+    return f"## {TEXTS[heading].format(**values)}"
 
 
 def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -241,15 +238,8 @@ def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.Data
     texts = texts.where(means < means.max(), "**" + texts + "**") + lowest.map(" ({:,.1f})".format)
     overview = texts.where(means.notna(), "").T.to_dict("list")
     columns = ["", "each seed", "mean", "worst seed", f"last {N_LAST}", "steps", "minutes", "of the processor"]
-    text = [
-        "## Final returns",
-        f"Greedy, {len(finals['episodes'].iloc[0])} episodes after the training: mean over the seeds, in brackets the "
-        "worst seed.",
-        markdown_table(["", *means.columns], overview),
-        f"By environment, also the mean of the last {N_LAST} evaluations (in brackets that of each seed). Minutes and "
-        "rates are those of the clock, and depend on what else ran on the machine; minutes of the processor (means of "
-        "the seeds where they were measured) do so less.",
-    ]
+    n_episodes, table = len(finals["episodes"].iloc[0]), markdown_table(["", *means.columns], overview)
+    text = [section("Final returns", n_episodes=n_episodes, overview=table, n_last=N_LAST)]
     for env_id, of_env in finals.groupby("env", sort=False):
         rows = {}
         for algo, group in of_env.groupby("algo", sort=False):
@@ -277,12 +267,7 @@ def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.Data
 
 def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
     """How long the trainings take to some returns, one table per environment where the processor's time is known."""
-    text = [
-        "## Time to a return",
-        "Minutes of the processor until an evaluation first reaches a return: median over the seeds whose time was "
-        "measured; in brackets how many reach the return, if not all do. The returns are those of the scores "
-        f"{', '.join(map(str, TARGETS))}.",
-    ]
+    text = [section("Time to a return", targets=", ".join(map(str, TARGETS)))]
     for env_id, of_env in curves.dropna(subset="cpu_seconds").groupby("env", sort=False):
         env = suite.envs[env_id]
         targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
@@ -297,7 +282,7 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
                 rows[algo].append((f"{median:,.1f}" if np.isfinite(median) else "") + share)
             rows[algo].append(str(len(trainings)))
         text += [f"### {env_id}", markdown_table(["", *(f"{target:,.1f}" for target in targets), "seeds"], rows)]
-    return text if len(text) > 2 else []
+    return text if len(text) > 1 else []
 
 
 def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
@@ -342,15 +327,8 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
         for algo, ((low,), (high,)) in intervals.items()
     }
     n_envs = next(iter(scores.values())).shape[1]
-    return [
-        "## All environments together",
-        f"Final returns as scores (0: random actions, 1: the environment's reference, see `suites.yml`) over {n_envs} "
-        f"environment(s) with at least {MIN_RUNS} seeds, for algorithms with complete trainings on all of them by at "
-        "least as many, which are those that count. 95% intervals by stratified bootstrap (rliable).",
-        markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows),
-        "![Interquartile mean scores](aggregate.png)",
-        "![Performance profiles](profiles.png)",
-    ]
+    table = markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows)
+    return [section("All environments together", n_envs=n_envs, min_runs=MIN_RUNS, aggregate=table)]
 
 
 def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -372,20 +350,7 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.
     """The measures of stability, one table per environment."""
     measures = stability_measures(curves, finals)
     save(plot_stability(measures), folder / "stability.png")
-    text = [
-        "## Stability",
-        "After Chan et al. 2020, in scores (see above): of each measure, less is better. Dispersions are interquartile "
-        "ranges, risks are the mean of the worst 5%. Across time: of the differences between successive evaluations. "
-        "Short-term risk: drops between successive evaluations. Long-term risk: distance from the best so far. These "
-        "three are means over the seeds. Across runs: between the seeds at each evaluation, averaged, if several. "
-        "Across episodes: between the episodes of the final evaluation, mean over the seeds.",
-        "Two measures without a unit, medians over the seeds (in brackets each seed). Relative drawdown: the largest "
-        "fall below the best evaluation so far, as a share of the best of the whole training. Low share: the share of "
-        "the second half's evaluations that lie below 75% of that best. Both count returns from 0 in MuJoCo, elsewhere "
-        "from the return of random actions (`zero` and `random` in `suites.yml`); a training that never exceeds that "
-        "has neither.",
-        "![Measures of stability](stability.png)",
-    ]
+    text = [section("Stability")]
     steps = finals.groupby("env")["asked"].max()
     published = published[published["steps"] == published["env"].map(steps)].dropna()
     for env_id, group in measures.groupby("env", sort=False):

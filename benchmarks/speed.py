@@ -7,14 +7,12 @@ package beside this one. ``SB3_STAQ_PLAIN_KERNELS=1`` is one of the variants: it
 """
 
 import argparse
-import csv
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 MEASURES = {
@@ -165,10 +163,8 @@ def run(folder: Path, repetitions: int, scale: float, against: Path | None, name
                 output = subprocess.run(command, env=env, check=True, capture_output=True, text=True, cwd=folder)
                 rows.append((name, variant, repetition, float(output.stdout.split()[-1])))
                 print(f"{name:24} {variant:14} {1000 * rows[-1][-1]:.3f} ms", flush=True)
-    with open(folder / "speed.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("measure", "variant", "repetition", "seconds"), *rows])
-
     data = pd.DataFrame(rows, columns=["measure", "variant", "repetition", "seconds"])
+    data.to_csv(folder / "speed.csv", index=False)
     table = 1000 * data.groupby(["measure", "variant"])["seconds"].median().unstack()
     table = table.reindex([name for name in MEASURES if name in table.index])
     for variant in table.columns.drop("this version"):
@@ -183,11 +179,11 @@ def run(folder: Path, repetitions: int, scale: float, against: Path | None, name
         table.to_markdown(floatfmt=".3g"),
         "",
     ]
+    own = data[data["variant"] == "this version"].pivot(index="repetition", columns="measure", values="seconds")
     for numerator, denominator, text in RATIOS:
-        a, b = (data[(data.measure == x) & (data.variant == "this version")].seconds for x in (numerator, denominator))
-        if len(a) and len(b):
-            ratios = [x / y for x, y in zip(a, b, strict=True)]
-            lines.append(f"- {text}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        if {numerator, denominator} <= set(own):
+            ratio = own[numerator] / own[denominator]
+            lines.append(f"- {text}: {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     return folder / "report.md"
 

@@ -92,8 +92,8 @@ class Cell:
         """Where checkpoints, logs and the trained model are."""
         return self.folder / "runs" / self.suite / file_name(self.env_id) / self.algo / f"seed_{self.seed}"
 
-    def manager(self, trained_agent: str = "") -> Any:
-        """RL Zoo3's ``ExperimentManager`` of this run, which continues ``trained_agent`` if there is one."""
+    def manager(self) -> Any:
+        """RL Zoo3's ``ExperimentManager`` of this run."""
         from rl_zoo3.exp_manager import ExperimentManager  # takes seconds
 
         import sb3_staq.zoo  # noqa: F401, registers StaQ
@@ -106,7 +106,6 @@ class Cell:
             n_timesteps=self.steps,
             eval_freq=-1,  # evaluations are ours, the same for all algorithms
             hyperparams=dict(self.hyperparams),
-            trained_agent=trained_agent,
             seed=self.seed,
             verbose=0,
             device="cpu",

@@ -297,6 +297,7 @@ class ResumeCallback(BaseCallback):
             if state[2] is not None:
                 _set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
         exact = _set_vec_env_state(model.env, rest["env"])
+        model.action_space = model.env.action_space  # the same object as ever, so that its random numbers go on
         if not exact:
             self._begin_episodes_anew(model)
         _set_random_states(rest["random"])

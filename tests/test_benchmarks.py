@@ -19,7 +19,7 @@ from stable_baselines3 import PPO
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
-from benchmarks import report, speed, statistics
+from benchmarks import endurance, faults, report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
 from benchmarks.runner import look_up
@@ -432,64 +432,67 @@ class Interrupted(Exception):
     """Stands for whatever ends a process."""
 
 
-@pytest.mark.parametrize("algo, env_id", [("dqn", "CartPole-v1"), ("ppo", "MountainCar-v0"), ("staq", "CartPole-v1")])
+def but_for_times(path: Path) -> list[Evaluation]:
+    """The evaluations of a result file without what differs between two runs."""
+    return [replace(row, seconds=0.0, cpu_seconds=0.0) for row in Results.read(path).evaluations]
+
+
+TINY_OFF_POLICY = dict(learning_starts=100, batch_size=16, buffer_size=1000, train_freq=1, gradient_steps=1)
+TINY_OFF_POLICY["policy_kwargs"] = "dict(net_arch=[8])"
+TINY_ON_POLICY = dict(n_envs=2, n_steps=64, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    "algo, env_id, hyperparams",
+    [
+        ("staq", "CartPole-v1", {}),
+        ("trpo", "CartPole-v1", TINY_ON_POLICY),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("staq", "Pendulum-v1", {"learning_starts": 100, "policy_kwargs": "dict(net_arch=[8])"}),
+                ("staq", "Hopper-v4", {"learning_starts": 100}),
+                ("sac", "Pendulum-v1", TINY_OFF_POLICY),
+                ("td3", "Pendulum-v1", TINY_OFF_POLICY),
+                ("dqn", "CartPole-v1", TINY_OFF_POLICY),
+                ("qrdqn", "CartPole-v1", {**TINY_OFF_POLICY, "policy_kwargs": "dict(net_arch=[8], n_quantiles=5)"}),
+                ("ppo", "MountainCar-v0", TINY_ON_POLICY),  # with VecNormalize
+            ]
+        ),
+    ],
+)
 def test_training_goes_on_as_if_nothing_had_been(
-    algo: str, env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algo: str, env_id: str, hyperparams: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorders = []
+    """Interrupted twice, not at a checkpoint: the same evaluations, each once, and the time of one training."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo leaves a log behind
+    cell = Cell("tiny", env_id, algo, 1, 700, 128, 2, hyperparams, tmp_path / "interrupted")
+    lived = replace(cell, folder=tmp_path / "lived")
+    cell_module.run_cell(lived, lambda *progress: None)
 
-    class Spy(cell_module.Recorder):
-        def __init__(self, *args) -> None:
-            super().__init__(*args)
-            recorders.append(self)
+    for at in (256, 512):
+        evaluated_at = []
 
-        def _on_training_start(self) -> None:
-            super()._on_training_start()
-            vec_normalize = self.model.get_vec_normalize_env()
-            self.start = {
-                "step": self.model.num_timesteps,
-                "rng": np.random.get_state()[1].tolist(),
-                "buffered": self.model.replay_buffer.pos if hasattr(self.model, "replay_buffer") else None,
-                "normalised": vec_normalize.obs_rms.count if vec_normalize else None,
-                "frozen": len(self.model.policy.frozen_critics) if algo == "staq" else None,
-            }
+        def interrupt(step: int, seconds: float, last_return: float | None, at: int = at, seen=evaluated_at) -> None:
+            seen.append(step)
+            if step >= at:
+                raise Interrupted
 
-    monkeypatch.setattr(cell_module, "Recorder", Spy)
-    cell = Cell("tiny", env_id, algo, 1, steps=2304, eval_freq=512, n_eval_episodes=2, folder=tmp_path)
-    checkpoints = cell_module.Checkpoints(cell)
-
-    def interrupt(step: int, seconds: float, last_return: float | None) -> None:
-        if checkpoints.newest() is not None and step >= 1536 and checkpoints.newest().name == f"step_{step}":
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        cell_module.run_cell(cell, interrupt)
-    before = Results.read(cell.results_file)
-    checkpoint = checkpoints.newest()
-    assert not before.done
-
-    reports = []
+        with pytest.raises(Interrupted):
+            cell_module.run_cell(cell, interrupt)
+        assert not Results.read(cell.results_file).done
+    assert evaluated_at[0] > 128  # it went on from a checkpoint
+    reports: list[tuple] = []
     cell_module.run_cell(cell, lambda *progress: reports.append(progress))
-    after = Results.read(cell.results_file)
-    assert after.evaluations[: len(before.evaluations)] == before.evaluations
-    assert after.done and len(after.evaluations[-1].returns) == cell_module.N_FINAL_EPISODES
-    evaluated = [row.step // cell.eval_freq for row in after.evaluations[:-1]]
-    assert evaluated == list(range(1, cell.steps // cell.eval_freq + 1))  # each once
-    assert all(a.seconds <= b.seconds for a, b in zip(after.evaluations, after.evaluations[1:], strict=False))
-    assert reports[-1][0] == recorders[1].model.num_timesteps
+    assert but_for_times(cell.results_file) == but_for_times(lived.results_file)
 
-    first, second = recorders
-    saved_at = int(checkpoint.name.removeprefix("step_"))
-    assert second.start["step"] == saved_at >= 1536
-    # The schedules run over the whole training, not over what remained of it
-    assert second.model._total_timesteps == cell.steps
-    assert second.start["buffered"] in (None, saved_at // second.model.n_envs)
-    if algo == "ppo":
-        assert second.start["normalised"] > saved_at  # one more at each of the resets
-    if algo == "staq":
-        assert second.start["frozen"] == len(first.model.policy.frozen_critics) > 0
-    assert second.start["rng"] != first.start["rng"]
-    assert not (checkpoints.newest() / "replay_buffer.pkl").exists()
+    evaluations = Results.read(cell.results_file).evaluations
+    assert evaluations[-1].final and len(evaluations[-1].returns) == cell_module.N_FINAL_EPISODES
+    assert [row.step // 128 for row in evaluations[:-1]] == [1, 2, 3, 4, 5]
+    assert [row.seconds for row in evaluations] == sorted(row.seconds for row in evaluations)
+    assert reports[-1][0] == evaluations[-1].step and reports[0][0] > 384
+    assert not list(cell.working_folder.glob("checkpoints*"))  # they are large
+    assert list(cell.working_folder.glob(f"zoo/*/*/{file_name(env_id)}.zip"))
 
 
 def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
@@ -508,13 +511,18 @@ def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
 def test_checkpoints_of_other_settings_are_not_continued(tmp_path: Path) -> None:
     """... when the results that told the settings have been deleted."""
     cell = Cell("tiny", "CartPole-v1", "dqn", 0, 400, eval_freq=200, n_eval_episodes=2, folder=tmp_path)
-    other = replace(cell, hyperparams={"gamma": 0.5, "train_freq": 4, "gradient_steps": 1})
-    steps: dict[str, list[int]] = {"other": [], "again": [], "cell": []}
-    for name, which in (("other", other), ("again", other), ("cell", cell)):
-        cell_module.run_cell(which, lambda step, *_, name=name: steps[name].append(step))
-        which.results_file.unlink()
-    assert steps["other"][0] < 400 and steps["cell"][0] < 400
-    assert steps["again"] == [400]  # what is done is not repeated
+    other = replace(cell, hyperparams={"policy_kwargs": "dict(net_arch=[7])", "train_freq": 4, "gradient_steps": 1})
+
+    def interrupt(step: int, *progress: float | None) -> None:
+        if step >= 200:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        cell_module.run_cell(other, interrupt)
+    other.results_file.unlink()
+    steps: list[int] = []
+    cell_module.run_cell(cell, lambda step, *progress: steps.append(step))
+    assert steps[0] < 40 and Results.read(cell.results_file).done
 
 
 def test_on_policy_trainings_learn_from_all_rollouts_that_are_complete(
@@ -566,31 +574,53 @@ def test_killed_runs_are_resumed_and_failed_cells_stop_nothing(tmp_path: Path) -
     command += ["--folder", str(tmp_path), "--jobs", "2"]
     result_file = tmp_path / "results" / "tiny" / "CartPole-v1" / "staq" / "seed_0.csv"
 
-    # Killed between two evaluations: neither the runner nor its cells have a say
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if result_file.exists() and len(Results.read(result_file).evaluations) >= 3:
-            break
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = Results.read(result_file)
-    assert 3 <= len(before.evaluations) < 12 and not before.done
+    # Killed twice, at moments that nobody has chosen: neither the runner nor its cells have a say
+    for n_evaluations in (3, 7):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if result_file.exists() and len(Results.read(result_file).evaluations) >= n_evaluations:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert n_evaluations <= len(Results.read(result_file).evaluations) < 12
 
-    start = time.monotonic()
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    elapsed = time.monotonic() - start
-    after = Results.read(result_file)
-    assert after.evaluations[: len(before.evaluations)] == before.evaluations
-    assert [row.step for row in after.evaluations] == [*range(100, 1201, 100), 1200]
-    assert after.done
-    seconds = [row.seconds for row in after.evaluations]
-    assert seconds == sorted(seconds)
-    assert seconds[len(before.evaluations) - 1] < seconds[-1] < before.evaluations[-1].seconds + elapsed
-
+    suite = load_suites(tmp_path / "suites.yml")["tiny"]
+    lived = make_cells(suite, env_ids=["CartPole-v1"], folder=tmp_path / "lived")[0]
+    cell_module.run_cell(lived, lambda *progress: None)
+    assert but_for_times(result_file) == but_for_times(lived.results_file)
+    assert [row.step for row in but_for_times(result_file)] == [*range(100, 1201, 100), 1200]
+    assert "Training goes on from step" in (tmp_path / "runs/tiny/CartPole-v1/staq/seed_0/log.txt").read_text()
     assert finished.returncode == 1 and "1 done, 1 failed" in finished.stdout
     assert "Missing-v0 staq seed 0 failed" in finished.stderr and "KeyError: 'Missing-v0'" in finished.stderr
+
+
+# Faults
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs signals and limits of Unix")
+def test_no_training_is_lost(tmp_path: Path) -> None:
+    """Twenty kills and some of each other fault: what is started again ends as if nothing had been."""
+    counts = {"SIGKILL": 20, "Ctrl-C": 6, **dict.fromkeys(faults.INJECTED, 2)}
+    assert faults.run(tmp_path, counts, faults.TRAININGS)
+    rows = pd.read_csv(tmp_path / "faults.csv").fillna("")
+    assert rows.groupby("fault").size().to_dict() == counts and not rows["lost"].any()
+    errors = rows.groupby("fault")["error"].unique()
+    assert errors["SIGKILL"].tolist() == [""] and errors["Ctrl-C"].tolist() == ["KeyboardInterrupt"]
+    assert errors["no memory in a policy update"].tolist() == ["MemoryError"]
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| SIGKILL"))
+    assert (row.split("|")[2].strip(), row.split("|")[4].strip()) == ("20", "0")
+
+
+@pytest.mark.slow
+def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that ends otherwise than the undisturbed one, here by a digest that is none."""
+    monkeypatch.setattr(faults, "undisturbed", lambda training: ("another", 1.0))
+    assert not faults.run(tmp_path, {"SIGKILL": 1, "full disk": 1}, ["CartPole-v1"])
+    assert pd.read_csv(tmp_path / "faults.csv")["lost"].all()
 
 
 # Speed
@@ -609,3 +639,17 @@ def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     ratios = rows[rows.variant == "this version"].pivot(index="repetition", columns="measure", values="seconds")
     ratio = (ratios["gradient step"] / ratios["dqn gradient step"]).median()
     assert f"share of DQN's: {ratio:.2f}" in path.read_text()
+
+
+# Endurance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
+def test_long_trainings_are_measured() -> None:
+    """The number of critics is that of the stack, and the cached sums are those of a direct evaluation."""
+    table = endurance.run(n_updates=300)
+    assert table["policy updates"].tolist() == list(range(3, 301, 3))
+    assert table["frozen critics"].tolist()[:20] == list(range(3, 61, 3))
+    assert table["relative drift of cached sums"].between(0, 1e-5).all()
+    assert (table[["resident memory (MB)", "time per step (ms)"]] > 0).all(None)

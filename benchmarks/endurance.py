@@ -1,0 +1,106 @@
+"""
+A long training on a tiny environment: ``python -m benchmarks.endurance``.
+
+It does 20,000 policy updates while the window of the average grows, and notes memory, time and the drift of the cached
+logit sums: their largest distance to a direct evaluation of the stack at the stored states, relative to the largest
+sum. Needs Linux.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch as th
+
+from sb3_staq import StaQ
+from sb3_staq.callbacks import PolicyUpdateInfo
+
+FOLDER = Path(__file__).parent / "results" / "endurance"
+N_SAMPLES = 100
+STEPS_PER_UPDATE = 2
+CLOCKS = (time.perf_counter, time.process_time)
+
+
+def run(n_updates: int) -> pd.DataFrame:
+    """
+    Train, and measure a hundred times.
+
+    :param n_updates: number of policy updates
+    :return: one row per measurement
+    """
+    th.set_num_threads(1)
+    small: dict[str, Any] = dict(
+        buffer_size=1000, batch_size=32, policy_kwargs=dict(net_arch=[16]), learning_starts=200
+    )
+    pace: dict[str, Any] = dict(train_freq=STEPS_PER_UPDATE, gradient_steps=1, policy_update_interval=STEPS_PER_UPDATE)
+    model = StaQ("MlpPolicy", "CartPole-v1", **small, **pace, logit_cache=True, seed=0, device="cpu")
+    rows: list[dict[str, float]] = []
+    begun = [time.perf_counter(), time.process_time()]
+
+    def measure(info: PolicyUpdateInfo) -> None:
+        if model.n_policy_updates % (n_updates // N_SAMPLES):
+            return
+        n_steps = STEPS_PER_UPDATE * (n_updates // N_SAMPLES)
+        milliseconds = [1000 * (now() - then) / n_steps for now, then in zip(CLOCKS, begun, strict=True)]
+        buffer, policy = model.replay.buffer, model.policy
+        states = buffer.to_torch(buffer.next_observations[: buffer.size(), 0])  # type: ignore[index]
+        with th.no_grad():
+            direct = policy.logit_sums(states)
+            drift = (model.replay.logit_sums(states, remember=False) - direct).abs().max() / direct.abs().max()
+        rows.append(
+            {
+                "policy updates": model.n_policy_updates,
+                "frozen critics": len(policy.frozen_critics),
+                "resident memory (MB)": resident_megabytes(),
+                "time per step (ms)": milliseconds[0],
+                "time of the processor per step (ms)": milliseconds[1],
+                "relative drift of cached sums": drift.item(),
+            }
+        )
+        begun[:] = [now() for now in CLOCKS]
+
+    model.policy_update_hooks.append(measure)
+    model.learn(200 + STEPS_PER_UPDATE * n_updates)
+    return pd.DataFrame(rows)
+
+
+def resident_megabytes() -> float:
+    """The memory of this process at the moment."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draw memory, time and drift over the policy updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    names = ["frozen critics", "resident memory (MB)", "time of the processor per step (ms)"]
+    axes = table.plot("policy updates", [*names, "relative drift of cached sums"], subplots=True, layout=(2, 2))
+    for ax, title in zip(axes.flat, [*names, "relative drift of cached sums"], strict=True):
+        ax.set(title=title, ylim=(0, 1.1 * table[title].max()))
+        ax.get_legend().remove()
+        ax.grid(alpha=0.3)
+    figure = axes.flat[0].figure
+    figure.set_size_inches(10, 6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Train for long, and write ``endurance.csv`` and ``endurance.png``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
+    parser.add_argument("--updates", type=int, default=20_000, help="number of policy updates, at least a hundred")
+    args = parser.parse_args()
+    table = run(args.updates)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.folder / "endurance.csv", index=False, float_format="%.4g")
+    plot(table, args.folder / "endurance.png")
+    print(args.folder / "endurance.png")
+
+
+if __name__ == "__main__":
+    main()

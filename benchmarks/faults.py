@@ -1,0 +1,353 @@
+"""
+Faults injected into real trainings, and what was lost: ``python -m benchmarks.faults``.
+
+A training with a ``ResumeCallback`` meets a fault at a random moment, and the same script is started again without it.
+A training counts as lost if that one does not end bitwise like a training without a fault (parameters, stack,
+optimizer, replay buffer, statistics, returns of all episodes; one thread of a CPU), or if the model that survived the
+fault in memory, or what had been saved before, cannot be loaded and trained on. Needs Linux or macOS.
+"""
+
+import argparse
+import copy
+import hashlib
+import multiprocessing as mp
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+
+from sb3_staq import StaQ
+from sb3_staq.q_stack import FrozenCritics
+from sb3_staq.resume import ResumeCallback, TrainingState
+
+FOLDER = Path(__file__).parent / "results" / "faults"
+N_STEPS, SAVE_FREQ = 400, 10
+
+
+class BitFlipping(BitFlippingEnv):
+    """An environment that offers its state itself."""
+
+    def get_training_state(self) -> dict[str, Any]:
+        """The attributes."""
+        return {name: value for name, value in vars(self).items() if name != "spec"}
+
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """Take them."""
+        vars(self).update(state)
+
+
+def subproc_env() -> SubprocVecEnv:
+    """Two environments in processes of their own."""
+    where: dict[str, Any] = dict(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork"))
+    return make_vec_env("CartPole-v1", 2, seed=0, wrapper_class=TrainingState, **where)  # type: ignore[return-value]
+
+
+SMALL: dict[str, Any] = dict(
+    buffer_size=250, batch_size=16, learning_starts=30, policy_update_interval=10, stats_window_size=N_STEPS, seed=0
+)
+EVERY_STEP: dict[str, Any] = dict(train_freq=1, gradient_steps=-1, memory_size=3, learning_rate=0.01)
+HER: dict[str, Any] = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2))
+AUTO: dict[str, Any] = dict(ent_coef="auto")
+SHARE: dict[str, Any] = dict(average_share=0.4)
+# Environment, policy and arguments by name; Pendulum-v1 has the defaults of Box action spaces
+TRAININGS: dict[str, Callable[[], tuple[Any, str, dict[str, Any]]]] = {
+    "CartPole-v1": lambda: (make_vec_env("CartPole-v1", 1, seed=0), "MlpPolicy", dict(EVERY_STEP, logit_cache=True)),
+    "Pendulum-v1": lambda: (make_vec_env("Pendulum-v1", 1, seed=0), "MlpPolicy", {}),
+    "n-step": lambda: (make_vec_env("CartPole-v1", 2, seed=0), "MlpPolicy", dict(EVERY_STEP, n_steps=3)),
+    "HER": lambda: (make_vec_env(BitFlipping, 2, seed=0), "MultiInputPolicy", EVERY_STEP | HER),
+    "VecNormalize": lambda: (VecNormalize(make_vec_env("CartPole-v1", 2, seed=0)), "MlpPolicy", EVERY_STEP | AUTO),
+    "three environments": lambda: (make_vec_env("Acrobot-v1", 3, seed=0), "MlpPolicy", EVERY_STEP | SHARE),
+    "SubprocVecEnv": lambda: (subproc_env(), "MlpPolicy", EVERY_STEP),
+}
+
+
+def make(training: str, **kwargs: Any) -> StaQ:
+    """
+    Make the model of a training.
+
+    :param training: one of ``TRAININGS``
+    :param kwargs: arguments in place of its own
+    :return: the model
+    """
+    env, policy, arguments = TRAININGS[training]()
+    return StaQ(policy, env, device="cpu", **{**SMALL, "policy_kwargs": dict(net_arch=[8]), **arguments, **kwargs})
+
+
+def digest(model: StaQ) -> str:
+    """
+    Hash every bit of parameters, stack, optimizer, replay buffer, statistics, counters and returns of episodes.
+
+    :param model: the model
+    :return: 64 digits
+    """
+    hashed = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            value = [value[key] for key in sorted(value, key=str)]
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            array = value.detach().numpy() if isinstance(value, th.Tensor) else np.asarray(value)
+            hashed.update(np.ascontiguousarray(array).tobytes())
+
+    add(model.policy.state_dict())
+    add(model.policy.optimizer.state_dict()["state"])
+    buffer = model.replay_buffer
+    add([getattr(buffer, name) for name in ("observations", "next_observations", "actions", "rewards", "dones", "pos")])
+    add([model.num_timesteps, model._n_updates, model.n_policy_updates, model._episode_num])
+    add([info["r"] for info in model.ep_info_buffer or ()])
+    if (normalize := model.get_vec_normalize_env()) is not None:
+        add([normalize.obs_rms.mean, normalize.obs_rms.var, normalize.ret_rms.var, normalize.returns])  # type: ignore
+    return hashed.hexdigest()
+
+
+def save(model: StaQ, folder: Path) -> None:
+    """Save the model and its replay buffer."""
+    model.save(folder / "saved.zip")
+    model.save_replay_buffer(folder / "saved.pkl")
+
+
+def load_and_train(training: str, folder: Path) -> StaQ:
+    """Load what was saved, and train on; give the model as it was loaded."""
+    model = StaQ.load(folder / "saved.zip", env=TRAININGS[training]()[0])
+    loaded = copy.deepcopy(model.policy.state_dict())
+    model.load_replay_buffer(folder / "saved.pkl")
+    model.learn(60, reset_num_timesteps=False)
+    model.policy.load_state_dict(loaded)
+    return model
+
+
+# What happens within the process: each gives a function that mends it
+
+
+def full_disk(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+    """No file can be larger than some bytes; saving over what was saved before is tried at once."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(20_000), limits[1]))
+    with suppress(OSError):
+        save(model, folder)
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+    """A file stands where the folder was, so that nothing can be written into it, whoever the user is."""
+    (folder / "checkpoints").rename(folder / "elsewhere")
+    (folder / "checkpoints").touch()
+
+    def mend() -> None:
+        (folder / "checkpoints").unlink()
+        (folder / "elsewhere").rename(folder / "checkpoints")
+
+    return mend
+
+
+def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+    """The next policy update finds no memory, for one of the tensors and modules that it makes."""
+    push, clone, deepcopy, left = FrozenCritics.push, th.Tensor.clone, copy.deepcopy, [rng.randrange(1, 8)]
+
+    def scarce(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise MemoryError
+            return function(*args, **kwargs)
+
+        return call
+
+    def failing(self: FrozenCritics, *args: Any) -> Any:
+        th.Tensor.clone, copy.deepcopy = scarce(clone), scarce(deepcopy)  # type: ignore[assignment, method-assign]
+        try:
+            return push(self, *args)
+        finally:
+            th.Tensor.clone, copy.deepcopy = clone, deepcopy  # type: ignore[method-assign]
+
+    FrozenCritics.push = failing  # type: ignore[method-assign, assignment]
+    return lambda: setattr(FrozenCritics, "push", push)
+
+
+def worker_dies(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+    """One of the processes of the environments is killed."""
+    rng.choice(model.env.processes).kill()  # type: ignore[union-attr]
+    return lambda: None
+
+
+SIGNALS = {"SIGKILL": signal.SIGKILL, "Ctrl-C": signal.SIGINT}
+INJECTED = {
+    "full disk": full_disk,
+    "folder that cannot be written": no_folder,
+    "no memory in a policy update": no_memory,
+    "worker of SubprocVecEnv dies": worker_dies,
+}
+
+
+class Inject(BaseCallback):
+    """Lets a fault happen at some step of a training."""
+
+    def __init__(self, fault: str, training: str, folder: Path, seed: int):
+        super().__init__()
+        rng = random.Random(seed)
+        at = rng.randrange(SAVE_FREQ + 30, N_STEPS // 4)  # calls, of up to three steps
+        self.mend: Callable[[], Any] = lambda: None
+
+        def step() -> None:
+            if self.n_calls == at:
+                save(self.model, folder)  # type: ignore[arg-type]
+                self.mend = INJECTED[fault](self.model, folder, rng)  # type: ignore[arg-type]
+
+        self.step = step
+
+    def _on_step(self) -> bool:
+        self.step()
+        return True
+
+
+def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) -> None:
+    """What a process does: train to the end, or to a fault, and check what is left in memory."""
+    th.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    inject = Inject(fault, training, folder, seed) if fault in INJECTED else None
+    model = make(training)
+    checkpoints = ResumeCallback(SAVE_FREQ, folder / "checkpoints", verbose=0)
+    begun = time.monotonic()
+    try:
+        model.learn(N_STEPS, callback=checkpoints if inject is None else [inject, checkpoints])
+        (folder / "seconds").write_text(str(time.monotonic() - begun))
+        (folder / "digest").write_text(digest(model))
+    except (Exception, KeyboardInterrupt) as error:
+        if fault is None:
+            raise
+        if inject is not None:
+            inject.mend()
+            load_and_train(training, folder)  # what had been saved
+        save(model, folder)
+        loaded = load_and_train(training, folder)
+        for name, value in model.policy.state_dict().items():
+            assert th.equal(value, loaded.policy.state_dict()[name]), name
+        (folder / "survived").write_text(type(error).__name__)
+
+
+def start(*args: Any) -> Any:
+    """Start a process that trains, with the packages that take long imported already."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["stable_baselines3", "sb3_staq.resume"])
+    process = context.Process(target=train, args=args)
+    process.start()
+    return process
+
+
+def undisturbed(training: str) -> tuple[str, float]:
+    """The digest of a training without a fault, and the seconds that it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        start(training, Path(folder)).join()
+        return (Path(folder) / "digest").read_text(), float((Path(folder) / "seconds").read_text())
+
+
+def try_fault(fault: str, training: str, expected: str, seconds: float, seed: int) -> dict[str, Any] | None:
+    """
+    Disturb a training, and start it again.
+
+    :param fault: one of ``SIGNALS`` or ``INJECTED``
+    :param training: one of ``TRAININGS``
+    :param expected: digest of the training without a fault
+    :param seconds: how long that took
+    :param seed: of the moment
+    :return: what happened, None if the training came to its end before the fault
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = start(training, folder, fault, seed)
+        if fault in SIGNALS:
+            while process.is_alive() and not list(folder.glob("checkpoints/*")):
+                time.sleep(0.01)
+            process.join(random.Random(seed).uniform(0, seconds))
+            during_save = bool(list(folder.glob("checkpoints/unfinished_*")))
+            if process.is_alive():
+                os.kill(process.pid, SIGNALS[fault])
+        process.join()
+        if (folder / "digest").exists():
+            return None
+        during_save = during_save if fault in SIGNALS else fault in ("full disk", "folder that cannot be written")
+        killed = process.exitcode == -signal.SIGKILL
+        survived = folder / "survived"
+        error = survived.read_text() if survived.exists() else "" if killed else "unusable afterwards"
+        start(training, folder).join()
+        resumed = (folder / "digest").read_text() if (folder / "digest").exists() else ""
+        lost = resumed != expected or error == "unusable afterwards"
+        return dict(fault=fault, training=training, error=error, during_save=during_save, lost=lost)
+
+
+def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
+    """
+    Try all faults, and write ``faults.csv`` and ``report.md``.
+
+    :param folder: where to write
+    :param counts: number of tries by fault, spread over the trainings
+    :param trainings: some of ``TRAININGS``
+    :return: whether no training was lost
+    """
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    baselines = {training: undisturbed(training) for training in trainings}
+    rows: list[dict[str, Any]] = []
+    for fault, count in counts.items():
+        suitable = [name for name in baselines if (name == "SubprocVecEnv") == fault.startswith("worker")]
+        for i in range(count):
+            training = suitable[i % len(suitable)]
+            tries = (try_fault(fault, training, *baselines[training], seed=1000 * i + j) for j in range(20))
+            row = next(filter(None, tries), None)
+            if row is None:
+                raise RuntimeError(f"{fault}: {training} was too quick for it")
+            rows.append(row)
+            print(*row.values(), flush=True)
+            pd.DataFrame(rows).to_csv(folder / "faults.csv", index=False)
+    table = pd.DataFrame(rows)
+    summary = table.groupby("fault", sort=False).agg(
+        tried=("fault", "size"), during_a_save=("during_save", "sum"), trainings_lost=("lost", "sum")
+    )
+    by_training = table.groupby(["training", "fault"], sort=False)["lost"].agg(["size", "sum"])
+    cells = (by_training["size"].astype(str) + " / " + by_training["sum"].astype(str)).unstack(fill_value="")
+    options = " ".join(f"--{name} {n}" for name, n in (("kills", counts["SIGKILL"]), ("others", counts["full disk"])))
+    text = [
+        "# Faults",
+        f"Written by `python -m benchmarks.faults {options}`, which says what counts as lost.",
+        summary.rename(columns=lambda name: name.replace("_", " ")).to_markdown(),
+        "By training: tried / lost.",
+        cells.to_markdown(),
+    ]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    return not table["lost"].any()
+
+
+def main() -> int:
+    """Inject faults, and give the exit status: 0 if no training was lost."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
+    parser.add_argument("--kills", type=int, default=18, help="number of SIGKILLs, and of Ctrl-Cs")
+    parser.add_argument("--others", type=int, default=6, help="number of tries of each other fault")
+    args = parser.parse_args()
+    counts = {name: args.kills for name in SIGNALS} | {name: args.others for name in INJECTED}
+    nothing_lost = run(args.folder, counts, TRAININGS)
+    print(args.folder / "report.md")
+    return 0 if nothing_lost else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
