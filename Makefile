@@ -30,10 +30,10 @@ type: $(INSTALLED)
 	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_OPTIONS)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(PYTEST_OPTIONS)
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
