@@ -32,8 +32,9 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_staq import StaQ
+from sb3_staq.env_state import TrainingState
 from sb3_staq.q_stack import FrozenCritics
-from sb3_staq.resume import ResumeCallback, TrainingState
+from sb3_staq.resume import ResumeCallback
 
 FOLDER = Path(__file__).parent / "results" / "faults"
 N_STEPS, SAVE_FREQ = 400, 10

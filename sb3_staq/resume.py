@@ -10,24 +10,17 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-# Whose state is all in their attributes
-KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.mujoco")
-# Attributes that belong to the process, and those that belong to the script
-NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
-IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
+from sb3_staq.env_state import get_attributes, get_vec_env_state, set_vec_env_state
+
 NOT_OF_THE_MODEL = (
     "_total_timesteps",
     "action_space",
@@ -51,111 +44,6 @@ NOT_OF_CALLBACKS = (
     "parent",
     "training_env",
 )
-
-
-def _attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
-    """The attributes that can be pickled."""
-    state = {}
-    for name, value in vars(owner).items():
-        if name in skip or name in IN_OTHER_PROCESSES:
-            continue
-        try:
-            state[name] = pickle.loads(pickle.dumps(value))
-        except Exception:  # whatever the reason: it is nothing that a file can hold
-            continue
-    return state
-
-
-def _layers(env: gym.Env) -> Iterator[Any]:
-    """The wrappers of an environment, and the environment itself."""
-    while env is not env.unwrapped:
-        yield env
-        env = env.env  # type: ignore[attr-defined]
-    yield env
-
-
-def get_env_state(env: gym.Env) -> Any:
-    """
-    Give the state of an environment, with its wrappers and random numbers.
-
-    :param env: the environment
-    :return: something that can be pickled; None if the environment has no way to give it
-    """
-    layers = list(_layers(env))
-    own = getattr(env.unwrapped, "get_training_state", None)
-    if own is None and not type(env.unwrapped).__module__.startswith(KNOWN_MODULES):
-        return None
-    states = [_attributes(layer) for layer in layers[:-1]]
-    return [*states, _attributes(layers[-1]) if own is None else own()]
-
-
-def set_env_state(env: gym.Env, state: Any) -> None:
-    """
-    Put an environment into a state.
-
-    :param env: an environment of the same making
-    :param state: from :func:`get_env_state`
-    """
-    *wrappers, unwrapped = _layers(env)
-    for layer, attributes in zip(wrappers, state[:-1], strict=True):
-        vars(layer).update(attributes)
-    own = getattr(unwrapped, "set_training_state", None)
-    if own is not None:
-        own(state[-1])
-    else:
-        vars(unwrapped).update(state[-1])
-        if hasattr(unwrapped, "mujoco_renderer"):
-            unwrapped.mujoco_renderer.data = unwrapped.data
-
-
-class TrainingState(gym.Wrapper):
-    """
-    Let an environment in another process, as those of ``SubprocVecEnv`` are, give and take its state.
-
-    :param env: the environment
-    """
-
-    def get_training_state(self) -> Any:
-        """Give the state, see :func:`get_env_state`."""
-        return get_env_state(self.env)
-
-    def set_training_state(self, state: Any) -> None:
-        """Take a state, see :func:`set_env_state`."""
-        set_env_state(self.env, state)
-
-
-def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
-    while isinstance(env, VecEnvWrapper):
-        yield env
-        env = env.venv
-    yield env
-
-
-def _get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
-    *wrappers, base = _vec_layers(env)
-    if isinstance(base, DummyVecEnv):
-        states = [get_env_state(single) for single in base.envs]
-    else:
-        has = base.has_attr("get_training_state")
-        states = base.env_method("get_training_state") if has else [None] * base.num_envs
-    return [_attributes(layer) for layer in (*wrappers, base)], states
-
-
-def _set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]) -> bool:
-    """Put a vectorised environment into a state; tell whether all of its environments could give theirs."""
-    of_layers, of_envs = state
-    if any(single is None for single in of_envs):
-        return False
-    layers = list(_vec_layers(env))
-    for layer, attributes in zip(layers, of_layers, strict=True):
-        vars(layer).update(attributes)
-    base = layers[-1]
-    for i, single in enumerate(of_envs):
-        if isinstance(base, DummyVecEnv):
-            set_env_state(base.envs[i], single)
-        else:
-            base.env_method("set_training_state", single, indices=i)
-    return True
 
 
 def _random_states() -> dict[str, Any]:
@@ -240,8 +128,8 @@ class ResumeCallback(BaseCallback):
     @staticmethod
     def _state_of(callback: BaseCallback) -> tuple[str, dict[str, Any], Any]:
         eval_env = getattr(callback, "eval_env", None)
-        of_eval_env = None if eval_env is None else _get_vec_env_state(eval_env)
-        return type(callback).__name__, _attributes(callback, NOT_OF_CALLBACKS), of_eval_env
+        of_eval_env = None if eval_env is None else get_vec_env_state(eval_env)
+        return type(callback).__name__, get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env
 
     def save(self) -> None:
         """Save a checkpoint. It has its name as soon as it is whole."""
@@ -255,7 +143,7 @@ class ResumeCallback(BaseCallback):
         assert model.env is not None
         rest = dict(
             arguments=self._arguments,
-            env=_get_vec_env_state(model.env),
+            env=get_vec_env_state(model.env),
             callbacks=[self._state_of(callback) for callback in self._callbacks()],
             random=_random_states(),
         )
@@ -280,7 +168,9 @@ class ResumeCallback(BaseCallback):
                 )
         data, params, variables = load_from_zip_file(checkpoint / "model.zip", device=model.device)
         assert data is not None and params is not None
-        vars(model).update({name: value for name, value in data.items() if name not in NOT_OF_THE_MODEL})
+        # Statistics of batch normalisation are a part of the networks, which are loaded below
+        skip = [*NOT_OF_THE_MODEL, *(name for name in data if "batch_norm_stats" in name)]
+        vars(model).update({name: value for name, value in data.items() if name not in skip})
         model.set_parameters(params, exact_match=True, device=model.device)
         for name, value in (variables or {}).items():
             if value is not None:
@@ -295,8 +185,8 @@ class ResumeCallback(BaseCallback):
             left.remove(state)
             vars(callback).update(state[1])
             if state[2] is not None:
-                _set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
-        exact = _set_vec_env_state(model.env, rest["env"])
+                set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
+        exact = set_vec_env_state(model.env, rest["env"])
         model.action_space = model.env.action_space  # the same object as ever, so that its random numbers go on
         if not exact:
             self._begin_episodes_anew(model)

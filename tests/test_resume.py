@@ -10,11 +10,14 @@ from helpers import SMALL, RandomObsEnv
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
 from benchmarks.faults import TRAININGS, digest, make
 from sb3_staq import StaQ
-from sb3_staq.resume import ResumeCallback, get_env_state, set_env_state
+from sb3_staq.env_state import get_env_state, set_env_state
+from sb3_staq.resume import ResumeCallback
 
 
 class Stop(BaseCallback):
@@ -143,3 +146,33 @@ def test_state_of_environments(env_id):
         one, two = (x.step(action) if i != 10 else x.reset() for x in (env, other))
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1:3] == two[1:3] or i == 10
+
+
+class NormalisedExtractor(FlattenExtractor):
+    """One with running statistics, which DQN copies to its target network by name."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+def test_running_statistics_go_on(tmp_path):
+    """Those of DQN's batch normalisation stay those of its networks: the target network follows."""
+
+    def learn(**kwargs):
+        arguments = dict(seed=0, learning_starts=30, batch_size=16, buffer_size=250, target_update_interval=20)
+        policy_kwargs = dict(net_arch=[8], features_extractor_class=NormalisedExtractor)
+        env = make_vec_env("CartPole-v1", 1, seed=0)
+        return DQN("MlpPolicy", env, policy_kwargs=policy_kwargs, device="cpu", **arguments).learn(150, **kwargs)
+
+    expected = learn()
+    with pytest.raises(KeyboardInterrupt):
+        learn(callback=[Stop(70), ResumeCallback(40, tmp_path, verbose=0)])
+    model = learn(callback=ResumeCallback(40, tmp_path, verbose=0))
+    states = model.policy.state_dict(), expected.policy.state_dict()
+    assert sum("running_mean" in name for name in states[0]) == 2
+    for name, value in states[0].items():
+        assert th.equal(value, states[1][name]), name
