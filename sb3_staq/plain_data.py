@@ -24,8 +24,8 @@ from sb3_staq.save_util import PathOrFile, atomic_write, file_name, open_archive
 
 # Where this stands among a model's data
 PLAIN = "_plain"
-# What a model's file from others does not decide: what is made anew in any case, what is imported by its name, and where
-# files go
+# What a model's file from others does not decide: what is made anew in any case, what is imported by its name, and
+# where files go
 LEFT_OUT = ("lr_schedule", "_last_obs", "_last_original_obs", "_last_episode_starts", "env", "tensorboard_log")
 # Objects that are made anew by these arguments
 _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
@@ -57,14 +57,16 @@ def to_json(value: Any) -> Any:
     """
     Describe a value in plain JSON: such that :func:`from_json` can make it, or by the name of its class.
 
-    :param value: any object; tuples become lists, as everywhere in JSON
+    :param value: any object
     :return: what ``json.dumps`` takes
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in _ARGUMENTS:
         return {":make": type(value).__name__, **to_json(dict(_ARGUMENTS[type(value)](value)))}
-    if type(value) in (list, tuple):
+    if type(value) is tuple:
+        return {":tuple": [to_json(item) for item in value]}
+    if type(value) is list:
         return [to_json(item) for item in value]
     if type(value) is dict and all(type(key) is str and key[:1] != ":" for key in value):
         return {key: to_json(item) for key, item in value.items()}
@@ -101,6 +103,8 @@ def from_json(item: Any, classes: Iterable[type] = ()) -> Any:
             if _full_name(cls) == item[":class"]:
                 return cls
         raise ValueError(f"the class {item[':class']}")
+    if ":tuple" in item:
+        return tuple(from_json(item[":tuple"], classes))
     if ":array" in item:
         return np.full(item["shape"], item["values"], item[":array"])[()]
     parts = {key: from_json(each, classes) for key, each in item.items() if key != ":make"}

@@ -192,12 +192,12 @@ def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
     for info in archive.infolist():  # PyTorch reads nothing from a folder, and says nothing
         if info.external_attr & 0x10 and not info.is_dir():
             raise ValueError(f"its member {info.filename!r} is a folder")
-    # A wrong length in the directory hides the members behind it. The number is 0xFFFF if it is elsewhere
+    # Where the end is missing, a model within it has one; a wrong length in the directory hides the members behind it
     file.seek(-22, os.SEEK_END)
     end = file.read()
-    n_members = int.from_bytes(end[10:12], "little")
-    if end.startswith(b"PK\5\6") and n_members not in (len(archive.infolist()), 0xFFFF):
-        raise ValueError(f"{len(archive.infolist())} of {n_members} members found")
+    n_members = int.from_bytes(end[10:12], "little")  # 0xFFFF if the number is elsewhere
+    if not end.startswith(b"PK\5\6") or n_members not in (len(archive.infolist()), 0xFFFF):
+        raise ValueError("members at its end are missing")
 
 
 def read_data(file: Any) -> dict[str, Any]:
