@@ -165,7 +165,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             kwargs = {**cls._check_data(data, name), **kwargs}
             if weights_only:
                 given = {**dict.fromkeys(LEFT_OUT), **(custom_objects or {}), **kwargs}
-                custom_objects = objects_without_pickles(data, given, cls.policy_aliases.values(), name)
+                custom_objects = objects_without_pickles(data, given, name)
             return super().load(file, env, device, custom_objects, *args, **kwargs)
 
     @classmethod

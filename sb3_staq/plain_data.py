@@ -4,6 +4,7 @@ SB3 saves arguments in JSON, and as a pickle each one that JSON does not know: s
 pickles stands here how to make the same objects from plain values and a short list of known classes.
 """
 
+import importlib
 import json
 import pickle
 from collections import deque
@@ -27,6 +28,12 @@ PLAIN = "_plain"
 # What a model's file from others does not decide: what is made anew in any case, what is imported by its name, and
 # where files go
 LEFT_OUT = ("lr_schedule", "_last_obs", "_last_original_obs", "_last_episode_starts", "env", "tensorboard_log")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 # Objects that are made anew by these arguments
 _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype),
@@ -43,14 +50,19 @@ _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     GoalSelectionStrategy: lambda x: dict(value=x.value),
     deque: lambda x: dict(iterable=list(x), maxlen=x.maxlen),
 }
-_MAKERS = {cls.__name__: cls for cls in _ARGUMENTS}
-# Classes that may be named: extractors, activations, optimizers, replay buffers
-_CLASSES = [
-    cls
-    for module in (torch_layers, th.nn.modules.activation, th.optim, buffers, her_replay_buffer)
-    for cls in vars(module).values()
-    if isinstance(cls, type) and issubclass(cls, (th.nn.Module, th.optim.Optimizer, ReplayBuffer))
-]
+_MAKERS = {_full_name(cls): arguments for cls, arguments in _ARGUMENTS.items()}
+_MAKERS["rl_zoo3.utils.SimpleLinearSchedule"] = vars  # need not be installed
+# Classes that may be named: policies, extractors, activations, optimizers, replay buffers
+_CLASSES = {
+    *("sb3_staq.policies.StaQPolicy", "sb3_staq.policies.CnnPolicy", "sb3_staq.policies.MultiInputPolicy"),
+    *("sb3_staq.minatar.MinAtarPolicy", "sb3_staq.minatar.MinAtarCNN"),
+    *(
+        _full_name(cls)
+        for module in (torch_layers, th.nn.modules.activation, th.optim, buffers, her_replay_buffer)
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, (th.nn.Module, th.optim.Optimizer, ReplayBuffer))
+    ),
+}
 
 
 def to_json(value: Any) -> Any:
@@ -62,8 +74,9 @@ def to_json(value: Any) -> Any:
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if type(value) in _ARGUMENTS:
-        return {":make": type(value).__name__, **to_json(dict(_ARGUMENTS[type(value)](value)))}
+    name = _full_name(type(value))
+    if name in _MAKERS:
+        return {":make": name, **to_json(dict(_MAKERS[name](value)))}
     if type(value) is tuple:
         return {":tuple": [to_json(item) for item in value]}
     if type(value) is list:
@@ -73,46 +86,45 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         flat = np.ravel(value)
         is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # as the bounds of images
-        values = value.tolist() if flat.size and not is_constant else flat[:1].sum().item()
-        return {":array": value.dtype.str, "shape": list(value.shape), "values": values}
+        values = flat[:1].tolist() or [0] if is_constant else value.tolist()
+        return {":array": value.dtype.str, "shape": list(value.shape), "values": values[0] if is_constant else values}
     if isinstance(value, np.dtype):
         return value.str
     if isinstance(value, type):
         return {":class": _full_name(value)}
-    return {":code": _full_name(type(value))}
+    return {":code": name}
 
 
-def from_json(item: Any, classes: Iterable[type] = ()) -> Any:
+def from_json(item: Any) -> Any:
     """
     Make a value of what :func:`to_json` gave. Nothing in it is executed.
 
     :param item: plain JSON
-    :param classes: classes that it may name, beside extractors of SB3, activations and optimizers of PyTorch and replay
-        buffers of SB3
     :return: the value
-    :raise ValueError: if it has something else
+    :raise ValueError: if it names other classes than policies of this package, extractors and replay buffers of SB3,
+        activations and optimizers of PyTorch; or an object that is none of these values
     """
     if isinstance(item, list):
-        return [from_json(each, classes) for each in item]
+        return [from_json(each) for each in item]
     if not isinstance(item, dict):
         return item
     if ":code" in item:
         raise ValueError(f"an object of {item[':code']}")
     if ":class" in item:
-        for cls in (*_CLASSES, *classes):
-            if _full_name(cls) == item[":class"]:
-                return cls
-        raise ValueError(f"the class {item[':class']}")
+        return _known_class(item[":class"], _CLASSES)
     if ":tuple" in item:
-        return tuple(from_json(item[":tuple"], classes))
+        return tuple(from_json(item[":tuple"]))
     if ":array" in item:
         return np.full(item["shape"], item["values"], item[":array"])[()]
-    parts = {key: from_json(each, classes) for key, each in item.items() if key != ":make"}
-    return _MAKERS[item[":make"]](**parts) if ":make" in item else parts
+    parts = {key: from_json(each) for key, each in item.items() if key != ":make"}
+    return _known_class(item[":make"], _MAKERS)(**parts) if ":make" in item else parts
 
 
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _known_class(name: str, known: Iterable[str]) -> type:
+    if name not in known:
+        raise ValueError(f"the class {name}")
+    module, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,15 +137,12 @@ def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_json(value) for name, value in data.items() if not is_json_serializable(value)}
 
 
-def objects_without_pickles(
-    data: Mapping[str, Any], given: Mapping[str, Any], classes: Iterable[type], name: str
-) -> dict[str, Any]:
+def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     Make everything that SB3 has pickled in a file without its pickles.
 
     :param data: the data in JSON, as SB3 saves it
     :param given: what is taken instead of anything saved
-    :param classes: see :func:`from_json`
     :param name: of the file, for the error
     :return: ``custom_objects`` with which SB3 unpickles nothing
     :raise ValueError: names everything that has to be given
@@ -144,7 +153,7 @@ def objects_without_pickles(
             continue
         item = data.get(PLAIN, {}).get(key, {":code": value.get(":type:")})
         try:
-            objects[key] = from_json(item, classes)
+            objects[key] = from_json(item)
         except Exception as error:  # of many kinds, for anything may stand there
             missing.append(f"{key} ({error})")
     if missing:
@@ -196,7 +205,7 @@ def load_policy(
     if isinstance(data, str):
         objects = dict(given)
         if weights_only:
-            objects = objects_without_pickles(json.loads(data), given, (), file_name(path))
+            objects = objects_without_pickles(json.loads(data), given, file_name(path))
         data = json_to_data(data, objects)
         del data[PLAIN]
     return saved["state_dict"], {**data, **given}

@@ -15,6 +15,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, make_model, sample_obs
+from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -24,6 +25,7 @@ from stable_baselines3.her import HerReplayBuffer
 
 from sb3_staq import StaQ, StaQPolicy
 from sb3_staq.array_files import load_vec_normalize, save_vec_normalize
+from sb3_staq.minatar import MinAtarPolicy
 from sb3_staq.plain_data import from_json, to_json
 
 DATA = Path(__file__).parent / "data"
@@ -165,8 +167,20 @@ def test_plain_values(value):
 
 
 def test_plain_schedules():
-    schedule = FloatSchedule(LinearSchedule(0.3, 0.1, 0.5))
-    assert from_json(to_json(schedule))(0.9) == schedule(0.9) == pytest.approx(0.26)
+    for schedule, expected in (FloatSchedule(LinearSchedule(0.3, 0.1, 0.5)), 0.26), (SimpleLinearSchedule(0.1), 0.09):
+        assert from_json(to_json(schedule))(0.9) == schedule(0.9) == pytest.approx(expected)
+
+
+def test_policy_of_the_package(tmp_path):
+    """One that is no alias, as the RL Zoo makes it."""
+    env = RandomObsEnv("image")
+    model = make_model(env, MinAtarPolicy, policy_kwargs=dict(normalize_images=False)).learn(40)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy.pth")
+    loaded = StaQ.load(tmp_path / "model", weights_only=True, device="cpu")
+    alone = MinAtarPolicy.load(tmp_path / "policy.pth", weights_only=True, device="cpu")
+    assert type(loaded.policy) is MinAtarPolicy
+    assert th.equal(logits(loaded.policy), logits(model.policy)) and th.equal(logits(alone), logits(model.policy))
 
 
 # Files from somebody who means harm
