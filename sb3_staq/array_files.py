@@ -22,27 +22,14 @@ NORMALIZE_ARGUMENTS = (
 )
 
 
-def save_arrays(path: PathOrFile, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """
-    Save arrays, and beside them some plain values. ``np.load`` reads the file, too.
-
-    :param path: the file, "npz" if it has no suffix
-    :param header: the values, see :func:`~sb3_staq.plain_data.to_json`
-    :param arrays: arrays of numbers
-    """
+def _save(path: PathOrFile, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Save arrays of numbers, and beside them some plain values. ``np.load`` reads the file, too."""
     with atomic_write(path, "npz") as file:
         np.savez(file, header=np.array(json.dumps(to_json(dict(header)))), **arrays)  # type: ignore[arg-type]
 
 
-def load_arrays(path: PathOrFile, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """
-    Load what :func:`save_arrays` has saved.
-
-    :param path: the file
-    :param mmap: whether arrays stay in the file until they are used; changes of them stay in memory
-    :return: the values in plain JSON, and the arrays
-    :raise ValueError: if the file is damaged, or another one
-    """
+def _load(path: PathOrFile, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Load the values, in plain JSON, and the arrays; mapped ones stay in the file, and changes of them in memory."""
     with open_archive(path, "npz") as file:
         try:
             with np.load(file, allow_pickle=False) as npz:
@@ -88,7 +75,7 @@ def save_buffer(path: PathOrFile, buffer: ReplayBuffer) -> None:
         if array.dtype == object and any(array.flat):
             raise ValueError(f"Invalid replay buffer: its {name} are objects; expected numbers for {file_name(path)}")
     numbers = {name: array for name, array in arrays.items() if array.dtype != object}
-    save_arrays(path, {"pos": buffer.pos, "full": buffer.full, **_spaces(buffer)}, numbers)
+    _save(path, {"pos": buffer.pos, "full": buffer.full, **_spaces(buffer)}, numbers)
 
 
 def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> ReplayBuffer:
@@ -101,7 +88,7 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     :return: a copy of it with what was saved
     :raise ValueError: if the file is damaged, or its buffer is of another kind
     """
-    header, arrays = load_arrays(path, mmap)
+    header, arrays = _load(path, mmap)
     for name, space in _spaces(own).items():
         if header.get(name) != to_json(space):
             raise ValueError(f"Invalid replay buffer: its {name} is {header.get(name)}; expected {space}")
@@ -141,7 +128,7 @@ def save_vec_normalize(path: PathOrFile, vec_normalize: VecNormalize) -> None:
     :param vec_normalize: the wrapper
     """
     arrays = {f"{name}/{key}": value for name, rms in _statistics(vec_normalize) for key, value in vars(rms).items()}
-    save_arrays(path, {name: getattr(vec_normalize, name) for name in NORMALIZE_ARGUMENTS}, arrays)
+    _save(path, {name: getattr(vec_normalize, name) for name in NORMALIZE_ARGUMENTS}, arrays)
 
 
 def load_vec_normalize(path: PathOrFile, venv: VecEnv) -> VecNormalize:
@@ -153,7 +140,7 @@ def load_vec_normalize(path: PathOrFile, venv: VecEnv) -> VecNormalize:
     :return: the wrapper
     :raise ValueError: if the file is damaged, or the observations are others
     """
-    header, arrays = load_arrays(path)
+    header, arrays = _load(path)
     try:
         arguments = {name: from_json(header[name]) for name in NORMALIZE_ARGUMENTS}
         # Switched off for an evaluation, perhaps

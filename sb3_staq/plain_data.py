@@ -34,7 +34,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# Objects that are made anew by these arguments
+# Objects that are made anew, by the arguments that it takes
 _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype),
     # Gymnasium < 1.2 takes no dtype here
@@ -51,7 +51,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     deque: lambda x: dict(iterable=list(x), maxlen=x.maxlen),
 }
 _MAKERS = {_full_name(cls): arguments for cls, arguments in _ARGUMENTS.items()}
-_MAKERS["rl_zoo3.utils.SimpleLinearSchedule"] = vars  # need not be installed
+_MAKERS["rl_zoo3.utils.SimpleLinearSchedule"] = vars  # the RL Zoo need not be installed
 # Classes that may be named: policies, extractors, activations, optimizers, replay buffers
 _CLASSES = {
     *("sb3_staq.policies.StaQPolicy", "sb3_staq.policies.CnnPolicy", "sb3_staq.policies.MultiInputPolicy"),
