@@ -9,13 +9,17 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
-from sb3_staq.save_util import atomic_write, check_pickle, check_zip, with_checksum
+from sb3_staq.array_files import is_npz, load_buffer, save_buffer
+from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
+from sb3_staq.save_util import atomic_write, check_pickle, file_name, open_archive, read_data, with_checksum
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
@@ -127,50 +131,90 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in LEFT_OUT})
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 
     @classmethod
-    def load(
-        cls: type[SelfAlgorithm], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
+    def load(  # type: ignore[override]
+        cls: type[SelfAlgorithm],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        *args: Any,
+        weights_only: bool = False,
+        **kwargs: Any,
     ) -> SelfAlgorithm:
         """
         Load the model from a zip-file, which must be whole.
 
         :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on; None is enough to predict
+        :param device: Device on which the code should run.
+        :param custom_objects: what is taken instead of what the file has, by name
         :param args: as of ``BaseAlgorithm.load``
+        :param weights_only: for files from others: run nothing of the file. What it has only as code (functions, your
+            own classes) must come by ``custom_objects`` or ``kwargs``
         :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
         :return: new model instance with loaded parameters
-        :raise ValueError: if the file is damaged
+        :raise ValueError: if the file is damaged, of another algorithm, or names what ``weights_only`` needs
         """
-        check_zip(path, "zip")
-        return super().load(path, *args, **kwargs)
+        with open_archive(path, "zip") as file:
+            data, name = read_data(file), file_name(path)
+            kwargs = {**cls._check_data(data, name), **kwargs}
+            if weights_only:
+                given = {**dict.fromkeys(LEFT_OUT), **(custom_objects or {}), **kwargs}
+                custom_objects = objects_without_pickles(data, given, name)
+            return super().load(file, env, device, custom_objects, *args, **kwargs)
+
+    @classmethod
+    def _check_data(cls, data: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuse files of another algorithm, and give the arguments that an older version did not have."""
+        return {}
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file with a checksum.
+        Save the replay buffer as a pickle file with a checksum, or as arrays to a path that ends in ".npz".
 
         An existing file is replaced once the new one is complete.
 
         :param path: Path to the file where the replay buffer should be saved.
+        :raise ValueError: if arrays of numbers are not all that an ".npz" would need
         """
-        with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
-            super().save_replay_buffer(checked_file)
+        if is_npz(path):
+            assert self.replay_buffer is not None
+            save_buffer(path, self.replay_buffer)
+        else:
+            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
+                super().save_replay_buffer(checked_file)
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
+    ) -> None:
         """
-        Load a replay buffer from a pickle file. If that fails, the model keeps its own.
+        Load a replay buffer from a pickle file, or from an ".npz", of which nothing is run.
 
-        :param path: Path to the pickled replay buffer.
+        If that fails, the model keeps its own.
+
+        :param path: Path to the file.
         :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
             the replay buffer is truncated, or continued
+        :param mmap: leave the arrays of an ".npz" in the file, which stays as it is, until they are used
         :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
         """
-        check_pickle(path, "pkl")
-        own = self.replay_buffer
+        own: Any = self.replay_buffer
         try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            self._check_replay_buffer()
+            if is_npz(path):
+                self.replay_buffer = load_buffer(path, own, mmap)
+                if isinstance(self.replay_buffer, HerReplayBuffer) and truncate_last_traj:
+                    self.replay_buffer.truncate_last_trajectory()
+            elif mmap:
+                raise ValueError(f"Invalid mmap=True: {path} is no .npz")
+            else:
+                check_pickle(path, "pkl")
+                super().load_replay_buffer(path, truncate_last_traj)
+                self._check_replay_buffer()
         except Exception as error:
             self.replay_buffer = own
             if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):

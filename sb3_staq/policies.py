@@ -20,6 +20,7 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -33,9 +34,9 @@ from sb3_staq.main_effects import (
 )
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
 from sb3_staq.observations import in_parts
+from sb3_staq.plain_data import load_policy, save_policy
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics
-from sb3_staq.save_util import atomic_write, check_zip
 
 SelfStaQPolicy = TypeVar("SelfStaQPolicy", bound="StaQPolicy")
 
@@ -375,21 +376,30 @@ class StaQPolicy(BasePolicy):
 
         :param path: where to save it
         """
-        with atomic_write(path) as file:
-            super().save(file)
+        save_policy(path, self.state_dict(), self._get_constructor_parameters())
 
     @classmethod
-    def load(cls: type[SelfStaQPolicy], path: str | pathlib.Path, device: th.device | str = "auto") -> SelfStaQPolicy:
+    def load(  # type: ignore[override]
+        cls: type[SelfStaQPolicy],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        weights_only: bool = False,
+    ) -> SelfStaQPolicy:
         """
         Load a policy from a file.
 
         :param path: the file
         :param device: the device to put it on
+        :param custom_objects: arguments of the policy that are taken instead of those of the file
+        :param weights_only: for files from others: run nothing of the file, as in ``StaQ.load``
         :return: the policy
-        :raise ValueError: if the file is damaged
+        :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
         """
-        check_zip(path)
-        return super().load(path, device)  # type: ignore[arg-type]
+        state_dict, arguments = load_policy(path, device, custom_objects or {}, weights_only)
+        policy = cls(**arguments)
+        policy.load_state_dict(state_dict)
+        return policy.to(get_device(device))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -397,7 +407,7 @@ class StaQPolicy(BasePolicy):
             net_arch=self.net_arch,
             activation_fn=self.activation_fn,
             layer_norm=self.layer_norm,
-            lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
+            lr_schedule=ConstantSchedule(0.0),  # not needed for loading the policy alone
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
             features_extractor_class=self.features_extractor_class,

@@ -160,55 +160,86 @@ def check_pickle(path: PathOrFile, suffix: str = "") -> None:
             left -= len(data)
         file.seek(start)
         if digest.hexdigest().encode() != trailer[len(TRAILER) :]:
-            raise ValueError(f"{_name(path)} is damaged: its contents do not fit its checksum")
+            raise ValueError(f"{file_name(path)} is damaged: its contents do not fit its checksum")
 
 
-def check_zip(path: PathOrFile, suffix: str = "") -> None:
+@contextmanager
+def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
-    Compare all members of a zip file, as models and policies are, with their checksums.
+    Open a zip file, as models and policies are, if all its members fit their checksums.
 
     :param path: the file, or an open one
     :param suffix: suffix for a path that has none, without the dot
+    :return: context manager giving the open file
     :raise ValueError: if it is damaged
     """
     with _opened(path, suffix) as file:
         start = file.tell()
         try:
             with zipfile.ZipFile(file) as archive:
-                bad = archive.testzip()
+                _check_archive(file, archive)
         except Exception as error:  # of many kinds, for damage may be anywhere
-            raise ValueError(f"{_name(path)} is damaged: {error}") from error
+            raise ValueError(f"{file_name(path)} is damaged: {error}") from error
         finally:
             file.seek(start)
-        if bad is not None:
-            raise ValueError(f"{_name(path)} is damaged: the contents of {bad!r} do not fit their checksum")
+        yield file
 
 
-def read_staq_data(path: PathOrFile) -> dict[str, Any]:
+def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
+    bad = archive.testzip()
+    if bad is not None:
+        raise ValueError(f"the contents of {bad!r} do not fit their checksum")
+    for info in archive.infolist():  # PyTorch reads nothing from a folder, and says nothing
+        if info.external_attr & 0x10 and not info.is_dir():
+            raise ValueError(f"its member {info.filename!r} is a folder")
+    # Where the end is missing, a model within it has one; a wrong length in the directory hides the members behind it
+    file.seek(-22, os.SEEK_END)
+    end = file.read()
+    n_members = int.from_bytes(end[10:12], "little")  # 0xFFFF if the number is elsewhere
+    if not end.startswith(b"PK\5\6") or n_members not in (len(archive.infolist()), 0xFFFF):
+        raise ValueError("members at its end are missing")
+
+
+def read_data(file: Any) -> dict[str, Any]:
     """
-    Look into a zip file of SB3 without unpickling anything.
+    Read the data in a zip file of SB3 without unpickling anything.
 
-    :param path: the file, or an open one
-    :return: its data, as JSON has them
-    :raise ValueError: if it is of another algorithm; says which
+    :param file: the open file
+    :return: its data, as JSON has them; none if it is no model
     """
-    with _opened(path, "zip") as file:
-        start = file.tell()
-        with zipfile.ZipFile(file) as archive:
-            data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-        file.seek(start)
+    start = file.tell()
+    with zipfile.ZipFile(file) as archive:
+        data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    file.seek(start)
+    return data
+
+
+def check_algorithm(data: dict[str, Any], file: str) -> None:
+    """
+    Refuse the model of another algorithm.
+
+    :param data: the data of a model
+    :param file: name of its file
+    :raise ValueError: says which algorithm it is of
+    """
     if data.keys() >= STAQ_ARGUMENTS:
-        return data
+        return
     policy = data.get("policy_class", {})
     text = f"{policy.get('__init__', '')} {policy.get(':type:', '')}" if isinstance(policy, dict) else ""
     found = re.search(r"function (\w+)\.", text)
     name = found.group(1) if found else "something else"
     algorithm = name.removesuffix("Policy")
     what = f"a file of {algorithm} (its policy is {name})" if found else "no model of SB3"
-    raise ValueError(f"{_name(path)} is {what}; expected a file of StaQ")
+    raise ValueError(f"{file} is {what}; expected a file of StaQ")
 
 
-def _name(path: PathOrFile) -> str:
+def file_name(path: PathOrFile) -> str:
+    """
+    Name a file in a message.
+
+    :param path: the file, or an open one
+    :return: its path, if it has one
+    """
     return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
 
 

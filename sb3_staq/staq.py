@@ -42,7 +42,7 @@ from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.replay import PolicyReplay, cache_pays
-from sb3_staq.save_util import check_zip, read_staq_data
+from sb3_staq.save_util import check_algorithm
 
 if TYPE_CHECKING:
     from sb3_staq.distill_report import DistillReport
@@ -645,24 +645,13 @@ class StaQ(CheckedOffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     @classmethod
-    def load(cls: type[SelfStaQ], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfStaQ:
-        """
-        Load the model from a zip-file, which must be whole and of StaQ.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param args: as of ``BaseAlgorithm.load``
-        :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
-        :return: new model instance with loaded parameters
-        :raise ValueError: if the file is damaged, or of another algorithm
-        """
-        check_zip(path, "zip")
-        if "eval_policy" not in read_staq_data(path):  # of version 0.1.0, which had the last policy only
-            kwargs.setdefault("eval_policy", "last")
-        return super().load(path, *args, **kwargs)
+    def _check_data(cls, data: dict[str, Any], name: str) -> dict[str, Any]:
+        check_algorithm(data, name)
+        return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had the last policy only
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file with a checksum, with what the logit cache remembers.
+        Save the replay buffer, with what the logit cache remembers, as a pickle file with a checksum or as ".npz".
 
         :param path: Path to the file where the replay buffer should be saved.
         """
@@ -673,14 +662,16 @@ class StaQ(CheckedOffPolicyAlgorithm):
         finally:
             del vars(buffer)["logit_cache"]
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        super().load_replay_buffer(path, truncate_last_traj)
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
+    ) -> None:
+        super().load_replay_buffer(path, truncate_last_traj, mmap)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})
         if remembered and self.replay.cache is not None:
             self.replay.cache.load_state_dict(remembered)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_replay", "policy_update_hooks"]
+        return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -1,0 +1,211 @@
+"""Plain JSON for what SB3 pickles, so that models and policies load without running anything from their files.
+
+SB3 saves arguments in JSON, and as a pickle each one that JSON does not know: spaces, classes, schedules. Beside these
+pickles stands here how to make the same objects from plain values and a short list of known classes.
+"""
+
+import importlib
+import json
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import buffers, torch_layers
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.save_util import data_to_json, is_json_serializable, json_to_data
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule, get_device
+from stable_baselines3.her import GoalSelectionStrategy, her_replay_buffer
+
+from sb3_staq.save_util import PathOrFile, atomic_write, file_name, open_archive
+
+# Where this stands among a model's data
+PLAIN = "_plain"
+# What a model's file from others does not decide: what is made anew in any case, what is imported by its name, and
+# where files go
+LEFT_OUT = ("lr_schedule", "_last_obs", "_last_original_obs", "_last_episode_starts", "env", "tensorboard_log")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# Objects that are made anew, by the arguments that it takes
+_ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
+    spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype),
+    # Gymnasium < 1.2 takes no dtype here
+    spaces.Discrete: lambda x: dict(n=x.n, start=x.start, **({} if x.dtype == np.int64 else {"dtype": x.dtype})),
+    spaces.MultiDiscrete: lambda x: dict(nvec=x.nvec, start=x.start, dtype=x.dtype),
+    spaces.MultiBinary: lambda x: dict(n=x.n),
+    spaces.Dict: lambda x: dict(spaces=list(x.spaces.items())),  # pairs keep their order
+    ConstantSchedule: vars,
+    LinearSchedule: vars,
+    FloatSchedule: vars,
+    TrainFreq: TrainFreq._asdict,
+    TrainFrequencyUnit: lambda x: dict(value=x.value),
+    GoalSelectionStrategy: lambda x: dict(value=x.value),
+    deque: lambda x: dict(iterable=list(x), maxlen=x.maxlen),
+}
+_MAKERS = {_full_name(cls): arguments for cls, arguments in _ARGUMENTS.items()}
+_MAKERS["rl_zoo3.utils.SimpleLinearSchedule"] = vars  # the RL Zoo need not be installed
+# Classes that may be named: policies, extractors, activations, optimizers, replay buffers
+_CLASSES = {
+    *("sb3_staq.policies.StaQPolicy", "sb3_staq.policies.CnnPolicy", "sb3_staq.policies.MultiInputPolicy"),
+    *("sb3_staq.minatar.MinAtarPolicy", "sb3_staq.minatar.MinAtarCNN"),
+    *(
+        _full_name(cls)
+        for module in (torch_layers, th.nn.modules.activation, th.optim, buffers, her_replay_buffer)
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, (th.nn.Module, th.optim.Optimizer, ReplayBuffer))
+    ),
+}
+
+
+def to_json(value: Any) -> Any:
+    """
+    Describe a value in plain JSON: such that :func:`from_json` can make it, or by the name of its class.
+
+    :param value: any object
+    :return: what ``json.dumps`` takes
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    name = _full_name(type(value))
+    if name in _MAKERS:
+        return {":make": name, **to_json(dict(_MAKERS[name](value)))}
+    if type(value) is tuple:
+        return {":tuple": [to_json(item) for item in value]}
+    if type(value) is list:
+        return [to_json(item) for item in value]
+    if type(value) is dict and all(type(key) is str and key[:1] != ":" for key in value):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
+        flat = np.ravel(value)
+        is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # as the bounds of images
+        values = flat[:1].tolist() or [0] if is_constant else value.tolist()
+        return {":array": value.dtype.str, "shape": list(value.shape), "values": values[0] if is_constant else values}
+    if isinstance(value, np.dtype):
+        return value.str
+    if isinstance(value, type):
+        return {":class": _full_name(value)}
+    return {":code": name}
+
+
+def from_json(item: Any) -> Any:
+    """
+    Make a value of what :func:`to_json` gave. Nothing in it is executed.
+
+    :param item: plain JSON
+    :return: the value
+    :raise ValueError: if it names other classes than policies of this package, extractors and replay buffers of SB3,
+        activations and optimizers of PyTorch; or an object that is none of these values
+    """
+    if isinstance(item, list):
+        return [from_json(each) for each in item]
+    if not isinstance(item, dict):
+        return item
+    if ":code" in item:
+        raise ValueError(f"an object of {item[':code']}")
+    if ":class" in item:
+        return _known_class(item[":class"], _CLASSES)
+    if ":tuple" in item:
+        return tuple(from_json(item[":tuple"]))
+    if ":array" in item:
+        return np.full(item["shape"], item["values"], item[":array"])[()]
+    parts = {key: from_json(each) for key, each in item.items() if key != ":make"}
+    return _known_class(item[":make"], _MAKERS)(**parts) if ":make" in item else parts
+
+
+def _known_class(name: str, known: Iterable[str]) -> type:
+    if name not in known:
+        raise ValueError(f"the class {name}")
+    module, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Describe what SB3 would pickle.
+
+    :param data: a model's data, or the arguments of a policy
+    :return: plain JSON, to be saved with the data under the name ``PLAIN``
+    """
+    return {name: to_json(value) for name, value in data.items() if not is_json_serializable(value)}
+
+
+def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """
+    Make everything that SB3 has pickled in a file without its pickles.
+
+    :param data: the data in JSON, as SB3 saves it
+    :param given: what is taken instead of anything saved
+    :param name: of the file, for the error
+    :return: ``custom_objects`` with which SB3 unpickles nothing
+    :raise ValueError: names everything that has to be given
+    """
+    objects, missing = dict(given), []
+    for key, value in data.items():
+        if key in given or not (isinstance(value, dict) and ":serialized:" in value):
+            continue
+        item = data.get(PLAIN, {}).get(key, {":code": value.get(":type:")})
+        try:
+            objects[key] = from_json(item)
+        except Exception as error:  # of many kinds, for anything may stand there
+            missing.append(f"{key} ({error})")
+    if missing:
+        raise ValueError(
+            f"Invalid weights_only=True: {name} has code for {', '.join(missing)}; expected plain values. Pass what it "
+            "shall be, for instance custom_objects={" + f"{missing[0].split(' ')[0]!r}: ...}}"
+        )
+    return objects
+
+
+def save_policy(path: PathOrFile, state_dict: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """
+    Save a policy: its tensors, and its arguments as a model's data.
+
+    :param path: the file
+    :param state_dict: its tensors
+    :param arguments: what its constructor takes
+    """
+    data = data_to_json({**arguments, PLAIN: plain_values(arguments)})
+    with atomic_write(path) as file:
+        th.save({"state_dict": state_dict, "data": data}, file)
+
+
+def load_policy(
+    path: PathOrFile, device: th.device | str, given: Mapping[str, Any], weights_only: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Load what :func:`save_policy` has saved, or SB3's policies, as those of version 0.1.0 are.
+
+    :param path: the file
+    :param device: where the tensors go
+    :param given: arguments that are taken instead of those of the file
+    :param weights_only: whether to run nothing of the file
+    :return: its tensors and the arguments
+    :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
+    """
+    with open_archive(path) as file:
+        try:
+            saved = th.load(file, map_location=get_device(device), weights_only=True)
+        except pickle.UnpicklingError as error:
+            if weights_only:
+                raise ValueError(
+                    f"Invalid weights_only=True: {file_name(path)} has its arguments as code only; expected a file of "
+                    "StaQPolicy.save. If you know whose it is, load it without, and save it again"
+                ) from error
+            file.seek(0)
+            saved = th.load(file, map_location=get_device(device), weights_only=False)
+    data = saved["data"]
+    if isinstance(data, str):
+        objects = dict(given)
+        if weights_only:
+            objects = objects_without_pickles(json.loads(data), given, file_name(path))
+        data = json_to_data(data, objects)
+        del data[PLAIN]
+    return saved["state_dict"], {**data, **given}
