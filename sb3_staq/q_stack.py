@@ -81,7 +81,10 @@ class FrozenCritics(nn.ModuleList):
         # Changes with every push and load: what has been computed with the stack before is void
         self.version = 0
         self.n_bins = template.net.n_bins
-        self._template = [template.frozen_copy()]  # in a list, so that it is not a submodule
+        # The structure of an entry, without memory for its parameters; in a list, so that it is not a submodule
+        self._template = [template.frozen_copy()]
+        for param in self._template[0].parameters():
+            param.data = param.data.new_empty(0)
         # The parameters of entry i are views of row i of these blocks, so that one batched pass reads them all
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
         self._coefs: dict[bool, tuple[th.Tensor, list[range]]] = {}
