@@ -201,7 +201,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
             the replay buffer is truncated, or continued
         :param mmap: leave the arrays of an ".npz" in the file, which stays as it is, until they are used
-        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
+        :raise ValueError: if the file is damaged, its buffer is for other spaces or another number of environments, or
+            (without ``mmap``) has numbers that are not finite
         """
         own: Any = self.replay_buffer
         try:
@@ -215,6 +216,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 check_pickle(path, "pkl")
                 super().load_replay_buffer(path, truncate_last_traj)
                 self._check_replay_buffer()
+            if not mmap:
+                self._check_stored_numbers()
         except Exception as error:
             self.replay_buffer = own
             if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
@@ -232,3 +235,20 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             found = getattr(buffer, name)
             if found != value:
                 raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
+
+    def _check_stored_numbers(self) -> None:
+        buffer: Any = self.replay_buffer
+        for name, value in vars(buffer).items():
+            for key, array in value.items() if isinstance(value, dict) else [("", value)]:
+                is_stored = isinstance(array, np.ndarray) and array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+                if not is_stored or not np.issubdtype(array.dtype, np.floating):
+                    continue
+                with np.errstate(over="ignore"):
+                    finite = np.isfinite(array[: buffer.size()].astype(np.float32, copy=False))
+                if not finite.all():
+                    step, env_index, *entry = np.argwhere(~finite)[0].tolist()
+                    where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *entry))
+                    raise ValueError(
+                        f"Invalid replay buffer: its {name}{where} of environment {env_index} at step {step} is "
+                        f"{array[(step, env_index, *entry)]}; expected finite numbers in single precision"
+                    )

@@ -188,6 +188,12 @@ class StaQPolicy(BasePolicy):
         """
         return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[return-value]
 
+    def obs_to_tensor(self, observation: Any) -> tuple[PyTorchObs, bool]:
+        """As SB3's, but of nested lists also where they are images."""
+        if isinstance(observation, dict):
+            return super().obs_to_tensor({key: np.asarray(value) for key, value in observation.items()})
+        return super().obs_to_tensor(np.asarray(observation))
+
     def logit_sums(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
         """
         Compute the weighted sum ``S`` of the frozen critics.

@@ -143,7 +143,7 @@ class PolicyReplay:
 
     def _sample(self, batch_size: int) -> Any:
         samples = self.buffer.sample(batch_size, env=self.vec_normalize)
-        for name in ("rewards", "observations", "actions", "next_observations"):
+        for name in ("rewards", "observations", "actions", "next_observations", "dones"):
             _check_finite(name, getattr(samples, name))
         return samples
 
@@ -163,10 +163,11 @@ def _check_finite(name: str, values: Any) -> None:
     for key, x in values.items() if isinstance(values, dict) else [("", values)]:
         if x.is_floating_point() and not th.isfinite(x).all():
             what = f"{name}[{key!r}]" if key else name
+            entry = tuple((~th.isfinite(x)).nonzero()[0].tolist())
             raise ValueError(
-                f"Invalid {what} in a batch of the replay buffer: expected finite numbers. They may come from "
-                "compute_reward of the environment (HER), from VecNormalize or from a loaded replay buffer. Nothing "
-                "was learnt from them"
+                f"Invalid {what} in a batch of the replay buffer: expected finite numbers, got {x[entry].item()} in "
+                f"{entry}. They may come from compute_reward of the environment (HER), from VecNormalize or from "
+                "editing the replay buffer. Nothing was learnt from them"
             )
 
 

@@ -33,7 +33,7 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
 
     A process that fails or is killed half-way leaves the old file as it was; what it leaves behind is removed at the
     next save to the same path. An existing file keeps its mode, a link stays a link; a pipe or a device is written to.
-    The path is completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name gets
+    Other paths are completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name gets
     ``_2``.
 
     :param path: the file to write; an open file is written to as it is
@@ -44,14 +44,14 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         yield path
         return
     path = pathlib.Path(path)
-    if path.suffix == "" and suffix:
+    if path.suffix == "" and suffix and not _is_special(path):
         path = pathlib.Path(f"{path}.{suffix}")
     if path.is_dir():
         warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2")
         path = pathlib.Path(f"{path}_2")
     path = pathlib.Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
+    if _is_special(path):
         with open(path, "wb") as file:
             yield file
         return
@@ -69,6 +69,11 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_special(path: pathlib.Path) -> bool:
+    """Tell whether this is a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:

@@ -50,6 +50,16 @@ if TYPE_CHECKING:
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
 
+# What `train` reads anew each time
+CHANGEABLE_ARGUMENTS = (
+    "batch_size",
+    "tau",
+    "gamma",
+    "policy_update_interval",
+    "target_update_interval",
+    "average_share",
+    "reward_scale",
+)
 # What cannot change any more once there is a policy
 FIXED_ARGUMENTS = [name for name in POLICY_ARGUMENTS if name not in ("eval_policy", "memory_size")]
 
@@ -327,11 +337,13 @@ class StaQ(CheckedOffPolicyAlgorithm):
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
-        :raise ValueError: if the critics diverge, before the optimizer's step; or if a schedule or a sampled batch has
-            an invalid number
+        :raise ValueError: if the critics diverge, before the optimizer's step; or if an argument, a schedule or a sampled
+            batch has an invalid number
         """
         policy = self.policy
         policy.set_training_mode(True)
+        for name in CHANGEABLE_ARGUMENTS:
+            check_argument(name, getattr(self, name))
         # Update learning rate according to schedule
         self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
@@ -371,7 +383,12 @@ class StaQ(CheckedOffPolicyAlgorithm):
                     policy.update_targets(self.tau)
 
             if update_is_due:
-                self.update_policy()
+                n_updates = self.n_policy_updates
+                try:
+                    self.update_policy()
+                finally:  # it has happened, or it is still due
+                    n_updates = self.n_policy_updates - n_updates
+                    self._steps_since_policy_update -= n_updates * self.policy_update_interval
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, values in losses.items():
@@ -417,9 +434,9 @@ class StaQ(CheckedOffPolicyAlgorithm):
         if new_steps == 0:
             new_steps = gradient_steps / self._gradient_steps_per_env_step
         self._steps_since_train = 0
-        self._steps_since_policy_update += new_steps
-        n_due = min(int(self._steps_since_policy_update // self.policy_update_interval), gradient_steps)
-        self._steps_since_policy_update %= self.policy_update_interval
+        n_due, left = divmod(self._steps_since_policy_update + new_steps, self.policy_update_interval)
+        n_due = min(int(n_due), gradient_steps)
+        self._steps_since_policy_update = n_due * self.policy_update_interval + left
         n_phases = max(n_due, 1)
         for phase in range(n_phases):
             n_steps = gradient_steps * (phase + 1) // n_phases - gradient_steps * phase // n_phases

@@ -242,6 +242,25 @@ def test_lists_are_observations(action_space, kind):
             assert np.array_equal(*actions)
 
 
+@pytest.mark.parametrize("channel_last", [False, True])
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_lists_are_images(in_dict, channel_last):
+    shape = (36, 36, 1) if channel_last else (1, 36, 36)
+    image = spaces.Box(0, 255, shape, np.uint8)
+    env = RandomObsEnv(action_space=spaces.Box(-1, 1, (2,), np.float32))
+    env.observation_space = spaces.Dict(image=image) if in_dict else image
+    kwargs = dict(features_extractor_kwargs={"cnn_output_dim" if in_dict else "features_dim": 8})
+    model = make_model(env, "MultiInputPolicy" if in_dict else "CnnPolicy", (8,), kwargs)
+    grow(model, 3)
+    several = np.stack([image.sample() for _ in range(20)])
+    actions = []
+    for obs in (several, several.tolist(), several[0].tolist()):
+        actions.append(model.predict({"image": obs} if in_dict else obs, deterministic=True)[0])
+    assert len(np.unique(actions[0])) > 20
+    assert np.array_equal(actions[0], actions[1])
+    assert np.array_equal(actions[0][0], actions[2])
+
+
 class DropoutExtractor(BaseFeaturesExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space, 16)

@@ -695,27 +695,47 @@ def bitwise(policy):
     return {key: value.numpy().tobytes() for key, value in policy.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["box", "dict"])
-@pytest.mark.parametrize("field", ["rewards", "observations", "next_observations", "actions"])
-def test_bad_numbers_in_a_loaded_replay_buffer(field, kind, tmp_path):
-    """Whichever they are, nothing is learnt from them."""
+def model_with_bad_number(field, kind):
     policy, action_space = "MultiInputPolicy" if kind == "dict" else "MlpPolicy", spaces.Box(-1, 1, (2,), np.float32)
-    make = lambda: make_model(RandomObsEnv(kind, action_space=action_space), policy, net_arch=(8,))  # noqa: E731
-    model = make().learn(60)
+    env = DummyVecEnv([lambda: RandomObsEnv(kind, action_space=action_space)] * 2)
+    model = make_model(env, policy, net_arch=(8,)).learn(60)
     array = getattr(model.replay_buffer, field)
     array = array["a"] if isinstance(array, dict) else array
-    array[:60, ..., 0] = NAN
-    model.save_replay_buffer(tmp_path / "buffer")
-    other = make()
-    other.load_replay_buffer(tmp_path / "buffer")
-    other.learn(1)
-    before = bitwise(other.policy)
-    name = rf"{field}\['a'\]" if kind == "dict" and "obs" in field else field
-    with pytest.raises(ValueError, match=rf"Invalid {name} in a batch of the replay buffer: expected finite numbers"):
-        other.train(5, batch_size=64)
+    array[7].reshape(2, -1)[1, -1] = NAN
+    return model, rf"{field}\['a'\]" if kind == "dict" and "obs" in field else field
+
+
+FIELDS = ["rewards", "observations", "next_observations", "actions", "dones"]
+
+
+@pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_bad_numbers_in_an_edited_replay_buffer(field, kind):
+    """Whichever they are, nothing is learnt from them."""
+    model, name = model_with_bad_number(field, kind)
+    before = bitwise(model.policy)
+    with pytest.raises(ValueError, match=rf"Invalid {name} in a batch of the replay buffer: .* got nan in \(\d+, \d\)"):
+        model.train(1, batch_size=1000)
     with pytest.raises(ValueError, match=rf"Invalid {name} in a batch"):
-        other.update_policy()
-    assert bitwise(other.policy) == before
+        model.update_policy()
+    assert bitwise(model.policy) == before
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "npz"])
+@pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_bad_numbers_in_a_loaded_replay_buffer(field, kind, suffix, tmp_path):
+    """The model keeps its own, and goes on."""
+    model, name = model_with_bad_number(field, kind)
+    path = tmp_path / f"buffer.{suffix}"
+    model.save_replay_buffer(path)
+    model = make_model(model.env, model.policy_class, net_arch=(8,)).learn(60)
+    own = model.replay_buffer
+    entry = {"rewards": "", "dones": "", "actions": r"\[1\]"}.get(field, r"\[2\]" if kind == "dict" else r"\[3\]")
+    with pytest.raises(ValueError, match=rf"its {name}{entry} of environment 1 at step 7 is nan; expected finite"):
+        model.load_replay_buffer(path)
+    assert model.replay_buffer is own
+    assert model.learn(40, reset_num_timesteps=False).num_timesteps == 100
 
 
 def test_whole_numbers_are_not_checked_for_finiteness():

@@ -179,6 +179,31 @@ def test_saved_counters(tmp_path):
     assert times[0] == times[1] == [71, 80, 110]  # the first that was there at the start
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_interrupted_policy_update(where):
+    """One that has not happened is still due, one that has happened is not; the next comes when it would have come."""
+    model = make_model(RandomObsEnv())
+    original, calls = model.policy.push_critics, []
+
+    def push_critics(*args):
+        calls.append(args)
+        if len(calls) == 2 and where == "before":
+            raise KeyboardInterrupt
+        result = original(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    model.policy.push_critics = push_critics
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100)
+    assert (model.num_timesteps, model.n_policy_updates) == (40, 1 if where == "before" else 2)
+    callback = UpdateSteps()
+    model.learn(25, callback=callback, reset_num_timesteps=False)
+    now = [41] if where == "before" else []
+    assert [step for step, _ in callback.updates[-2 - len(now) :]] == [*now, 50, 60]
+
+
 def filled_model(**kwargs):
     """A model with a replay buffer that was filled by hand, and no step of its own."""
     model = make_model(RandomObsEnv(), memory_size=1000, **kwargs)
@@ -362,6 +387,13 @@ def test_exploration_schedule_that_is_changed():
         ("exploration_initial_eps", 1.5, {}),
         ("exploration_final_eps", -0.1, {}),
         ("exploration_fraction", 0, {}),
+        ("batch_size", 0, {}),
+        ("tau", 7.0, {}),
+        ("gamma", 3.0, {}),
+        ("policy_update_interval", 0, {}),
+        ("target_update_interval", 0, {}),
+        ("average_share", 9, {}),
+        ("reward_scale", -1, {}),
     ],
 )
 def test_invalid_changes_are_refused_by_name(name, value, kwargs):
