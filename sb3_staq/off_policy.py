@@ -250,5 +250,5 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                     where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *entry))
                     raise ValueError(
                         f"Invalid replay buffer: its {name}{where} of environment {env_index} at step {step} is "
-                        f"{array[(step, env_index, *entry)]}; expected finite numbers in single precision"
+                        f"{array[step, env_index][tuple(entry)]}; expected finite numbers in single precision"
                     )

@@ -190,17 +190,21 @@ def load_policy(
     :return: its tensors and the arguments
     :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
     """
+    device = get_device(device)
     with open_archive(path) as file:
         try:
-            saved = th.load(file, map_location=get_device(device), weights_only=True)
-        except pickle.UnpicklingError as error:
-            if weights_only:
-                raise ValueError(
-                    f"Invalid weights_only=True: {file_name(path)} has its arguments as code only; expected a file of "
-                    "StaQPolicy.save. If you know whose it is, load it without, and save it again"
-                ) from error
-            file.seek(0)
-            saved = th.load(file, map_location=get_device(device), weights_only=False)
+            try:
+                saved = th.load(file, map_location=device, weights_only=True)
+            except pickle.UnpicklingError as error:
+                if weights_only:
+                    raise ValueError(
+                        f"Invalid weights_only=True: {file_name(path)} has its arguments as code only; expected a file "
+                        "of StaQPolicy.save. If you know whose it is, load it without, and save it again"
+                    ) from error
+                file.seek(0)
+                saved = th.load(file, map_location=device, weights_only=False)
+        except (RuntimeError, pickle.UnpicklingError) as error:  # of PyTorch's own reader
+            raise ValueError(f"{file_name(path)} is damaged, or no policy: {error}") from error
     data = saved["data"]
     if isinstance(data, str):
         objects = dict(given)

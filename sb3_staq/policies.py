@@ -298,7 +298,8 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: mean of its members, shape (batch, n_bins)
         """
-        return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
+        with th.autocast(self.device.type, enabled=False):  # the policy keeps its precision
+            return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
 
     def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

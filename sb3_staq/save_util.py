@@ -33,8 +33,8 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
 
     A process that fails or is killed half-way leaves the old file as it was; what it leaves behind is removed at the
     next save to the same path. An existing file keeps its mode, a link stays a link; a pipe or a device is written to.
-    Other paths are completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name gets
-    ``_2``.
+    Other paths are completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name
+    gets ``_2``.
 
     :param path: the file to write; an open file is written to as it is
     :param suffix: suffix for a path that has none, without the dot

@@ -337,8 +337,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
-        :raise ValueError: if the critics diverge, before the optimizer's step; or if an argument, a schedule or a sampled
-            batch has an invalid number
+        :raise ValueError: if the critics diverge, before the optimizer's step; or if an argument, a schedule or a
+            sampled batch has an invalid number
         """
         policy = self.policy
         policy.set_training_mode(True)

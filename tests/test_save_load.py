@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, randomise, sample_obs
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -497,6 +499,115 @@ def test_links_and_permissions_are_kept(tmp_path):
     assert (tmp_path / "real" / "first.zip").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def savers(model):
+    """File names, and what saves to them."""
+    return {"model.zip": model.save, "buffer.pkl": model.save_replay_buffer, "policy.pth": model.policy.save}
+
+
+def test_existing_files_keep_their_modes(tmp_path):
+    for name, save in savers(grown_model(1)).items():
+        save(tmp_path / name)
+        (tmp_path / name).chmod(0o600)
+        save(tmp_path / name)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("suffix", [True, False])
+def test_pipes_are_written_to(suffix, tmp_path):
+    """... by their names as they are; what comes out is what would be in the file."""
+    model = grown_model(2)
+    for name, save in savers(model).items():
+        pipe = tmp_path / (name if suffix else name.partition(".")[0])
+        os.mkfifo(pipe)
+        received = []
+        reader = threading.Thread(target=lambda pipe=pipe, to=received: to.append(pipe.read_bytes()), daemon=True)
+        reader.start()
+        save(pipe)
+        reader.join(20)
+        assert pipe.is_fifo()
+        assert list(tmp_path.iterdir()) == [pipe]
+        pipe.unlink()
+        file = io.BytesIO(received[0])
+        if name == "buffer.pkl":
+            model.load_replay_buffer(file)
+        else:
+            policy = StaQ.load(file).policy if name == "model.zip" else MlpPolicy.load(file)
+            assert_same_policy(policy, model.policy, observations(model))
+
+
+def test_devices_are_written_to():
+    for save in savers(grown_model(1)).values():
+        save("/dev/null")
+    assert pathlib.Path("/dev/null").is_char_device()
+    assert not [path for suffix in ("zip", "pkl") for path in pathlib.Path("/dev").glob(f"null.{suffix}")]
+
+
+def test_names_as_long_as_they_may_be(tmp_path):
+    for name, save in savers(grown_model(1)).items():
+        path = tmp_path / name.rjust(255, "x")
+        save(path)
+        save(path)
+        assert list(tmp_path.iterdir()) == [path]
+        path.unlink()
+
+
+def test_several_writers(tmp_path):
+    """... at the same time, with the same process id: one of them is the last, and the others leave nothing behind."""
+    models = [grown_model(n) for n in (1, 2, 3)]
+    writers = [
+        threading.Thread(target=lambda save=model.save: [save(tmp_path / "model") for _ in range(5)])
+        for model in models
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+    loaded = StaQ.load(tmp_path / "model")
+    model = models[loaded.n_policy_updates - 1]
+    assert_same_policy(loaded.policy, model.policy, observations(model))
+
+
+# Files that are damaged, or of others
+
+
+def test_damaged_pickle(tmp_path):
+    """Wherever a bit is wrong, it is noticed before anything is unpickled; the model keeps its buffer."""
+    model = make_model(RandomObsEnv()).learn(30)
+    path = tmp_path / "buffer.pkl"
+    model.save_replay_buffer(path)
+    content, own = path.read_bytes(), model.replay_buffer
+    for place in range(0, len(content) - 80, len(content) // 100):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"buffer\.pkl is damaged: its contents do not fit its checksum"):
+            model.load_replay_buffer(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"buffer\.pkl is damaged"):
+        model.load_replay_buffer(path)
+    assert model.replay_buffer is own
+
+
+def test_zip_files_that_are_no_policies(tmp_path):
+    path = tmp_path / "policy.pth"
+    grown_model(1).save(path)
+    with pytest.raises(ValueError, match=r"policy\.pth is damaged, or no policy"):
+        MlpPolicy.load(path)
+    zipfile.ZipFile(path, "w").close()
+    with pytest.raises(ValueError, match=r"policy\.pth is damaged, or no policy"):
+        MlpPolicy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "env", "name"),
+    [(SAC, "Pendulum-v1", "SAC"), (DQN, "CartPole-v1", "DQN"), (PPO, "CartPole-v1", "ActorCriticPolicy")],
+)
+def test_models_of_other_algorithms(algorithm, env, name, tmp_path):
+    """A2C has the policy of PPO."""
+    algorithm("MlpPolicy", env, device="cpu", policy_kwargs=dict(net_arch=[4])).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"model.* is a file of .*{name}.*; expected a file of StaQ"):
+        StaQ.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("what", ["model", "buffer", "policy"])
 def test_failed_save_leaves_the_old_file_and_nothing_else(what, tmp_path, monkeypatch):
     """An exception half-way (a full disk, say): the old file is whole and no other file is there."""
@@ -589,6 +700,8 @@ def test_killed_save_leaves_the_old_file(what, tmp_path):
         assert_same_policy(StaQ.load(path).policy, model.policy, observations(model))
         model.save(path)  # and the next save works
         assert_same_policy(StaQ.load(path).policy, model.policy, observations(model))
+    savers(model)[path.name](path)
+    assert list(tmp_path.iterdir()) == [path]  # what was left behind is gone
 
 
 # Files of version 0.1.0
