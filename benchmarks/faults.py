@@ -226,6 +226,7 @@ def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) 
     inject = Inject(fault, training, folder, seed) if fault in INJECTED else None
     model = make(training)
     checkpoints = ResumeCallback(SAVE_FREQ, folder / "checkpoints", verbose=0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     begun = time.monotonic()
     try:
         model.learn(N_STEPS, callback=checkpoints if inject is None else [inject, checkpoints])
