@@ -334,6 +334,27 @@ def test_state_dict_holds_tensors_that_restore_everything(critic):
     assert new.policy.frozen_critics.weights.state_dict() == model.policy.frozen_critics.weights.state_dict()
 
 
+@pytest.mark.parametrize("eval_policy", ["average", "last"])
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_gradients_with_respect_to_observations(critic, eval_policy):
+    """Those of the logits, as attributions need them, against differences of networks one by one."""
+    kwargs = dict(policy_kwargs=dict(activation_fn=nn.Tanh), eval_policy=eval_policy)
+    model = make_model(RandomObsEnv(), critic=critic, **kwargs).learn(100)
+    policy, obs = model.policy, sample_obs(model.observation_space, 5)
+    obs.requires_grad_(True)
+    (gradients,) = th.autograd.grad(policy.logits(obs)[:, 1].sum(), obs)
+    with th.no_grad():
+        weights = policy.frozen_critics.weights
+        scale = weights.scale * (weights.total if eval_policy == "average" else 1.0)
+        slow = slow_average if eval_policy == "average" else slow_logit_sums
+        for i in range(4):
+            step = 1e-3 * th.eye(4, dtype=th.float64)[i]
+            higher, lower = (slow(policy, x) for x in (obs + step, obs - step))
+            expected = scale * (higher - lower)[:, 1] / 2e-3
+            assert expected.abs().max() > 1e-2
+            np.testing.assert_allclose(gradients[:, i], expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_compiled_policy(env):
     """Training goes on with it, policy updates included, as with the policy that is not compiled."""
