@@ -268,6 +268,8 @@ def make_branches(space: spaces.Space, action_grid: str = "factored", action_bin
     :return: its branches
     :raise ValueError: if the space is not supported, or has too many joint bins
     """
+    if isinstance(space, SUPPORTED_ACTION_SPACES) and 0 in (space.shape or ()):
+        raise ValueError(f"Invalid action_space={space}: expected at least one component")
     space = flatten_action_space(space)
     if isinstance(space, spaces.Discrete):
         return EvenlySpacedBranches([int(space.n)], np.array([space.start]), np.ones(1), th.int64)

@@ -54,7 +54,7 @@ class FrozenCritics(nn.ModuleList):
 
     Times ``weights.scale``, the weighted sum ``S(s) = sum_i w_i Q_i(s)`` are logits. The entries that the logit rule
     weights come first, in no particular order; then those that only the average needs. ``state_dict`` holds tensors
-    only and loads into a stack of any size.
+    only and loads into a stack of any size. Whoever changes its parameters in place calls :meth:`gather`.
 
     :param template: an ensemble with the architecture of the entries
     :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
@@ -242,7 +242,7 @@ class FrozenCritics(nn.ModuleList):
     # Saving, loading, copying and moving: the blocks stay the one copy of the parameters
 
     def gather(self) -> None:
-        """Take over parameters that others than this class have put in place of the entries' own."""
+        """Take over parameters that others have put in place of the entries' own, or have changed in place."""
         entry: Any
         for i, entry in enumerate(self):
             for name, param in entry.net.named_parameters():

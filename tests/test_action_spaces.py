@@ -1,6 +1,7 @@
 """Every action space as branches of bins, held against brute-force enumeration of the joint bins."""
 
 import itertools
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -458,3 +459,10 @@ def test_no_double_precision(name, critic):
         assert not any(x.dtype == th.float64 for x in optimizer)
     batch = model.replay.sample(4)
     assert batch.next_log_prob.dtype == policy.logits(batch.observations).dtype == th.float32
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (0,)), spaces.Box(-1, 1, (2, 0))], ids=str)
+def test_spaces_without_components(space):
+    env = RandomObsEnv(action_space=space)
+    with pytest.raises(ValueError, match=rf"Invalid action_space={re.escape(str(space))}: expected at least one comp"):
+        make_model(env)

@@ -932,3 +932,14 @@ def test_average_leaves_out_what_has_no_weight(average_size):
         sums = policy.logit_sums(obs, average=True)
         assert relative_error(sums, policy.frozen_critics.weights.total * slow_average(policy, obs)) < 1e-5
         assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+
+
+def test_parameters_that_are_changed_in_place():
+    """After ``gather`` nothing is known of the old ones."""
+    model = make_model(memory_size=3, logit_cache=True, learning_starts=10, policy_update_interval=20).learn(60)
+    states = model.replay.sample(16).next_observations
+    with th.no_grad():
+        for param in model.policy.frozen_critics.parameters():
+            param.mul_(0.5)
+    model.policy.frozen_critics.gather()
+    assert relative_error(model.replay.logit_sums(states), slow_logit_sums(model.policy, states)) < 1e-5
