@@ -54,7 +54,8 @@ class BitFlipping(BitFlippingEnv):
 
 def subproc_env() -> SubprocVecEnv:
     """Two environments in processes of their own."""
-    where: dict[str, Any] = dict(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork"))
+    # Not started by "fork": such a worker holds the pipes of the others open, and nobody notices that one has died
+    where: dict[str, Any] = dict(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="forkserver"))
     return make_vec_env("CartPole-v1", 2, seed=0, wrapper_class=TrainingState, **where)  # type: ignore[return-value]
 
 
