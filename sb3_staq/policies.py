@@ -2,7 +2,8 @@
 
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -142,6 +143,7 @@ class StaQPolicy(BasePolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
+        self._known_sums: th.Tensor | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -213,6 +215,19 @@ class StaQPolicy(BasePolicy):
         """
         return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
 
+    @contextmanager
+    def collecting(self, logit_sums: th.Tensor) -> Iterator[None]:
+        """
+        Let :meth:`logits`, and so ``predict``, follow other sums, at observations where these are known.
+
+        :param logit_sums: the weighted sums at the observations that ``predict`` will get, shape (batch, n_bins)
+        """
+        self._known_sums = logit_sums
+        try:
+            yield
+        finally:
+            self._known_sums = None
+
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
         Compute the logits of the policy that is delivered, see ``eval_policy``.
@@ -220,7 +235,10 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        return self.frozen_critics.weights.scale * self.logit_sums(obs, average=self.eval_policy == "average")
+        sums = self._known_sums
+        if sums is None:
+            sums = self.logit_sums(obs, average=self.eval_policy == "average")
+        return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """

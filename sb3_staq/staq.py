@@ -583,7 +583,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
             if n_average > 0:
                 with th.no_grad():
                     sums[:n_average] = policy.logit_sums(select(obs, slice(n_average)), average=True)
-            actions = self._explore(self._to_env(policy.branches.sample(policy.log_prob(sums))))
+            with policy.collecting(sums):  # a subclass may predict in its own way
+                actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _store_transition(

@@ -820,8 +820,10 @@ def ctrl_c():
     ids=["Ctrl-C in copies", "Ctrl-C in any line", "out of memory"],
 )
 @pytest.mark.parametrize("n_pushed", [1, 4, pytest.param(12, marks=pytest.mark.slow)])
-def test_interrupted_push(n_pushed, interrupt, what, error, monkeypatch):
+def test_interrupted_push(n_pushed, interrupt, what, error, monkeypatch, request):
     """Wherever it happens, the policy is that before or after the push, can be saved and loaded, and goes on."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     original = make_policy("mlp", net_arch=[4], memory_size=3, **AVERAGE)
     for i in range(n_pushed):
         push(original, seed=i)
