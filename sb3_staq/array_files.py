@@ -70,7 +70,7 @@ def save_buffer(path: PathOrFile, buffer: ReplayBuffer) -> None:
     :param buffer: any replay buffer
     :raise ValueError: if it has more than numbers, as HER's with ``copy_info_dict``
     """
-    arrays = dict(_arrays(buffer))
+    arrays = dict(buffer_arrays(buffer))
     for name, array in arrays.items():
         if array.dtype == object and any(array.flat):
             raise ValueError(f"Invalid replay buffer: its {name} are objects; expected numbers for {file_name(path)}")
@@ -92,7 +92,7 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     for name, space in _spaces(own).items():
         if header.get(name) != to_json(space):
             raise ValueError(f"Invalid replay buffer: its {name} is {header.get(name)}; expected {space}")
-    for name, array in _arrays(own):
+    for name, array in buffer_arrays(own):
         found = arrays.get(name, np.array(None))
         if array.dtype != object and (found.shape, found.dtype) != (array.shape, array.dtype):
             raise ValueError(
@@ -112,8 +112,13 @@ def _spaces(buffer: ReplayBuffer) -> dict[str, Any]:
     return {"observation_space": buffer.observation_space, "action_space": buffer.action_space}
 
 
-def _arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a replay buffer, and those in its dictionaries, by name."""
+def buffer_arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
+    """
+    Give the arrays of a replay buffer, and those in its dictionaries.
+
+    :param buffer: any replay buffer
+    :return: pairs of name and array; the name is "dictionary/key" for those in a dictionary
+    """
     for name, value in vars(buffer).items():
         for key, array in value.items() if isinstance(value, dict) else [("", value)]:
             if isinstance(array, np.ndarray):

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
-from sb3_staq.array_files import is_npz, load_buffer, save_buffer
+from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
 from sb3_staq.save_util import atomic_write, check_pickle, file_name, open_archive, read_data, with_checksum
 
@@ -238,17 +238,17 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _check_stored_numbers(self) -> None:
         buffer: Any = self.replay_buffer
-        for name, value in vars(buffer).items():
-            for key, array in value.items() if isinstance(value, dict) else [("", value)]:
-                is_stored = isinstance(array, np.ndarray) and array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
-                if not is_stored or not np.issubdtype(array.dtype, np.floating):
-                    continue
-                with np.errstate(over="ignore"):
-                    finite = np.isfinite(array[: buffer.size()].astype(np.float32, copy=False))
-                if not finite.all():
-                    step, env_index, *entry = np.argwhere(~finite)[0].tolist()
-                    where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *entry))
-                    raise ValueError(
-                        f"Invalid replay buffer: its {name}{where} of environment {env_index} at step {step} is "
-                        f"{array[step, env_index][tuple(entry)]}; expected finite numbers in single precision"
-                    )
+        for path, array in buffer_arrays(buffer):
+            name, _, key = path.partition("/")
+            is_stored = array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+            if not is_stored or not np.issubdtype(array.dtype, np.floating):
+                continue
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array[: buffer.size()].astype(np.float32, copy=False))
+            if not finite.all():
+                step, env_index, *entry = np.argwhere(~finite)[0].tolist()
+                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *entry))
+                raise ValueError(
+                    f"Invalid replay buffer: its {name}{where} of environment {env_index} at step {step} is "
+                    f"{array[step, env_index][tuple(entry)]}; expected finite numbers in single precision"
+                )
