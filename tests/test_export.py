@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,17 +272,15 @@ def test_module_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmark(monkeypatch, tmp_path):
+def test_benchmark(tmp_path):
     """A row for the stack and one for its student, of an agent in the folders of RL Zoo3."""
     pytest.importorskip("onnxruntime", reason="needs the extra export")
-    from benchmarks import distillation
-
     model = make_model("CartPole-v1")
     grow(model, 3)
     model.save(tmp_path / "CartPole-v1.zip")
-    arguments = ["--agent", "tiny, M = 3", str(tmp_path), "CartPole-v1", "--max-steps", "20", "--folder", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["distillation", *arguments])
-    distillation.main()
+    command = [sys.executable, "-m", "benchmarks.distillation", "--max-steps", "20", "--folder", tmp_path]
+    command += ["--agent", "tiny, M = 3", tmp_path, "CartPole-v1"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     lines = (tmp_path / "report.md").read_text().splitlines()
     heading, _, stack, student = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert stack[1:4] == ["tiny, M = 3", "stack", "6"] and student[1:4] == ["tiny, M = 3", "student", "1"]
