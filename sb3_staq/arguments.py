@@ -104,6 +104,17 @@ ARGUMENTS = {
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
 }
+# What `train` reads anew each time
+CHANGEABLE_ARGUMENTS = (
+    "batch_size",
+    "tau",
+    "gamma",
+    "memory_size",
+    "policy_update_interval",
+    "target_update_interval",
+    "average_share",
+    "reward_scale",
+)
 # Those of `distill`
 DISTILL_ARGUMENTS = {
     "max_kl": Argument(lambda x: is_number(x) and x >= 0, "a finite number >= 0"),
@@ -188,3 +199,18 @@ def check_arguments(model: Any) -> None:
         value = getattr(model, name)
         setattr(model, name, value.item() if isinstance(value, np.generic) else value)
     check_policy_kwargs(model.policy_kwargs, model.critic)
+
+
+def check_changed_arguments(model: Any) -> None:
+    """
+    Check the arguments that the training reads anew, and that those of the policy are still what it was built with.
+
+    :param model: the algorithm
+    :raise ValueError: for the first that is not accepted, or whose change would have no effect
+    """
+    for name in CHANGEABLE_ARGUMENTS:
+        check_argument(name, getattr(model, name))
+    for name in POLICY_ARGUMENTS:
+        value, built_with = getattr(model, name), getattr(model.policy, name)
+        if name != "memory_size" and value != built_with:
+            raise ValueError(f"Invalid {name}={value!r}: expected {built_with!r}, with which the model was built")

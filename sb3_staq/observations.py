@@ -1,8 +1,9 @@
 """Observations are tensors or dictionaries of tensors: the few functions that make no difference between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
@@ -64,3 +65,28 @@ def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor
         return function(obs)
     starts = range(0, len(tensors[0]), n_at_once)
     return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])
+
+
+def finite_numbers(array: Any) -> np.ndarray:
+    """
+    Tell which numbers are finite as single-precision floats.
+
+    :param array: numbers of any type
+    :return: booleans of the same shape; of integers, which always are, a single True
+    """
+    array = np.asarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        return np.array(True)
+    with np.errstate(over="ignore"):
+        return np.isfinite(array.astype(np.float32, copy=False))
+
+
+def place(key: str, index: Iterable[int]) -> str:
+    """
+    Write the place of a number as Python would, for error messages.
+
+    :param key: of a Dict observation, or ""
+    :param index: in the array
+    :return: for instance "['image'][0][3]"
+    """
+    return "".join(f"[{part!r}]" for part in ([key] if key else []) + [int(i) for i in index])

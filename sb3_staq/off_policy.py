@@ -18,6 +18,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
+from sb3_staq.observations import finite_numbers, place
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
 from sb3_staq.save_util import atomic_write, check_pickle, file_name, open_archive, read_data, with_checksum
 
@@ -84,6 +85,10 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._on_stored(dones)
+
+    def _on_stored(self, dones: np.ndarray) -> None:
+        """Do what follows a step of the environments that the replay buffer has got."""
 
     def _check_finite(
         self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
@@ -96,23 +101,20 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param env_index: the environment, if they are of one
         """
         for key, array in values.items() if isinstance(values, dict) else [("", values)]:
-            array = np.asarray(array)
-            if not np.issubdtype(array.dtype, np.floating):
+            if finite_numbers(array).all():
                 continue
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(array.astype(np.float32))
-            if not finite.all():
-                self._restore_statistics()
-                self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
-                if env_index is None:
-                    env_index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
-                    array, finite = array[env_index], finite[env_index]
-                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *np.argwhere(~finite)[0].tolist()))
-                raise ValueError(
-                    f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
-                    f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                    "can be saved, and learn() can be called again, which resets the environments"
-                )
+            self._restore_statistics()
+            self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
+            array = np.asarray(array)
+            if env_index is None:
+                env_index = int(np.argmin(finite_numbers(array).reshape(len(array), -1).all(axis=1)))
+                array = array[env_index]
+            where = place(key, np.argwhere(~finite_numbers(array))[0])
+            raise ValueError(
+                f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
+                f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
+                "can be saved, and learn() can be called again, which resets the environments"
+            )
 
     # Files
 
@@ -240,15 +242,12 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         buffer: Any = self.replay_buffer
         for path, array in buffer_arrays(buffer):
             name, _, key = path.partition("/")
-            is_stored = array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
-            if not is_stored or not np.issubdtype(array.dtype, np.floating):
+            if array.shape[:2] != (buffer.buffer_size, buffer.n_envs):
                 continue
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(array[: buffer.size()].astype(np.float32, copy=False))
+            finite = finite_numbers(array[: buffer.size()])
             if not finite.all():
-                step, env_index, *entry = np.argwhere(~finite)[0].tolist()
-                where = "".join(f"[{part!r}]" for part in (*([key] if key else []), *entry))
+                step, env_index, *entry = index = np.argwhere(~finite)[0].tolist()
                 raise ValueError(
-                    f"Invalid replay buffer: its {name}{where} of environment {env_index} at step {step} is "
-                    f"{array[step, env_index][tuple(entry)]}; expected finite numbers in single precision"
+                    f"Invalid replay buffer: its {name}{place(key, entry)} of environment {env_index} at step {step} "
+                    f"is {array[tuple(index)]}; expected finite numbers in single precision"
                 )

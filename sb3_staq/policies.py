@@ -143,7 +143,7 @@ class StaQPolicy(BasePolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
-        self._known_sums: th.Tensor | None = None
+        self._acting_sums: Callable[[PyTorchObs], th.Tensor] | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -216,17 +216,17 @@ class StaQPolicy(BasePolicy):
         return log_policy(self.frozen_critics.weights.scale * logit_sums, self.branches.sizes)
 
     @contextmanager
-    def collecting(self, logit_sums: th.Tensor) -> Iterator[None]:
+    def acting_by(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> Iterator[None]:
         """
-        Let :meth:`logits`, and so ``predict``, follow other sums, at observations where these are known.
+        Let :meth:`logits`, and so ``predict``, follow other weighted sums for a while.
 
-        :param logit_sums: the weighted sums at the observations that ``predict`` will get, shape (batch, n_bins)
+        :param logit_sums: gives them for observations, shape (batch, n_bins)
         """
-        self._known_sums = logit_sums
+        self._acting_sums = logit_sums
         try:
             yield
         finally:
-            self._known_sums = None
+            self._acting_sums = None
 
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -235,8 +235,9 @@ class StaQPolicy(BasePolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        sums = self._known_sums
-        if sums is None:
+        if self._acting_sums is not None:
+            sums = self._acting_sums(obs)
+        else:
             sums = self.logit_sums(obs, average=self.eval_policy == "average")
         return self.frozen_critics.weights.scale * sums
 
@@ -257,6 +258,18 @@ class StaQPolicy(BasePolicy):
         if deterministic:
             return branches.deterministic(logits)
         return branches.decode(branches.sample(log_policy(logits, branches.sizes)))
+
+    def random_actions(self, n_actions: int) -> np.ndarray:
+        """
+        Draw actions of uniformly random bins. A Box has others as well, which the policy never takes.
+
+        :param n_actions: number of actions
+        :return: actions of the environment, shape (n_actions, ...)
+        """
+        bins = self.branches.uniform(n_actions)
+        actions = self.branches.decode(bins).cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+        actions = actions.astype(self.action_space.dtype)
+        return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

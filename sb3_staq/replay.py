@@ -68,6 +68,10 @@ class PolicyReplay:
         elements = sum(int(np.prod(shape)) for shape in shapes)
         self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, elements)))
 
+    def is_made_of(self, buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None) -> bool:
+        """Tell whether these are the objects that it was made of: users may put others in their place."""
+        return self.buffer is buffer and self.policy is policy and self.vec_normalize is vec_normalize
+
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
         Give the weighted sums ``S`` of the stack.

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
+    PyTorchObs,
     Schedule,
     TrainFreq,
     TrainFrequencyUnit,
@@ -23,7 +24,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
-from sb3_staq.arguments import ARGUMENTS, check_argument, check_arguments, defaults_for
+from sb3_staq.arguments import ARGUMENTS, check_argument, check_arguments, check_changed_arguments, defaults_for
 from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.memory_bounds import auto_memory_size
@@ -48,20 +49,6 @@ if TYPE_CHECKING:
     from sb3_staq.distill_report import DistillReport
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
-
-
-# What `train` reads anew each time
-CHANGEABLE_ARGUMENTS = (
-    "batch_size",
-    "tau",
-    "gamma",
-    "policy_update_interval",
-    "target_update_interval",
-    "average_share",
-    "reward_scale",
-)
-# What cannot change any more once there is a policy
-FIXED_ARGUMENTS = [name for name in POLICY_ARGUMENTS if name not in ("eval_policy", "memory_size")]
 
 
 class PolicyUpdateInfo(NamedTuple):
@@ -278,8 +265,9 @@ class StaQ(CheckedOffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._steps_since_policy_update = 0.0
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
-        # Of the environment that collects with both policies: whether with the average now, and steps so far
-        self._average_turn, self._average_steps, self._turn_steps = False, 0, 0
+        # Of the environment that collects with both policies: whether with the average now, and how many steps of that
+        # it is ahead of its share
+        self._average_turn, self._average_lead = False, 0.0
         self._replay: PolicyReplay | None = None
         # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
         # `_on_training_start`
@@ -342,8 +330,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         """
         policy = self.policy
         policy.set_training_mode(True)
-        for name in CHANGEABLE_ARGUMENTS:
-            check_argument(name, getattr(self, name))
+        check_changed_arguments(self)
         # Update learning rate according to schedule
         self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
@@ -450,6 +437,13 @@ class StaQ(CheckedOffPolicyAlgorithm):
             return 1.0
         return self.gradient_steps / (self.train_freq.frequency * self.n_envs)
 
+    @property
+    def _samples_per_policy_update(self) -> float | None:
+        """None where it is not known: a number of gradient steps after each episode."""
+        if self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP:  # type: ignore[union-attr]
+            return None
+        return self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
+
     @staticmethod
     def _check_learning_rate(learning_rate: float | Schedule, progress: float) -> None:
         value_at("learning_rate", learning_rate, progress, ARGUMENTS["learning_rate"].expected)
@@ -493,12 +487,6 @@ class StaQ(CheckedOffPolicyAlgorithm):
         target_entropy = self.target_entropy
         if isinstance(target_entropy, str) and target_entropy == "auto":
             target_entropy = default_target_entropy(self.action_space, self.action_grid, self.action_bins)
-        check_argument("memory_size", self.memory_size)
-        policy = vars(self).get("policy")
-        for name in FIXED_ARGUMENTS if policy is not None else ():  # a change would have no effect
-            value, built_with = getattr(self, name), getattr(policy, name)
-            if value != built_with:
-                raise ValueError(f"Invalid {name}={value!r}: expected {built_with!r}, with which the model was built")
         arguments = self.kl_coef, self.ent_coef, target_entropy, self.logit_rule, self.memory_size, self.gamma
         return Coefficients(*arguments)
 
@@ -514,21 +502,13 @@ class StaQ(CheckedOffPolicyAlgorithm):
     def replay(self) -> PolicyReplay:
         """The replay buffer as the training sees it: with the policy at the next states."""
         assert self.replay_buffer is not None
-        replay, vec_normalize = self._replay, self._vec_normalize_env
-        if (
-            replay is None
-            or replay.buffer is not self.replay_buffer
-            or replay.policy is not self.policy
-            or replay.vec_normalize is not vec_normalize
-        ):
-            n_sampled = None  # unknown where a number of gradient steps follows an episode
-            if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.STEP:  # type: ignore[union-attr]
-                n_sampled = self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
+        parts = self.replay_buffer, self.policy, self._vec_normalize_env
+        if self._replay is None or not self._replay.is_made_of(*parts):
             use_cache = self.logit_cache
             if use_cache == "auto":
-                use_cache = cache_pays(self.replay_buffer, self.policy, vec_normalize, n_sampled)
-            replay = self._replay = PolicyReplay(self.replay_buffer, self.policy, vec_normalize, bool(use_cache))
-        return replay
+                use_cache = cache_pays(*parts, self._samples_per_policy_update)
+            self._replay = PolicyReplay(*parts, bool(use_cache))
+        return self._replay
 
     def predict(
         self,
@@ -560,54 +540,38 @@ class StaQ(CheckedOffPolicyAlgorithm):
         """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
-            actions[explores] = self._to_env(self.policy.branches.uniform(int(explores.sum())))
+            actions[explores] = self.policy.random_actions(int(explores.sum()))
         return actions
-
-    def _to_env(self, bins: th.Tensor) -> np.ndarray:
-        """Give bins as actions of the environment."""
-        stored = self.policy.branches.decode(bins).cpu().numpy()
-        actions = stored.reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)  # type: ignore[misc]
-        return self.policy.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Act by the last policy, which is the one that learns; in a share of the environments by the average."""
         policy = self.policy
-        if self.num_timesteps < learning_starts:  # random bins, not random actions: a Box has actions off the grid
-            actions = self._to_env(policy.branches.uniform(n_envs))
+        if self.num_timesteps < learning_starts:
+            actions = policy.random_actions(n_envs)
         else:
-            obs, _ = policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
-            sums = self.replay.logit_sums(obs, remember=False)
-            n_average = int(self.average_share * n_envs) + self._average_turn
-            if n_average > 0:
-                with th.no_grad():
-                    sums[:n_average] = policy.logit_sums(select(obs, slice(n_average)), average=True)
-            with policy.collecting(sums):  # a subclass may predict in its own way
+            with policy.acting_by(self._collecting_sums):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
-            self.replay.remember_last()
-            self._take_turns(dones)
+    @th.no_grad()
+    def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
+        """Let the last policy collect, which is the one that learns; in a share of the environments the average."""
+        sums = self.replay.logit_sums(obs, remember=False)
+        n_average = int(self.average_share * self.n_envs) + self._average_turn
+        if n_average > 0:
+            sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
+        return sums
 
-    def _take_turns(self, dones: np.ndarray) -> None:
-        """Where ``average_share`` leaves a part of an environment, that one changes its policy between episodes."""
+    def _on_stored(self, dones: np.ndarray) -> None:
+        if self.num_timesteps < self.learning_starts:
+            return
+        self.replay.remember_last()
+        # Where average_share leaves a part of an environment, that one changes its policy between episodes
         n_whole, part = divmod(self.average_share * self.n_envs, 1.0)
-        self._turn_steps += 1
-        self._average_steps += self._average_turn
+        self._average_lead += self._average_turn - part
         if dones[min(int(n_whole), self.n_envs - 1)]:
-            self._average_turn = self._average_steps < part * self._turn_steps
+            self._average_turn = self._average_lead < 0
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""
