@@ -125,13 +125,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file.
+        Save the model in a zip-file. An existing file is replaced once the new one is complete.
 
-        An existing file is replaced once the new one is complete.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
+        :param path: the file, or where to write
+        :param exclude: names of attributes to leave out, besides those that always are
+        :param include: names of attributes that are always left out, but not this time
         """
         vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in LEFT_OUT})
         with atomic_write(path, "zip") as file:
@@ -151,15 +149,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Load the model from a zip-file, which must be whole.
 
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on; None is enough to predict
-        :param device: Device on which the code should run.
+        :param path: the file, or where to read
+        :param env: the environment to go on with; None is enough to predict
+        :param device: "cpu", "cuda", ...; "auto" is a GPU if there is one
         :param custom_objects: what is taken instead of what the file has, by name
         :param args: as of ``BaseAlgorithm.load``
         :param weights_only: for files from others: run nothing of the file. What it has only as code (functions, your
             own classes) must come by ``custom_objects`` or ``kwargs``
         :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
-        :return: new model instance with loaded parameters
+        :return: the model
         :raise ValueError: if the file is damaged, of another algorithm, or names what ``weights_only`` needs
         """
         with open_archive(path, "zip") as file:
@@ -181,7 +179,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
         An existing file is replaced once the new one is complete.
 
-        :param path: Path to the file where the replay buffer should be saved.
+        :param path: the file
         :raise ValueError: if arrays of numbers are not all that an ".npz" would need
         """
         if is_npz(path):
@@ -199,9 +197,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
         If that fails, the model keeps its own.
 
-        :param path: Path to the file.
-        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling: whether the last trajectory in
-            the replay buffer is truncated, or continued
+        :param path: the file
+        :param truncate_last_traj: whether the last, unfinished episode of a ``HerReplayBuffer`` ends where it is
         :param mmap: leave the arrays of an ".npz" in the file, which stays as it is, until they are used
         :raise ValueError: if the file is damaged, its buffer is for other spaces or another number of environments, or
             (without ``mmap``) has numbers that are not finite

@@ -76,86 +76,77 @@ class StaQ(CheckedOffPolicyAlgorithm):
     Paper: https://arxiv.org/abs/2506.13862 (eta there is ``kl_coef`` here, tau there is ``ent_coef`` here; ``tau`` is,
     as everywhere in SB3, the Polyak coefficient)
 
-    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
-    :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: The critics' learning rate, it can be a function of the current progress remaining
-        (from 1 to 0). Default: 3e-4, Box: 7e-4
-    :param buffer_size: size of the replay buffer
-    :param learning_starts: how many steps of the model to collect transitions for before learning starts
-    :param batch_size: Minibatch size for each gradient update. Default: 256, Box: 128
-    :param tau: the soft update coefficient of the target critics ("Polyak update", between 0 and 1), 1 for hard update.
-        Default: 0.005, Box: 0.01
-    :param gamma: the discount factor
-    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
-        like ``(5, "step")`` or ``(2, "episode")``.
-    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
-        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
-    :param memory_size: ``M``, the number of frozen critics that the policy of the training is made of at most. "auto"
-        is what the paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: 10 for
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a class
+    :param env: the environment, or its id
+    :param learning_rate: of the optimizer, a number or a schedule. Default: 3e-4, Box: 7e-4
+    :param buffer_size: number of transitions in the replay buffer
+    :param learning_starts: number of steps with random actions, before any learning
+    :param batch_size: number of transitions per gradient step. Default: 256, Box: 128
+    :param tau: Polyak coefficient of the target critics, 1 copies them. Default: 0.005, Box: 0.01
+    :param gamma: discount factor
+    :param train_freq: steps between two calls of ``train``; also ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: number of gradient steps per call; -1 is one for each environment step since the last call
+    :param memory_size: ``M``, the largest number of frozen critics in the policy that learns. "auto" is what the
+        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: 10 for
         ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
-        (a plain truncation of the sum), "exact" (nothing is deleted, whatever ``memory_size`` says); or custom weights
-        of the critics in the logits by age, newest first: ``memory_size`` numbers, or a callable of the age (0 is the
-        newest), evaluated once. ``kl_coef`` then has no effect, and ``ent_coef`` only one on the targets.
-    :param kl_coef: weight of the KL divergence between successive policies (number, schedule or ``"lin_..."`` string,
-        see :func:`sb3_staq.coefficients.value_at`): larger values change the policy less per update. "rel_FACTOR" is
-        that multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
-    :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected". A schedule that
-        falls to 0 is followed down to 1% of its first value there. "auto" or "auto_FIRST" (0.1 by default): at each
-        policy update what gives the policy its ``target_entropy``, changed by a factor of 1.3 per update at most.
-        Default: 0.05, Box: "auto_0.2"
-    :param target_entropy: mean entropy over replayed states that an automatic ``ent_coef`` keeps, as a share of the
-        largest possible, in (0, 1) (number, schedule or ``"lin_..."`` string). "auto" falls from 0.6 to 0.2 over the
-        training; for a Box with more than 5 values per dimension, between the shares that are as many nats from the
-        uniform policy as these are for 5 (from 0.71 to 0.41 for 9).
-    :param policy_update_interval: environment steps (all environments counted) between two policy updates. There is at
-        most one policy update per gradient step. ``train`` without environment steps, as on a buffer that was filled
-        otherwise, counts its gradient steps instead, at the ratio of the two in ``learn``. Default: 500, Box: 100
+        (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or the weights
+        of the critics by age, newest first: ``memory_size`` numbers, or a function of the age (0 is the newest);
+        ``kl_coef`` then has no effect, and ``ent_coef`` one on the targets only
+    :param kl_coef: weight of the KL divergence between successive policies, the larger the smaller their changes: a
+        number, a schedule, a ``"lin_..."`` string, see :func:`sb3_staq.coefficients.value_at`, or "rel_FACTOR", that
+        multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
+    :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected", where a schedule
+        that falls to 0 is followed down to 1% of its first value. "auto" or "auto_FIRST" (0.1 by default) is what
+        gives the policy its ``target_entropy``, changed by a factor of at most 1.3 per policy update. Default: 0.05,
+        Box: "auto_0.2"
+    :param target_entropy: entropy that an automatic ``ent_coef`` keeps on average over replayed states, as a share of
+        the largest possible, in (0, 1): a number, a schedule or a ``"lin_..."`` string. "auto" falls from 0.6 to 0.2
+        over the training; for a Box with more than 5 values per dimension, by as many nats as for 5
+    :param policy_update_interval: environment steps (of all environments) between two policy updates, at most one per
+        gradient step. ``train`` without new steps, as offline, counts its gradient steps instead, at the ratio of the
+        two in ``learn``. Default: 500, Box: 100
     :param n_critics: number of critics in the ensemble
-    :param critic_reduction: how the critics' expected values become one in the targets: "mean" or "min". The policy
-        follows their mean. Default: "mean", Box: "min"
-    :param target_update_interval: update the target critics every ``target_update_interval`` gradient steps
-    :param exploration_fraction: fraction of entire training period over which the exploration rate is reduced
-    :param exploration_initial_eps: initial probability of a uniformly random action. Default: 0.05, Box: 0
-    :param exploration_final_eps: final probability of a uniformly random action; all others follow the softmax policy.
-        Default: 0.05, Box: 0
+    :param critic_reduction: "mean" or "min", what the targets take of the critics' expected values. The policy follows
+        their mean. Default: "mean", Box: "min"
+    :param target_update_interval: gradient steps between two updates of the target critics
+    :param exploration_fraction: share of the training in which the exploration rate goes from its initial to its final
+        value
+    :param exploration_initial_eps: probability of a uniformly random action at first; all other actions follow the
+        softmax policy. Default: 0.05, Box: 0
+    :param exploration_final_eps: the same in the end. Default: 0.05, Box: 0
     :param action_grid: which actions of a Box are bins: "factored" (a branch of ``action_bins`` evenly spaced values
         for each dimension), "axis" (zero, and each dimension at either bound) or "joint" (all combinations of
         ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
-    :param critic: "additive": critics with one output per bin, summed over the branches; "joint": critics of state and
-        action, as in SAC, and a network of their main effects, of whose Polyak average the stack is made, see
-        :mod:`sb3_staq.main_effects`. Default: "additive", Box: "joint"
+    :param critic: "additive" critics have one output per bin, summed over the branches; "joint" ones take state and
+        action, as in SAC, and the stack is made of a network of their main effects, see :mod:`sb3_staq.main_effects`.
+        Default: "additive", Box: "joint"
     :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
-        window that grows with the training, or the "last" one, as it learns. The average lags behind by half of the
-        window while the policy improves fast, and is much steadier. Can be changed at any time, also by
-        ``model.policy.eval_policy``
+        window that grows with the training, or the "last" one. The average is much steadier, and lags behind by half
+        of the window while the policy improves fast. Can be changed at any time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
-    :param average_size: number of critics in the average at most, evenly thinned in time; this is the memory it costs
-    :param average_share: share of the environments that collect with the average while the others collect with the
-        last policy: the replay buffer then keeps what acting well looks like. An environment that this divides takes
-        turns, episode by episode, to that share of its steps
-    :param reward_scale: factor applied to the rewards in the targets: its ratio to ``ent_coef`` decides how greedy the
-        policy is
-    :param logit_cache: remember the weighted sums of the stack at replayed states, at the cost of two critics per
-        update, instead of evaluating the whole stack in every target: "auto" (where it costs less; not with HER,
-        normalised observations or custom weights), True or False. It takes the memory of the stored next observations
-        and 4 bytes per transition and bin; "auto" stays below 256 MB and half of the replay buffer
-    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
-        If ``None``, it will be automatically selected.
-    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
-    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the critics.
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
-    :param tensorboard_log: the log location for tensorboard (if None, no logging)
-    :param policy_kwargs: additional arguments to be passed to the policy on creation, see :class:`StaQPolicy`
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
-    :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
-    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param average_size: largest number of critics in the average, evenly spaced in time: the memory that it costs
+    :param average_share: share of the environments that collect with the average, so that the replay buffer keeps what
+        acting well looks like; the others collect with the last policy. An environment that this divides takes turns,
+        episode by episode, to that share of its steps
+    :param reward_scale: factor of the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the policy
+        is
+    :param logit_cache: whether the weighted sums of the stack at replayed states are remembered, which costs two
+        critics per policy update instead of the whole stack in every target: True, False or "auto" (where it costs
+        less; not with HER, normalised observations or custom weights). It takes the memory of the stored next
+        observations and 4 bytes per transition and bin; "auto" stays below 256 MB and half of the replay buffer
+    :param replay_buffer_class: class of the replay buffer, for instance ``HerReplayBuffer``; by default as in SB3
+    :param replay_buffer_kwargs: its arguments
+    :param optimize_memory_usage: store each observation once, with the limits that this has in SB3
+    :param n_steps: number of rewards in the return of a target
+    :param stats_window_size: number of episodes over which logged returns and lengths are averaged
+    :param tensorboard_log: folder of the logs for TensorBoard; None for none
+    :param policy_kwargs: arguments of the policy, see :class:`StaQPolicy`
+    :param verbose: 0 for no output, 1 for information, 2 for debugging
+    :param seed: of all random generators
+    :param device: "cpu", "cuda", ...; "auto" is a GPU if there is one
+    :param _init_setup_model: whether to make the networks and the replay buffer at once
     :raise ValueError: if an argument is out of range; the message names it, its value and what is accepted
     """
 
@@ -523,12 +514,12 @@ class StaQ(CheckedOffPolicyAlgorithm):
         Actions are uniformly random with probability ``exploration_rate``, unless deterministic.
         ``model.policy.predict`` is without.
 
-        :param observation: the input observation
-        :param state: The last states (can be None, used in recurrent policies)
-        :param episode_start: The last masks (can be None, used in recurrent policies)
+        :param observation: one observation, or one for each environment
+        :param state: returned as it is; the policy has no memory
+        :param episode_start: not used
         :param deterministic: Whether to return the most probable actions, or the mean ones where a Box is factored,
             instead of sampled ones
-        :return: the model's action and the next state (used in recurrent policies)
+        :return: actions and ``state``
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
         if deterministic:
@@ -635,7 +626,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         """
         Save the replay buffer, with what the logit cache remembers, as a pickle file with a checksum or as ".npz".
 
-        :param path: Path to the file where the replay buffer should be saved.
+        :param path: the file
         """
         buffer, cache = self.replay_buffer, self.replay.cache
         vars(buffer)["logit_cache"] = {} if cache is None else cache.state_dict()
