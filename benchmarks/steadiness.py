@@ -35,6 +35,7 @@ EVAL_SEED = 1_000_000
 WINDOWS = (0.05, 0.10, 0.15, 0.25)
 SNAPSHOT_FREQ = 500
 COLLECTING_WINDOW = 0.15
+MIXED = ("mixed", "mixed_replay")
 KL_PER_DIMENSION = 0.02
 
 
@@ -79,12 +80,12 @@ class SearchedStaQ(StaQ):
         if not self.snapshots or self.num_timesteps - self.snapshots[-1][0] >= SNAPSHOT_FREQ:
             newest = self.policy.frozen_critics[-1]
             self.snapshots.append((self.num_timesteps, {n: p.detach().clone() for n, p in newest.params.items()}))
-            if self.candidate == "mixed":
+            if self.candidate in MIXED:
                 self._collecting_logits = self.average_logits(COLLECTING_WINDOW)
 
     def _sample_action(self, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
         actions, stored = super()._sample_action(learning_starts, action_noise, n_envs)
-        if self.candidate == "mixed" and self.snapshots:
+        if self.candidate in MIXED and self.snapshots:
             half = n_envs // 2
             groups = self.policy.action_groups
             logits = self._collecting_logits(self.policy.preprocess(th.as_tensor(self._last_obs[:half])))
@@ -185,7 +186,7 @@ def settings_of(candidate: str, env_id: str) -> dict[str, Any]:
         settings["target_update_interval"] = 250
     elif candidate == "entropy":
         settings["target_entropy"] = "lin_0.6_0.3"
-    elif candidate == "replay":
+    elif candidate in ("replay", "mixed_replay"):
         settings |= dict(buffer_size=STEPS, replay_buffer_class=RecentAndAll)
     elif candidate == "kl":
         settings["memory_size"] = 20
@@ -215,7 +216,7 @@ def use_hard_targets(model: SearchedStaQ, tau: float) -> None:
 def main() -> None:
     """Train one candidate."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steadiness", description=main.__doc__)
-    names = ["base", "mixed", "hard", "entropy", "replay", "explore", "ensemble", "kl"]
+    names = ["base", "mixed", "mixed_replay", "hard", "entropy", "replay", "explore", "ensemble", "kl"]
     parser.add_argument("candidate", choices=names)
     parser.add_argument("env")
     parser.add_argument("seed", type=int)
