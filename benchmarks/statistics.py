@@ -100,17 +100,3 @@ def bootstrap(
         return get_interval_estimates(scores, function, reps=n_resamples)
     finally:
         np.random.set_state(state)
-
-
-def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of all scores, over all runs and environments, as a vector of one number."""
-    from rliable.metrics import aggregate_iqm
-
-    return np.array([aggregate_iqm(scores)])
-
-
-def performance_profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Share of runs, over all environments, that score above each threshold."""
-    from rliable.library import score_distributions
-
-    return score_distributions(scores, thresholds)
