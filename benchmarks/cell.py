@@ -48,8 +48,9 @@ Report = Callable[[int, float, float | None], None]
 
 class Recorder(CallbackList):
     """
-    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints, which hold its own attributes as well. The
-    clock of the training is stopped meanwhile.
+    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints.
+
+    They hold its own attributes as well. The clock of the training is stopped meanwhile.
     """
 
     def __init__(self, cell: Cell, results: Results, eval_env: VecEnv, checkpoints: Path, report: Report):

@@ -1,10 +1,10 @@
-"""
+r"""
 What a stack loses and saves as one small network: ``python -m benchmarks.distillation --agent NAME MODEL ENV``.
 
 For instance:
 
-    python -m benchmarks.distillation \\
-        --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \\
+    python -m benchmarks.distillation \
+        --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \
         --agent Hopper trained_agents/staq/Hopper-v4_1 Hopper-v4
 
 MODEL is a zip-file or a folder of RL Zoo3 with ``ENV.zip`` and perhaps ``ENV/vecnormalize.pkl``. Everything runs on one

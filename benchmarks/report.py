@@ -261,9 +261,11 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
         env = suite.envs[env_id]
         targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
         trainings = of_env.groupby(["algo", "seed"], sort=False)[["cpu_seconds", "return"]]
-        minutes = trainings.apply(lambda x: [statistics.time_to_return(*x.to_numpy().T, y) / 60 for y in targets])
-        columns = [f"{target:,.1f}" for target in targets]
-        groups = pd.DataFrame(minutes.to_list(), minutes.index, columns).groupby("algo", sort=False)
+        minutes = {
+            f"{target:,.1f}": trainings.apply(lambda x, y=target: statistics.time_to_return(*x.to_numpy().T, y) / 60)
+            for target in targets
+        }
+        groups = pd.DataFrame(minutes).groupby("algo", sort=False)
         text += [f"### {env_id}", text_table(groups.agg(median_of_those_that_reach_it).assign(seeds=groups.size()))]
     return text if len(text) > 1 else []
 

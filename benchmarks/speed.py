@@ -142,14 +142,7 @@ VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
 
 
 def measure(name: str, variant: str, scale: float) -> float:
-    """
-    Do one measurement in this process.
-
-    :param name: one of ``MEASURES``
-    :param variant: one of ``VARIANTS``
-    :param scale: 1 for the real numbers of steps, less for a test
-    :return: seconds of the processor
-    """
+    """Do one measurement in this process; gives seconds of the processor."""
     th.set_num_threads(1)
     for module, attribute, value in VARIANTS[variant]:
         setattr(module, attribute, value)
@@ -160,18 +153,10 @@ def measure(name: str, variant: str, scale: float) -> float:
     return times.mean / n
 
 
-def run(folder: Path, repetitions: int, scale: float, against: Path | None, names: list[str], variants: list[str]) -> Path:
-    """
-    Measure everything in turn, and write ``speed.csv`` and ``report.md``.
-
-    :param folder: where to write
-    :param repetitions: how often each measurement is done
-    :param scale: 1 for the real numbers of steps
-    :param against: a clone of another version
-    :param names: which measurements
-    :param variants: which of ``VARIANTS`` beside this version and the other one
-    :return: the report
-    """
+def run(
+    folder: Path, repetitions: int, scale: float, names: list[str], variants: list[str], against: Path | None = None
+) -> Path:
+    """Measure this version, ``variants`` of it and the clone ``against`` in turn; gives the report in ``folder``."""
     variants = ["this version", *variants, *(["other version"] if against else [])]
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -195,13 +180,7 @@ def run(folder: Path, repetitions: int, scale: float, against: Path | None, name
 
 
 def report(data: pd.DataFrame, variants: list[str]) -> str:
-    """
-    Compare the measurements.
-
-    :param data: one row for each
-    :param variants: in the order of the columns
-    :return: a page of Markdown
-    """
+    """Compare the measurements, one row of ``data`` for each."""
     times = data.pivot(index=["measure", "repetition"], columns="variant", values="seconds")[variants]
     table = 1000 * times.groupby("measure").median()
     ratios = times.div(times["this version"], axis=0).groupby("measure").median().drop(columns="this version")
@@ -214,8 +193,8 @@ def report(data: pd.DataFrame, variants: list[str]) -> str:
             ratio = own[numerator] / own[denominator]
             lines.append(f"- {text}: {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})\n")
     return (
-        f"# Speed\n\nMedians of {len(own)} in milliseconds of the processor, one thread, {platform.machine()}, measured "
-        "in turn by `python -m benchmarks.speed`; ratios are medians of those within a turn.\n\n"
+        f"# Speed\n\nMedians of {len(own)} in milliseconds of the processor, one thread, {platform.machine()}, "
+        "measured in turn by `python -m benchmarks.speed`; ratios are medians of those within a turn.\n\n"
         f"{table.to_markdown(floatfmt='.3g')}\n\n{''.join(lines)}"
     )
 
@@ -234,7 +213,7 @@ def main() -> None:
     if args.measure:
         print(measure(*args.measure, args.scale))
     else:
-        print(run(args.folder, args.repetitions, args.scale, args.against, args.only, args.variants))
+        print(run(args.folder, args.repetitions, args.scale, args.only, args.variants, args.against))
 
 
 if __name__ == "__main__":
