@@ -82,7 +82,7 @@ class Recorder(CallbackList):
     def record(self, returns: list[float], final: bool = False) -> None:
         """Note the returns of an evaluation, and write all results."""
         step = self.model.num_timesteps
-        self.results.evaluations.append(Evaluation(step, *self.times.tolist(), returns, final))
+        self.results.evaluations.append(Evaluation(step, float(self.times[0]), float(self.times[1]), returns, final))
         self.results.write(self.cell.results_file)
         self.send_report()
 

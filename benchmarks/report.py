@@ -262,7 +262,9 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
         targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
         trainings = of_env.groupby(["algo", "seed"], sort=False)[["cpu_seconds", "return"]]
         minutes = {
-            f"{target:,.1f}": trainings.apply(lambda x, y=target: statistics.time_to_return(*x.to_numpy().T, y) / 60)
+            f"{target:,.1f}": trainings.apply(
+                lambda x, y=target: statistics.time_to_return(x["cpu_seconds"], x["return"], y) / 60
+            )
             for target in targets
         }
         groups = pd.DataFrame(minutes).groupby("algo", sort=False)

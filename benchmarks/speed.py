@@ -25,7 +25,7 @@ from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.benchmark import Timer
 
-from sb3_staq import StaQ, kernels, q_networks
+from sb3_staq import StaQ, kernels
 
 HERE = Path(__file__).resolve()
 # Does something so many times: environment steps, gradient steps or actions
@@ -136,7 +136,6 @@ VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "no large pages": [(kernels, "LARGE_PAGE_BYTES", math.inf)],
     "no read-ahead": [(kernels, "READ_AHEAD_BYTES", math.inf)],
     "no few rows": [(kernels, "FEW_ROWS", 0)],
-    "plain sum": [(q_networks, "weighted_sum_linear", kernels.plain_weighted_sum_linear)],
     "other version": [],
 }
 
@@ -211,7 +210,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help="do one measurement in this process: measure and variant")
     args = parser.parse_args()
     if args.measure:
-        print(measure(*args.measure, args.scale))
+        name, variant = args.measure
+        print(measure(name, variant, args.scale))
     else:
         print(run(args.folder, args.repetitions, args.scale, args.only, args.variants, args.against))
 

@@ -129,12 +129,7 @@ class Branches(nn.Module):
         return actions if self.box_dim else self.one_hot(self.encode(actions))
 
     def uniform(self, batch_size: int) -> th.Tensor:
-        """
-        Draw bins uniformly.
-
-        :param batch_size: number of actions
-        :return: shape (batch_size, number of branches)
-        """
+        """Draw bins uniformly, shape (batch_size, number of branches)."""
         return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1).to(self.offsets.device)
 
     def distribution(self, logits: th.Tensor) -> Distribution:
