@@ -15,8 +15,8 @@ few rows            1.22               1.36                  1.01               
 all                 1.58               1.89                  1.14                   0.90
 ==================  =================  ====================  =====================  ====================
 
-A special weighted sum, worth 1.04 at most, was in force and has been deleted since. An action with M=300 takes 1.20 times as
-long without large pages (median of 12 turns within one process), which is 1.1 of the whole step.
+A special weighted sum, worth 1.04 at most, was in force and has been deleted since. An action with M=300 takes 1.20
+times as long without large pages (median of 12 turns within one process), which is 1.1 of the whole step.
 """
 
 import contextlib
