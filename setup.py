@@ -10,6 +10,7 @@ class BuildWithStartupFiles(build_py):
     """``build_py`` that places the start-up hook beside the package, at the root of either kind of wheel."""
 
     def run(self) -> None:
+        """Build the package, then add the start-up files."""
         super().run()
         # Packages of an editable wheel stay where they are; what is really installed goes to its ``install_lib``
         target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib

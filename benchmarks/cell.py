@@ -48,8 +48,9 @@ Report = Callable[[int, float, float | None], None]
 
 class Recorder(CallbackList):
     """
-    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints, which hold its own attributes as well. The
-    clock of the training is stopped meanwhile.
+    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints.
+
+    They hold its own attributes as well. The clock of the training is stopped meanwhile.
     """
 
     def __init__(self, cell: Cell, results: Results, eval_env: VecEnv, checkpoints: Path, report: Report):
@@ -58,17 +59,16 @@ class Recorder(CallbackList):
         self.results = results
         self.eval_env = eval_env
         self.report = lambda *progress: report(*progress)  # a local function cannot be pickled, and stays this one
-        self.seconds = self.cpu_seconds = 0.0
-        self._clock: tuple[float, float] | None = None  # wall clock and processor at the last reading
+        self.times = np.zeros(2)  # seconds of training so far, of the wall clock and the processor
+        self._clock: np.ndarray | None = None  # their last reading
         self._last_report = 0.0
         self._next_evaluation = cell.eval_freq
 
     def _read_clock(self) -> None:
         """Add the time since the last reading."""
-        now = (time.perf_counter(), time.process_time())
+        now = np.array([time.perf_counter(), time.process_time()])
         if self._clock is not None:
-            self.seconds += now[0] - self._clock[0]
-            self.cpu_seconds += now[1] - self._clock[1]
+            self.times += now - self._clock
         self._clock = now
 
     @contextmanager
@@ -82,14 +82,14 @@ class Recorder(CallbackList):
     def record(self, returns: list[float], final: bool = False) -> None:
         """Note the returns of an evaluation, and write all results."""
         step = self.model.num_timesteps
-        self.results.evaluations.append(Evaluation(step, self.seconds, self.cpu_seconds, returns, final))
+        self.results.evaluations.append(Evaluation(step, float(self.times[0]), float(self.times[1]), returns, final))
         self.results.write(self.cell.results_file)
         self.send_report()
 
     def send_report(self) -> None:
         """Tell how far the training is."""
         evaluations = self.results.evaluations
-        self.report(self.model.num_timesteps, self.seconds, evaluations[-1].mean if evaluations else None)
+        self.report(self.model.num_timesteps, float(self.times[0]), evaluations[-1].mean if evaluations else None)
         self._last_report = time.perf_counter()
 
     def _on_training_start(self) -> None:

@@ -1,10 +1,10 @@
-"""
+r"""
 What a stack loses and saves as one small network: ``python -m benchmarks.distillation --agent NAME MODEL ENV``.
 
 For instance:
 
-    python -m benchmarks.distillation \\
-        --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \\
+    python -m benchmarks.distillation \
+        --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \
         --agent Hopper trained_agents/staq/Hopper-v4_1 Hopper-v4
 
 MODEL is a zip-file or a folder of RL Zoo3 with ``ENV.zip`` and perhaps ``ENV/vecnormalize.pkl``. Everything runs on one
@@ -27,22 +27,15 @@ from torch.utils.benchmark import Timer
 
 from sb3_staq import StaQ, StaQPolicy
 from sb3_staq.distill import distill
-from sb3_staq.distill_report import DistillReport, PolicyNumbers
+from sb3_staq.distill_report import DistillReport
 from sb3_staq.export import export_policy
 from sb3_staq.observations import select
-from sb3_staq.save_util import atomic_write
 
 FOLDER = Path(__file__).parent / "results" / "distillation"
 
 
 def load(env_id: str, model: Path) -> StaQ:
-    """
-    Load an agent with its environment.
-
-    :param env_id: id of the environment
-    :param model: zip-file, or folder of RL Zoo3
-    :return: the model
-    """
+    """Load an agent, a zip-file or a folder of RL Zoo3, with its environment."""
     path = model / f"{env_id}.zip" if model.is_dir() else model
     statistics = path.parent / env_id / "vecnormalize.pkl"
     env: Any = make_vec_env(env_id)
@@ -51,7 +44,7 @@ def load(env_id: str, model: Path) -> StaQ:
     return StaQ.load(path, env=env, device="cpu")
 
 
-def _onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> tuple[int, float]:
+def onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> dict[str, float]:
     """Bytes of the exported policy, and milliseconds for one observation on one core (median)."""
     import onnxruntime
 
@@ -65,38 +58,35 @@ def _onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> tup
     inputs = first if isinstance(first, dict) else {"obs": first}
     arrays = {key: (x.float() if x.is_floating_point() else x).numpy() for key, x in inputs.items()}
     times = Timer("run()", globals={"run": lambda: session.run(["action"], arrays)}).blocked_autorange()
-    return n_bytes, 1000 * times.median
+    return {"onnx_bytes": n_bytes, "onnx_ms": 1000 * times.median}
 
 
-def _row(policy: StaQPolicy, numbers: PolicyNumbers, model: StaQ, report: DistillReport) -> dict[str, Any]:
-    """What the table says of stack or student."""
-    n_bytes, onnx_ms = _onnx_numbers(policy, model, report)
-    return {
-        "critics": int(policy.frozen_critics.coefs(policy.eval_policy == "average").count_nonzero()),
-        "parameters": numbers.n_parameters,
-        "saved_bytes": numbers.n_bytes,
-        "onnx_bytes": n_bytes,
-        "predict_ms": f"{numbers.ms_per_action:.4g}",
-        "onnx_ms": f"{onnx_ms:.4g}",
-        "kl_mean": f"{report.kl_mean:.4g}",
-        "kl_max": f"{report.kl_max:.4g}",
-        "agreement": f"{report.agreement:.4f}",
-        "gradient_steps": report.n_steps,
-        "returns": " ".join(f"{value:.6g}" for value in numbers.returns),
-    }
+def measure(name: str, model: StaQ, max_steps: int) -> pd.DataFrame:
+    """Distil an agent: one row for its stack, and one for the student."""
+    student, report = distill(model, max_steps=max_steps, progress_bar=True)
+    print(f"{name}\n{report}")
+    rows = []
+    for kind, policy, numbers in (("stack", model.policy, report.stack), ("student", student, report.student)):
+        row = {
+            "agent": name,
+            "policy": kind,
+            "critics": int(policy.frozen_critics.coefs(policy.eval_policy == "average").count_nonzero()),
+            "parameters": numbers.n_parameters,
+            "saved_bytes": numbers.n_bytes,
+            "predict_ms": numbers.ms_per_action,
+            **onnx_numbers(policy, model, report),
+            "kl_mean": report.kl_mean,
+            "kl_max": report.kl_max,
+            "agreement": report.agreement,
+            "gradient_steps": report.n_steps,
+            "returns": " ".join(f"{value:.6g}" for value in numbers.returns),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def table(folder: Path) -> str:
-    """
-    Make a Markdown table of all result files.
-
-    :param folder: where they are
-    :return: the table
-    """
-    paths = sorted(folder.glob("*.csv"))
-    if not paths:
-        return ""
-    rows = pd.concat([pd.read_csv(path, dtype={"returns": str}) for path in paths])
+def table(rows: pd.DataFrame) -> str:
+    """A Markdown table of the rows of all agents."""
     returns = rows["returns"].str.split().map(lambda values: np.array(values, dtype=float))
     student, columns = rows["policy"] == "student", rows[["agent", "policy", "critics"]].copy()
     columns["return"] = [f"{x.mean():.0f} ± {x.std():.0f}" for x in returns]
@@ -107,9 +97,8 @@ def table(folder: Path) -> str:
     kl = rows["kl_mean"].map("{:.3g}".format) + rows["kl_max"].map(" ({:.2g})".format)
     columns["KL, mean (largest)"] = kl.where(student, "")
     columns["same bin"] = rows["agreement"].map("{:.1%}".format).where(student, "")
-    return (
-        columns.rename(columns={"critics": "critics that act"}).to_markdown(index=False, disable_numparse=True) + "\n"
-    )
+    columns = columns.rename(columns={"critics": "critics that act"})
+    return columns.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def main() -> None:
@@ -119,18 +108,15 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=20_000, help="gradient steps at most")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results are")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     th.set_num_threads(1)
     for name, path, env_id in args.agent:
-        model = load(env_id, Path(path))
-        student, report = distill(model, max_steps=args.max_steps, progress_bar=True)
-        print(f"{name}\n{report}")
-        numbers = {"stack": report.stack, "student": report.student}
-        policies = {"stack": model.policy, "student": student}
-        rows = [dict(agent=name, policy=k, **_row(p, numbers[k], model, report)) for k, p in policies.items()]
-        with atomic_write(args.folder / f"{re.sub('[^A-Za-z0-9]+', '_', name).strip('_').lower()}.csv") as file:
-            file.write(pd.DataFrame(rows).to_csv(index=False).encode())
-    with atomic_write(args.folder / "report.md") as file:
-        file.write(table(args.folder).encode())
+        rows = measure(name, load(env_id, Path(path)), args.max_steps)
+        file = re.sub("[^A-Za-z0-9]+", "_", name).strip("_").lower()
+        rows.to_csv(args.folder / f"{file}.csv", index=False, float_format="%.4g")
+    tables = [pd.read_csv(path, dtype={"returns": str}) for path in sorted(args.folder.glob("*.csv"))]
+    if tables:
+        (args.folder / "report.md").write_text(table(pd.concat(tables)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 
 import pandas as pd
 import torch as th
+from matplotlib.figure import Figure
 
+from benchmarks.figures import save
 from sb3_staq import StaQ
 from sb3_staq.callbacks import PolicyUpdateInfo
 
@@ -25,12 +27,7 @@ CLOCKS = (time.perf_counter, time.process_time)
 
 
 def run(n_updates: int) -> pd.DataFrame:
-    """
-    Train, and measure a hundred times.
-
-    :param n_updates: number of policy updates
-    :return: one row per measurement
-    """
+    """Train for so many policy updates, and measure a hundred times: one row each."""
     th.set_num_threads(1)
     small: dict[str, Any] = dict(
         buffer_size=1000, batch_size=32, policy_kwargs=dict(net_arch=[16]), learning_starts=200
@@ -72,21 +69,15 @@ def resident_megabytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def plot(table: pd.DataFrame, path: Path) -> None:
-    """Draw memory, time and drift over the policy updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    names = ["frozen critics", "resident memory (MB)", "time of the processor per step (ms)"]
-    axes = table.plot("policy updates", [*names, "relative drift of cached sums"], subplots=True, layout=(2, 2))
-    for ax, title in zip(axes.flat, [*names, "relative drift of cached sums"], strict=True):
-        ax.set(title=title, ylim=(0, 1.1 * table[title].max()))
-        ax.get_legend().remove()
+def plot(table: pd.DataFrame) -> Figure:
+    """Memory, time and drift over the policy updates."""
+    names = [*table.columns[1:3], *table.columns[4:]]
+    axes = table.plot(table.columns[0], names, subplots=True, layout=(2, 2), figsize=(10, 6), title=names, legend=False)
+    for ax, name in zip(axes.flat, names, strict=True):
+        ax.set_ylim(0, 1.1 * table[name].max())
         ax.grid(alpha=0.3)
-    figure = axes.flat[0].figure
-    figure.set_size_inches(10, 6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    axes.flat[0].figure.tight_layout()
+    return axes.flat[0].figure
 
 
 def main() -> None:
@@ -98,7 +89,7 @@ def main() -> None:
     table = run(args.updates)
     args.folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.folder / "endurance.csv", index=False, float_format="%.4g")
-    plot(table, args.folder / "endurance.png")
+    save(plot(table), args.folder / "endurance.png")
     print(args.folder / "endurance.png")
 
 

@@ -1,23 +1,19 @@
 """Markdown and figures from the result files of a suite, and from nothing else but what others have published."""
 
-from collections.abc import Iterable, Mapping
-from itertools import cycle
+from collections.abc import Iterable, Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from benchmarks import statistics
+from benchmarks import figures, statistics
+from benchmarks.figures import save, share_legend, text_table
 from benchmarks.results import Results
 from benchmarks.suites import FOLDER, Suite, file_name
 
@@ -33,8 +29,11 @@ LABELS = {
     "tqc": "TQC",
     "crossq": "CrossQ",
 }
-# Okabe and Ito's colours, which colour-blind people can tell apart, with grey, and dashes beside them
-COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#000000", "#CC79A7", "#D55E00", "#009E73", "#999999", "#F0E442")
+# Dashes are for those who see no colours
+COLORS = (
+    *(figures.BLUE, figures.ORANGE, figures.SKY, figures.BLACK, figures.PURPLE),
+    *(figures.VERMILLION, figures.GREEN, "#999999", figures.YELLOW),
+)
 DASHES = ("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1))
 
 # The prose, by heading
@@ -43,6 +42,8 @@ MIN_RUNS = 2  # algorithms with fewer trainings in common are not compared over 
 N_LAST = 5  # evaluations at the end of a training whose mean is reported
 TARGETS = (0.25, 0.5, 0.75, 1.0)  # scores of the returns whose time is reported
 
+# What makes out a training
+TRAINING = ["env", "algo", "seed"]
 # What all trainings of an algorithm in an environment should have in common
 SETTINGS = ("hyperparams_sha256", "steps", "eval_freq", "n_eval_episodes")
 
@@ -74,32 +75,21 @@ def load_published(path: Path = FOLDER / "published.yml") -> tuple[pd.DataFrame,
     return pd.DataFrame(contents["rows"], columns=contents["columns"]), contents["source"]
 
 
-def write_report(suite: Suite, folder: Path, published: pd.DataFrame | None = None, source: str = "") -> Path:
-    """
-    Write the report of a suite, a Markdown file.
-
-    :param suite: the suite
-    :param folder: where its results are, and where the report goes
-    :param published: what others have published, None for what :func:`load_published` gives
-    :param source: where that comes from
-    :return: the report
-    """
-    if published is None:
-        published, source = load_published()
+def write_report(suite: Suite, folder: Path) -> Path:
+    """Write the report of a suite, a Markdown file, and its figures to the folder of its results."""
+    published, source = load_published()
     published = published[published["env"].isin(suite.envs)]
     curves, finals = load_results(suite, folder)
-    if curves.empty:
-        raise SystemExit(f"No results in {folder}; run the suite first")
-    sns.set_theme(style="whitegrid", context="notebook")
+    sns.set_theme(style="whitegrid", context="notebook", rc={"savefig.bbox": "tight"})
     save(plot_curves(suite, curves, published, "step", "environment steps"), folder / "curves.png")
     curves["minutes"] = curves.groupby(["env", "algo", "step"])["seconds"].transform("mean") / 60
     save(plot_curves(suite, curves, published, "minutes", "minutes of training"), folder / "wall_clock.png")
-    text = [next(iter(TEXTS.values())).format(suite=suite, summary=summary(suite, finals))]
-    text.append(section("Learning curves", suite=suite))
+    introduction = next(iter(TEXTS.values())).format(suite=suite, summary=summary(suite, finals))
+    text = [introduction, section("Learning curves", suite=suite)]
     if not published.empty:
         text.append(f"Published: {source}. A number in brackets after a name: gradient steps per environment step.")
     if not finals.empty:
-        curves = curves.merge(finals[["env", "algo", "seed"]])  # from here on, trainings that are complete
+        curves = curves.merge(finals[TRAINING])  # from here on, trainings that are complete
         text += final_section(curves, finals, published) + time_section(suite, curves)
         text += aggregate_section(finals, folder) + stability_section(curves, finals, published, folder)
     report = folder / "report.md"
@@ -112,52 +102,57 @@ def section(heading: str, **values: Any) -> str:
     return f"## {TEXTS[heading].format(**values)}"
 
 
+def by_env(table: pd.DataFrame) -> Iterator[str]:
+    """A heading and a table for each environment, from rows whose index is environment and name."""
+    for env_id, rows in table.groupby(level=0, sort=False):
+        yield from (f"### {env_id}", text_table(rows.droplevel(0)))
+
+
 def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluations during the trainings, and final evaluations of those that are complete; one row each."""
     rows: list[dict[str, Any]] = []
-    for env_id, env in suite.envs.items():
-        for algo in suite.algos:
-            for path in sorted((folder / file_name(env_id) / algo).glob("seed_*.csv")):
-                results = Results.read(path)
-                freq = results.metadata["eval_freq"]
-                for evaluation in results.evaluations:
-                    row = {
-                        "env": env_id,
-                        "algo": label(algo),
-                        "seed": results.metadata["seed"],
-                        "asked": results.metadata["steps"],
-                        "final": evaluation.final,
-                        # With several environments, evaluations are a few steps late
-                        "step": evaluation.step if evaluation.final else evaluation.step // freq * freq,
-                        "seconds": evaluation.seconds,
-                        "cpu_seconds": evaluation.cpu_seconds,
-                        "return": evaluation.mean,
-                        "score": statistics.normalise(evaluation.mean, env.random, env.reference),
-                        "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
-                        "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
-                        "settings": tuple(results.metadata[key] for key in SETTINGS),
-                    }
-                    rows.append(row)
-    training, final = [row for row in rows if not row["final"]], [row for row in rows if row["final"]]
-    return pd.DataFrame(training), pd.DataFrame(final)
+    for (env_id, env), algo in product(suite.envs.items(), suite.algos):
+        found = [Results.read(path) for path in (folder / file_name(env_id) / algo).glob("seed_*.csv")]
+        for results in sorted(found, key=lambda results: results.metadata["seed"]):
+            metadata = results.metadata
+            for evaluation in results.evaluations:
+                # With several environments, evaluations are a few steps late
+                late = 0 if evaluation.final else evaluation.step % metadata["eval_freq"]
+                row = {
+                    **vars(evaluation),
+                    "env": env_id,
+                    "algo": label(algo),
+                    "seed": metadata["seed"],
+                    "asked": metadata["steps"],
+                    "step": evaluation.step - late,
+                    "return": evaluation.mean,
+                    "score": statistics.normalise(evaluation.mean, env.random, env.reference),
+                    "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
+                    "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
+                    "settings": tuple(metadata[key] for key in SETTINGS),
+                }
+                rows.append(row)
+    if not rows:
+        raise SystemExit(f"No results in {folder}; run the suite first")
+    table = pd.DataFrame(rows)
+    return table[~table["final"]].copy(), table[table["final"]].copy()
 
 
 def summary(suite: Suite, finals: pd.DataFrame) -> str:
     """How much there is, and whether it belongs together."""
     lines = [f"{len(finals)} complete trainings."]
-    groups = dict(list(finals.groupby(["env", "algo"], sort=False))) if len(finals) else {}
-    for (env_id, algo), group in groups.items():
-        if group["settings"].nunique() > 1:
-            lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters, steps and evaluations.**")
-    for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items() if len(finals) else []:
+    groups = finals.groupby(["env", "algo"], sort=False)
+    n_settings, n_done = groups["settings"].nunique(), groups.size()
+    for env_id, algo in n_settings[n_settings > 1].index:
+        lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters, steps and evaluations.**")
+    for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items():
         if len(lengths) > 1:
             lines.append(f"**{env_id}: trainings of {' and '.join(f'{n:,}' for n in sorted(lengths))} steps.**")
     missing = []
-    for env_id in suite.envs:
-        for algo in suite.algos:
-            n_done, n_seeds = len(groups.get((env_id, label(algo)), ())), len(suite.seeds_of(algo))
-            if n_done < n_seeds:
-                missing.append(f"{label(algo)} on {env_id} ({n_done} of {n_seeds})")
+    for env_id, algo in product(suite.envs, suite.algos):
+        n, n_seeds = n_done.get((env_id, label(algo)), 0), len(suite.seeds_of(algo))
+        if n < n_seeds:
+            missing.append(f"{label(algo)} on {env_id} ({n} of {n_seeds})")
     if missing:
         lines.append(f"Seeds that the suite asks for and that are not complete: {', '.join(missing)}.")
     return " ".join(lines)
@@ -208,61 +203,55 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: 
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_major_locator(MaxNLocator(6))
     grid.legend.remove()
-    share_legend(grid.figure, grid.axes.flat)
-    return grid.figure
+    return share_legend(grid.figure)
 
 
-def share_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """One legend above all panels in place of one in each."""
-    entries: dict[str, Any] = {}
-    for ax in axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        if (legend := ax.get_legend()) is not None:
-            legend.remove()
-    figure.set_layout_engine("constrained")
-    n_columns = min(len(entries), 6)
-    figure.legend(entries.values(), entries.keys(), ncols=n_columns, loc="outside upper center", frameon=False)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure and forget it."""
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+def each(values: pd.Series) -> str:
+    """The numbers of a group, one by one."""
+    return ", ".join(map("{:,.1f}".format, values))
 
 
 def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame) -> list[str]:
     """What the trained policies reach: one table of all, and one per environment with its seeds."""
+    number = "{:,.1f}".format
     means = finals.pivot_table("return", "algo", "env", sort=False)
     lowest = finals.pivot_table("return", "algo", "env", aggfunc="min", sort=False)
-    texts = means.map("{:,.1f}".format)
+    texts = means.map(number)
     texts = texts.where(means < means.max(), "**" + texts + "**") + lowest.map(" ({:,.1f})".format)
-    overview = texts.where(means.notna(), "").T.to_dict("list")
-    columns = ["", "each seed", "mean", "worst seed", f"last {N_LAST}", "steps", "minutes", "of the processor"]
-    n_episodes, table = len(finals["episodes"].iloc[0]), markdown_table(["", *means.columns], overview)
-    text = [section("Final returns", n_episodes=n_episodes, overview=table, n_last=N_LAST)]
-    for env_id, of_env in finals.groupby("env", sort=False):
-        rows = {}
-        for algo, group in of_env.groupby("algo", sort=False):
-            own = curves[(curves["env"] == env_id) & (curves["algo"] == algo)]
-            last = own.groupby("seed").tail(N_LAST).groupby("seed")["return"].mean()
-            minutes, cpu_minutes = group["seconds"].mean() / 60, group["cpu_seconds"].mean() / 60
-            rows[algo] = [
-                ", ".join(f"{value:,.1f}" for value in group.sort_values("seed")["return"]),
-                f"{group['return'].mean():,.1f}",
-                f"{group['return'].min():,.1f}",
-                f"{last.mean():,.1f} ({', '.join(f'{value:,.1f}' for value in last)})",
-                f"{group['step'].max():,}",
-                f"{minutes:,.1f}",
-                "" if np.isnan(cpu_minutes) else f"{cpu_minutes:,.1f}",
-                f"{group['step'].mean() / (60 * minutes):,.0f}",
-            ]
-        steps, others = of_env["asked"].max(), published[published["env"] == env_id]
-        longer = others["algo"].isin(of_env["algo"]) & (others["steps"] > steps)
-        for row in others[longer | (others["steps"] == steps)].to_dict("records"):
-            cells = [f"{row['seeds']} seeds", f"{row['return']:,.0f}", "", "", f"{row['steps']:,}", "", "", ""]
-            rows[f"{row['algo']}, published ({row['steps']:,} steps)"] = cells
-        text += [f"### {env_id}", markdown_table([*columns, "steps/s"], rows)]
-    return text
+    n_episodes = len(finals["episodes"].iloc[0])
+    overview = text_table(texts.where(means.notna()))
+    text = [section("Final returns", n_episodes=n_episodes, overview=overview, n_last=N_LAST)]
+
+    last = curves.groupby(TRAINING).tail(N_LAST).groupby(TRAINING)["return"].mean().rename("last")
+    groups = finals.join(last, on=TRAINING).groupby(["env", "algo"], sort=False)
+    minutes = groups[["seconds", "cpu_seconds"]].mean() / 60
+    own = pd.DataFrame(
+        {
+            "each seed": groups["return"].agg(each),
+            "mean": groups["return"].mean().map(number),
+            "worst seed": groups["return"].min().map(number),
+            f"last {N_LAST}": groups["last"].mean().map(number) + " (" + groups["last"].agg(each) + ")",
+            "steps": groups["step"].max().map("{:,}".format),
+            "minutes": minutes["seconds"].map(number),
+            "of the processor": minutes["cpu_seconds"].map(number, na_action="ignore"),
+            "steps/s": (groups["step"].mean() / groups["seconds"].mean()).map("{:,.0f}".format),
+        }
+    )
+    # Published trainings as long as ours, and longer ones of the same algorithm
+    steps = published["env"].map(finals.groupby("env")["asked"].max())
+    known = published.set_index(["env", "algo"]).index.isin(own.index)
+    published = published[(published["steps"] == steps) | (known & (published["steps"] > steps))]
+    lengths = published["steps"].map("{:,}".format)
+    others = pd.DataFrame(
+        {
+            "env": published["env"],
+            "algo": published["algo"] + ", published (" + lengths + " steps)",
+            "each seed": published["seeds"].map("{} seeds".format),
+            "mean": published["return"].map("{:,.0f}".format),
+            "steps": lengths,
+        }
+    )
+    return [*text, *by_env(pd.concat([own, others.set_index(["env", "algo"])]))]
 
 
 def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
@@ -271,18 +260,23 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
     for env_id, of_env in curves.dropna(subset="cpu_seconds").groupby("env", sort=False):
         env = suite.envs[env_id]
         targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
-        rows: dict[str, list[str]] = {}
-        for algo, group in of_env.groupby("algo", sort=False):
-            trainings = [(one["cpu_seconds"].to_numpy(), one["return"].to_numpy()) for _, one in group.groupby("seed")]
-            rows[algo] = []
-            for target in targets:
-                minutes = np.array([statistics.time_to_return(*training, target) for training in trainings]) / 60
-                n_reached, median = np.isfinite(minutes).sum(), np.median(minutes)
-                share = f" ({n_reached} of {len(minutes)})" if n_reached < len(minutes) else ""
-                rows[algo].append((f"{median:,.1f}" if np.isfinite(median) else "") + share)
-            rows[algo].append(str(len(trainings)))
-        text += [f"### {env_id}", markdown_table(["", *(f"{target:,.1f}" for target in targets), "seeds"], rows)]
+        trainings = of_env.groupby(["algo", "seed"], sort=False)[["cpu_seconds", "return"]]
+        minutes = {
+            f"{target:,.1f}": trainings.apply(
+                lambda x, y=target: statistics.time_to_return(x["cpu_seconds"], x["return"], y) / 60
+            )
+            for target in targets
+        }
+        groups = pd.DataFrame(minutes).groupby("algo", sort=False)
+        text += [f"### {env_id}", text_table(groups.agg(median_of_those_that_reach_it).assign(seeds=groups.size()))]
     return text if len(text) > 1 else []
+
+
+def median_of_those_that_reach_it(minutes: pd.Series) -> str:
+    """The median if it is finite, and how many are finite if not all."""
+    n_reached, median = np.isfinite(minutes).sum(), minutes.median()
+    share = f" ({n_reached} of {len(minutes)})" if n_reached < len(minutes) else ""
+    return (f"{median:,.1f}" if np.isfinite(median) else "") + share
 
 
 def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
@@ -290,11 +284,11 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
     scores = score_matrices(finals)
     if not scores:
         return []
-    from rliable import plot_utils  # takes seconds
+    from rliable import library, metrics, plot_utils  # takes seconds
 
     thresholds = np.linspace(0.0, max(1.0, max(matrix.max() for matrix in scores.values())), 51)
-    means, intervals = statistics.bootstrap(scores, statistics.interquartile_mean, n_resamples=10_000)
-    profiles, bands = statistics.bootstrap(scores, lambda matrix: statistics.performance_profile(matrix, thresholds))
+    means, intervals = statistics.bootstrap(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), n_resamples=10_000)
+    profiles, bands = statistics.bootstrap(scores, lambda x: library.score_distributions(x, thresholds))
     colors, dashes = styles(scores)
     with sns.plotting_context("notebook", font_scale=0.75):
         figure, ax = plot_utils.plot_interval_estimates(
@@ -320,14 +314,14 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
             xlabel="score s",
             ylabel="share of final scores above s",
         )
-        share_legend(ax.figure, [ax])
-        save(ax.figure, folder / "profiles.png")
+        save(share_legend(ax.figure), folder / "profiles.png")
     rows = {
-        algo: [f"{means[algo][0]:.3f}", f"{low:.3f} to {high:.3f}", str(len(scores[algo]))]
+        algo: [f"{means[algo][0]:.3f}", f"{low:.3f} to {high:.3f}", len(scores[algo])]
         for algo, ((low,), (high,)) in intervals.items()
     }
     n_envs = next(iter(scores.values())).shape[1]
-    table = markdown_table(["", "interquartile mean score", "95% interval", "seeds"], rows)
+    columns = ["interquartile mean score", "95% interval", "seeds"]
+    table = text_table(pd.DataFrame.from_dict(rows, orient="index", columns=columns))
     return [section("All environments together", n_envs=n_envs, min_runs=MIN_RUNS, aggregate=table)]
 
 
@@ -350,30 +344,23 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.
     """The measures of stability, one table per environment."""
     measures = stability_measures(curves, finals)
     save(plot_stability(measures), folder / "stability.png")
-    text = [section("Stability")]
-    steps = finals.groupby("env")["asked"].max()
-    published = published[published["steps"] == published["env"].map(steps)].dropna()
-    for env_id, group in measures.groupby("env", sort=False):
-        rows = {row["algo"]: stability_cells(row) for row in group.to_dict("records")}
-        for row in published[published["env"] == env_id].to_dict("records"):
-            rows[f"{row['algo']}, published"] = stability_cells(row)
-        text += [f"### {env_id}", markdown_table(["", *STABILITY, "seeds"], rows)]
+    asked = finals.groupby("env")["asked"].max()
+    published = published[published["steps"] == published["env"].map(asked)].dropna()
+    rows = pd.concat([measures, published.assign(algo=published["algo"] + ", published")]).set_index(["env", "algo"])
+    cells = rows[[*STABILITY, "seeds"]].astype(object)
+    for name in STABILITY:
+        digits = 2 if name in SHARES else 3
+        cells[name] = rows[name].map(f"{{:.{digits}f}}".format, na_action="ignore")
+        if name in SHARES:
+            texts = rows[f"{name}, each"].dropna().map(lambda values: ", ".join(map("{:.2f}".format, values)))
+            cells[name] += (" (" + texts.str.replace("nan", "-") + ")").reindex(cells.index, fill_value="")
+    text = [section("Stability"), *by_env(cells)]
     if not published.empty:
         text.append(
             "Published trainings were evaluated at other steps and by other numbers of episodes. Falls between two "
             "evaluations do not show: of two equal trainings, the one that is evaluated less often seems steadier."
         )
     return text
-
-
-def stability_cells(row: Mapping[Any, Any]) -> list[str]:
-    """A row of a table of stability: one cell per measure, and the number of seeds."""
-    cells = []
-    for name in STABILITY:
-        value, digits = row.get(name, np.nan), 2 if name in SHARES else 3
-        each = ", ".join("-" if np.isnan(one) else f"{one:.{digits}f}" for one in row.get(f"{name}, each", ()))
-        cells.append("" if np.isnan(value) else f"{value:.{digits}f}" + (f" ({each})" if each else ""))
-    return [*cells, str(row["seeds"])]
 
 
 def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
@@ -431,16 +418,4 @@ def plot_stability(measures: pd.DataFrame) -> Figure:
         ax.set(title=name, ylabel="", xlabel="share (less is better)" if name in SHARES else "score (less is better)")
         ax.xaxis.set_major_locator(MaxNLocator(4))
     grid.legend.remove()
-    share_legend(grid.figure, grid.axes.flat)
-    return grid.figure
-
-
-def markdown_table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
-    """
-    A table of Markdown.
-
-    :param columns: headings, the first one that of the rows' names
-    :param rows: cells by name of the row
-    """
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[1:]).rename_axis(columns[0])
-    return table.to_markdown(disable_numparse=True, colalign=("left", *("right" for _ in columns[1:])))
+    return share_legend(grid.figure)

@@ -9,25 +9,22 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.results import Results
 from benchmarks.suites import Cell
 
 # One thread a run, also outside PyTorch
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# So many lines of finished cells stay in the table
-N_RECENT = 8
-STATES = {"done": "green", "running": "cyan", "waiting": "", "failed": "red", "outdated": ""}
-HEADINGS = ("environment", "algorithm", "seed", "state", "steps", "rate", "last return", "time left")
+STATES = ("done", "running", "waiting", "failed", "outdated")
+# On a terminal there is a bar for each cell that runs
+BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @dataclass
@@ -47,20 +44,16 @@ class Job:
             last = results.evaluations[-1]
             self.step, self.seconds, self.last_return = last.step, last.seconds, last.mean
 
-    def fields(self) -> list[str]:
-        """What is shown of the cell, as in ``HEADINGS``."""
-        rate = self.step / self.seconds if self.seconds > 0 else 0.0
-        remaining = max(self.cell.steps - self.step, 0)
-        return [
-            self.cell.env_id,
-            self.cell.algo,
-            str(self.cell.seed),
-            self.state,
-            f"{self.step:,} / {self.cell.steps:,}",
-            f"{rate:,.0f}/s" if rate else "",
-            f"{self.last_return:.1f}" if self.last_return is not None else "",
-            str(timedelta(seconds=int(remaining / rate))) if self.state == "running" and rate else "",
-        ]
+    def __str__(self) -> str:
+        cell, rate = self.cell, self.step / self.seconds if self.seconds > 0 else 0.0
+        texts = [f"{cell.env_id} {cell.algo} {cell.seed} {self.state} {self.step:,} / {cell.steps:,}"]
+        if rate:
+            texts.append(f"{rate:,.0f}/s")
+        if self.last_return is not None:
+            texts.append(f"{self.last_return:.1f}")
+        if self.state == "running" and rate:
+            texts.append(str(timedelta(seconds=int(max(cell.steps - self.step, 0) / rate))))
+        return " ".join(texts)
 
 
 def look_up(cell: Cell, fresh: bool) -> Job:
@@ -159,7 +152,7 @@ def _receive(job: Job, process: Any, connection: Any) -> str:
 
 def run_cells(cells: list[Cell], train: Train, fresh: bool = False) -> bool:
     """
-    Run all cells that are not done, and show how far they are: in a live table on a terminal, else in lines.
+    Run all cells that are not done, with a line for each new state and evaluation, and bars on a terminal.
 
     :param cells: the cells
     :param train: trains those that are not done
@@ -169,40 +162,20 @@ def run_cells(cells: list[Cell], train: Train, fresh: bool = False) -> bool:
     jobs = [look_up(cell, fresh) for cell in cells]
     to_do = [job for job in jobs if job.state == "waiting"]
     shown = {id(job): ("waiting", job.last_return) for job in jobs}
-    console = Console()
-    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-    with live or nullcontext(), closing(train(to_do)) as news:
+    with Progress(*BARS, disable=not sys.stdout.isatty()) as progress, closing(train(to_do)) as news:
+        bars = [progress.add_task(str(job.cell), total=job.cell.steps, visible=False) for job in to_do]
         while True:
-            if live:
-                live.update(_table(jobs, to_do), refresh=True)
-            else:
-                _print_changes(jobs, shown)
+            for job, bar in zip(to_do, bars, strict=True):
+                progress.update(bar, completed=job.step, visible=job.state == "running")
+            for job in jobs:
+                if shown[id(job)] != (state := (job.state, job.last_return)):
+                    shown[id(job)] = state
+                    print(time.strftime("%H:%M:%S"), job, flush=True)
             if next(news, StopIteration) is StopIteration:
                 break
     for job in jobs:
         if job.error:
             print(f"\n{job.cell} {job.state}:\n{job.error}", file=sys.stderr)
-    print(_counts(jobs), flush=True)
-    return all(job.state == "done" for job in jobs)
-
-
-def _table(jobs: list[Job], to_do: list[Job]) -> Group:
-    """The cells that run or have ended, the latest ones, and the numbers of all."""
-    table = Table(*HEADINGS, title="Cells")
-    ended = [job for job in to_do if job.state in ("done", "failed")]
-    for job in ended[-N_RECENT:] + [job for job in to_do if job.state == "running"]:
-        table.add_row(*job.fields(), style=STATES[job.state])
-    return Group(table, _counts(jobs))
-
-
-def _counts(jobs: list[Job]) -> str:
     counts = Counter(job.state for job in jobs)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-
-
-def _print_changes(jobs: list[Job], shown: dict[int, tuple[str, float | None]]) -> None:
-    """One line for each cell whose state or last evaluation is new."""
-    for job in jobs:
-        if shown[id(job)] != (news := (job.state, job.last_return)):
-            shown[id(job)] = news
-            print(time.strftime("%H:%M:%S"), *filter(None, job.fields()), flush=True)
+    print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True)
+    return all(job.state == "done" for job in jobs)

@@ -12,6 +12,7 @@ from math import ceil
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import iqr
 
 Returns = TypeVar("Returns", float, np.ndarray)
@@ -65,10 +66,10 @@ def low_share(curve: np.ndarray, level: float = 0.75) -> float:
     return float(np.mean(curve[len(curve) // 2 :] < level * best)) if best > 0 else float("nan")
 
 
-def time_to_return(times: np.ndarray, returns: np.ndarray, target: float) -> float:
+def time_to_return(times: ArrayLike, returns: ArrayLike, target: float) -> float:
     """Time of the first evaluation that is not below a given return, infinity if there is none."""
-    reached = returns >= target
-    return float(times[reached.argmax()]) if reached.any() else float("inf")
+    reached = np.asarray(returns) >= target
+    return float(np.asarray(times)[reached.argmax()]) if reached.any() else float("inf")
 
 
 def dispersion_across_runs(curves: np.ndarray) -> float:
@@ -100,17 +101,3 @@ def bootstrap(
         return get_interval_estimates(scores, function, reps=n_resamples)
     finally:
         np.random.set_state(state)
-
-
-def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of all scores, over all runs and environments, as a vector of one number."""
-    from rliable.metrics import aggregate_iqm
-
-    return np.array([aggregate_iqm(scores)])
-
-
-def performance_profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Share of runs, over all environments, that score above each threshold."""
-    from rliable.library import score_distributions
-
-    return score_distributions(scores, thresholds)

@@ -29,6 +29,7 @@ import torch as th
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.figures import BLUE, GREEN, ORANGE, SKY, VERMILLION, save, share_legend
 from benchmarks.tabular_mdps import TabularMDP, garnet, grid_world
 from sb3_staq.memory_bounds import memory_bound
 from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_divergence, log_policy
@@ -50,12 +51,10 @@ N_ITERATIONS = 400
 ENT_COEF, NOISE = 0.1, 0.5  # of the floors, the noise and the average
 SMALL_KL_COEF, SMALL_ENT_COEF, N_SMALL_MDPS = 1.0, 1e-4, 500
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 LINES = dict(zip(MEMORY_SIZES, zip((VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^v", strict=True), strict=True))
 REFERENCE: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 2}
-STYLE: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2, "legend.frameon": False}
-STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1, "figure.constrained_layout.use": True}
+STYLE: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2}
+STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -297,14 +296,6 @@ def rule_panels(table: pd.DataFrame, x: str, measures: dict[str, str], x_label: 
     return figure
 
 
-def share_legend(figure: Figure, ncols: int) -> Figure:
-    """One legend above all panels, with every label once."""
-    pairs = [pair for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    entries = {label: handle for handle, label in pairs}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols)
-    return figure
-
-
 def plot_convergence(curves: pd.DataFrame, name: str) -> Figure:
     """Distances over the iterations on one kind of MDP."""
     mdp, kl_coef, ent_coef = CONVERGENCE_SETTINGS[name]
@@ -432,8 +423,7 @@ def main() -> int:
         figures = {f"convergence_{name}": plot_convergence(curves, name) for name in CONVERGENCE_SETTINGS}
         figures |= {"floors": plot_floors(floors), "noise": plot_noise(noise), "average": plot_average(average)}
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-            plt.close(figure)
+            save(figure, folder / f"{name}.png")
     slopes, largest = floor_tables(floors)
     unbiased = noise[noise["rule"] != "truncated"]
     noise_ratio = unbiased["logit_error"] / unbiased["expected_logit_error"]

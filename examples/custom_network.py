@@ -25,6 +25,7 @@ class FourierFeatures(BaseFeaturesExtractor):
         self.projection = nn.Linear(observation_space.shape[0], n_frequencies)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
+        """Map observations to features, shape (batch, features_dim)."""
         angles = self.projection(observations)
         return th.cat([angles.sin(), angles.cos()], dim=-1)
 

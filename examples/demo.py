@@ -22,6 +22,8 @@ BLUE = "#0072B2"
 
 def plot_learning_curve(folder: Path, title: str) -> Path:
     """
+    Draw the returns over the steps.
+
     :param folder: has the training episodes (monitor.csv) and the evaluations (evaluations.npz)
     :param title: of the figure
     :return: the figure's path
@@ -42,6 +44,7 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
 
 
 def main() -> None:
+    """Train, evaluate and film an agent."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="CartPole-v1", help="any id of Gymnasium")
     parser.add_argument("--steps", type=int, help="environment steps; those of the hyperparameter file by default")

@@ -21,6 +21,7 @@ class Actor(th.nn.Module):
         self.policy = policy
 
     def forward(self, observation: th.Tensor) -> th.Tensor:
+        """Give the greedy actions for observations."""
         return self.policy(observation, deterministic=True)
 
 

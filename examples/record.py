@@ -70,6 +70,7 @@ def record(
 
 
 def main() -> None:
+    """Film the agent of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("-f", "--folder", default="trained_agents", help="where the RL Zoo keeps the agents")

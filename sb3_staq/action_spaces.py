@@ -14,11 +14,7 @@ from functools import partial
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import (
-    CategoricalDistribution,
-    Distribution,
-    MultiCategoricalDistribution,
-)
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution, MultiCategoricalDistribution
 from torch import nn
 
 SUPPORTED_ACTION_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
@@ -87,30 +83,15 @@ class Branches(nn.Module):
         raise NotImplementedError
 
     def columns(self, bins: th.Tensor) -> th.Tensor:
-        """
-        Find the columns of bins in logits and Q-values.
-
-        :param bins: shape (batch, number of branches)
-        :return: same shape
-        """
+        """Find the columns of bins in logits and Q-values, both of shape (batch, number of branches)."""
         return bins + self.offsets
 
     def sample(self, log_prob: th.Tensor) -> th.Tensor:
-        """
-        Draw bins.
-
-        :param log_prob: log-probabilities, shape (batch, n_bins)
-        :return: shape (batch, number of branches)
-        """
+        """Draw bins from log-probabilities: shape (batch, n_bins) -> (batch, number of branches)."""
         return self._choose(_sample, log_prob)
 
     def mode(self, logits: th.Tensor) -> th.Tensor:
-        """
-        Find the most probable bins.
-
-        :param logits: shape (batch, n_bins)
-        :return: shape (batch, number of branches)
-        """
+        """Find the most probable bins: shape (batch, n_bins) -> (batch, number of branches)."""
         return self._choose(partial(th.argmax, dim=-1), logits)
 
     def deterministic(self, logits: th.Tensor) -> th.Tensor:
@@ -148,12 +129,7 @@ class Branches(nn.Module):
         return actions if self.box_dim else self.one_hot(self.encode(actions))
 
     def uniform(self, batch_size: int) -> th.Tensor:
-        """
-        Draw bins uniformly.
-
-        :param batch_size: number of actions
-        :return: shape (batch_size, number of branches)
-        """
+        """Draw bins uniformly, shape (batch_size, number of branches)."""
         return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1).to(self.offsets.device)
 
     def distribution(self, logits: th.Tensor) -> Distribution:
@@ -209,13 +185,16 @@ class EvenlySpacedBranches(Branches):
         self.box_dim = len(sizes) if dtype.is_floating_point else 0
 
     def decode(self, bins: th.Tensor) -> th.Tensor:
+        """Turn bins into stored actions."""
         return self.lowest + self.spacing * bins
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
+        """Find the nearest bins of stored actions."""
         steps = (actions - self.lowest) / self.spacing
         return steps.round().long().clamp(min=0).minimum(self.last)
 
     def deterministic(self, logits: th.Tensor) -> th.Tensor:
+        """Give the mean of a Box, or the best bins."""
         return self.decode(self._choose(_mean_or_mode, logits)) if self.box_dim else super().deterministic(logits)
 
 
@@ -236,9 +215,11 @@ class ListedBranch(Branches):
         self.box_dim = actions.shape[1]
 
     def decode(self, bins: th.Tensor) -> th.Tensor:
+        """Turn bins into stored actions."""
         return self.actions[bins.squeeze(1)]
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
+        """Find the nearest bins of stored actions."""
         # |a - c|^2 / 2 = |a|^2 / 2 - (a . c - |c|^2 / 2), at a tenth of the time that th.cdist takes
         return (actions.float() @ self.actions.T - self.half_norms).argmax(dim=1, keepdim=True)
 

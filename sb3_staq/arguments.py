@@ -9,8 +9,9 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_staq.action_spaces import ACTION_GRIDS
+from sb3_staq.base_policy import CRITIC_REDUCTIONS
 from sb3_staq.coefficients import is_number
-from sb3_staq.policies import CRITIC_REDUCTIONS, CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS
+from sb3_staq.policies import CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS
 
 
 @dataclass(frozen=True)

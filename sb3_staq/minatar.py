@@ -21,8 +21,10 @@ FRAME_SCALE = 32
 
 def register_envs() -> None:
     """
-    Register the MinAtar games under the package's own ids, with a time limit: ``MinAtar/Breakout-v0`` with all six
-    actions, ``MinAtar/Breakout-v1`` with those that have an effect in the game. Does nothing if MinAtar is missing.
+    Register the MinAtar games under the package's own ids, with a time limit.
+
+    ``MinAtar/Breakout-v0`` has all six actions, ``MinAtar/Breakout-v1`` those that have an effect in the game. Does
+    nothing if MinAtar is missing.
     """
     if importlib.util.find_spec("minatar") is None:
         return
@@ -45,8 +47,10 @@ def register_envs() -> None:
 
 class MinAtarWrapper(gym.Wrapper):
     """
-    MinAtar as SB3 expects an environment: channel-first observations (still booleans, so that the replay buffer stays
-    small), rewards of type float, the same episode after the same seed, and frames that video encoders accept.
+    MinAtar as SB3 expects an environment.
+
+    Observations are channel-first (still booleans, so that the replay buffer stays small), rewards are of type float,
+    the same seed gives the same episode, and video encoders accept the frames.
 
     :param env: a MinAtar environment
     """
@@ -59,6 +63,7 @@ class MinAtarWrapper(gym.Wrapper):
         self.metadata = {**env.metadata, "render_fps": 15}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode."""
         if seed is not None:
             # The sticky action outlives the episode, hence also a new seed
             self.unwrapped.game.last_action = 0  # type: ignore[attr-defined]
@@ -66,10 +71,12 @@ class MinAtarWrapper(gym.Wrapper):
         return self._channel_first(obs), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Act; the reward is a float."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         return self._channel_first(obs), float(reward), terminated, truncated, info
 
     def render(self) -> Any:
+        """Give the frame, enlarged if it is an array."""
         frame = self.env.render()
         if self.render_mode != "rgb_array":
             return frame
@@ -95,6 +102,7 @@ class MinAtarCNN(BaseFeaturesExtractor):
         self.cnn = nn.Sequential(nn.Conv2d(n_channels, 16, kernel_size=3), nn.ReLU(), nn.Flatten())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
+        """Map observations to features, shape (batch, features_dim)."""
         return self.cnn(observations)
 
 

@@ -270,8 +270,9 @@ def solve_ent_coef(
     q_values: th.Tensor, branch_sizes: Sequence[int], target_entropy: float, lowest: float, highest: float
 ) -> float:
     """
-    The ``ent_coef`` with which ``softmax(q_values / ent_coef)`` has the wanted mean entropy. The entropy grows with
-    ``ent_coef``, so its root is bracketed and halved down to 0.1%.
+    Find the ``ent_coef`` with which ``softmax(q_values / ent_coef)`` has the wanted mean entropy.
+
+    The entropy grows with ``ent_coef``, so its root is bracketed and halved down to 0.1%.
 
     :param q_values: values of the bins at some states, shape (batch, sum(branch_sizes))
     :param branch_sizes: the number of bins of each branch

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def read_diagnostics(path: str | Path) -> "pd.DataFrame":
     """
+    Read the diagnostics of a training.
+
     :param path: a file of :class:`PolicyUpdateDiagnostics`, complete or not
     :return: one row per policy update; ``shares`` holds arrays, one number per critic, newest first
     :raise ValueError: if it is another kind of file
@@ -33,6 +35,8 @@ def read_diagnostics(path: str | Path) -> "pd.DataFrame":
 
 def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     """
+    Draw the diagnostics of a training.
+
     :param data: at least one policy update, as from :func:`read_diagnostics`
     :return: the figure
     """

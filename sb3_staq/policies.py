@@ -1,18 +1,13 @@
 """The policy of StaQ: softmax of the weighted sum of frozen critics, with the online critics that will join them."""
 
-import io
-import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -21,25 +16,16 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import ConstantSchedule, get_device
+from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_staq.action_spaces import Branches, make_branches
-from sb3_staq.main_effects import (
-    SampledActions,
-    StateActionCritics,
-    StateActionQNetwork,
-    Sweep,
-    expected_q_values,
-)
-from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, expected_value, log_policy, make_logit_rule
+from sb3_staq.action_spaces import make_branches
+from sb3_staq.base_policy import CriticPolicy
+from sb3_staq.main_effects import StateActionCritics, StateActionQNetwork
+from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, log_policy, make_logit_rule
 from sb3_staq.observations import in_parts
-from sb3_staq.plain_data import load_policy, save_policy
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics
-
-SelfStaQPolicy = TypeVar("SelfStaQPolicy", bound="StaQPolicy")
 
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "last")
@@ -56,13 +42,9 @@ POLICY_ARGUMENTS = (
     "average_window",
     "average_size",
 )
-CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
-    "mean": partial(th.mean, dim=0),
-    "min": partial(th.amin, dim=0),
-}
 
 
-class StaQPolicy(BasePolicy):
+class StaQPolicy(CriticPolicy):
     """
     Policy class of StaQ: ``pi(.|s) = softmax(scale * sum_i w_i Q_i(s))`` over the stack of frozen critics.
 
@@ -87,7 +69,6 @@ class StaQPolicy(BasePolicy):
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
-    branches: Branches
 
     def __init__(
         self,
@@ -181,21 +162,6 @@ class StaQPolicy(BasePolicy):
 
     # Acting
 
-    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
-        """
-        Make the critics' input of observations.
-
-        :param obs: observations as environments and replay buffers give them (images channel-first)
-        :return: floats, images scaled, discrete observations one-hot encoded
-        """
-        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[return-value]
-
-    def obs_to_tensor(self, observation: Any) -> tuple[PyTorchObs, bool]:
-        """As SB3's, but of nested lists also where they are images."""
-        if isinstance(observation, dict):
-            return super().obs_to_tensor({key: np.asarray(value) for key, value in observation.items()})
-        return super().obs_to_tensor(np.asarray(observation))
-
     def logit_sums(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
         """
         Compute the weighted sum ``S`` of the frozen critics.
@@ -251,6 +217,7 @@ class StaQPolicy(BasePolicy):
         return self.branches.distribution(self.logits(obs))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        """Give stored actions of the policy that is delivered."""
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
@@ -271,40 +238,6 @@ class StaQPolicy(BasePolicy):
         actions = actions.astype(self.action_space.dtype)
         return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """
-        Scale actions of a Box as they are stored: from [low, high] to [-1, 1], -1 where the bounds are equal.
-
-        :param action: actions
-        :return: stored actions
-        """
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
-
-    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """
-        Scale stored actions of a Box to its bounds, where rounding errors are cut off.
-
-        :param scaled_action: stored actions
-        :return: actions
-        """
-        bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return np.clip(super().unscale_action(scaled_action), *bounds)
-
-    # Learning
-
-    @property
-    def additive_critics(self) -> CriticEnsemble:
-        """
-        What a policy update pushes on the stack: the critics, or the Polyak average of the main effects.
-
-        Main effects are small beside the values that they are learnt from: successive policies would differ by the
-        noise of the gradient steps.
-        """
-        critics = self.critics if self.main_effects_target is None else self.main_effects_target
-        assert isinstance(critics, CriticEnsemble)
-        return critics
-
     def push_critics(
         self, kl_coef: float, ent_coef: float, memory_size: int | None = None
     ) -> tuple[PolicyUpdate, list[CriticEnsemble]]:
@@ -319,125 +252,6 @@ class StaQPolicy(BasePolicy):
         if memory_size is not None:
             self.memory_size = self.frozen_critics.weights.memory_size = memory_size
         return self.frozen_critics.push(self.additive_critics, kl_coef, ent_coef)
-
-    @th.no_grad()
-    def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the Q-values of an ensemble.
-
-        :param critics: targets, an entry of the stack, ...
-        :param obs: observations
-        :return: mean of its members, shape (batch, n_bins)
-        """
-        with th.autocast(self.device.type, enabled=False):  # the policy keeps its precision
-            return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
-
-    def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        """
-        Compute the Q-values of stored actions by the critics that are trained.
-
-        :param obs: observations
-        :param actions: stored actions, shape (batch, action_dim)
-        :return: shape (n_critics, batch)
-        """
-        obs, branches = self.preprocess(obs), self.branches
-        if isinstance(self.critics, StateActionCritics):
-            return self.critics(obs, branches.inputs(actions))
-        q_values = self.critics(obs)
-        chosen = branches.columns(branches.encode(actions)).expand(len(q_values), -1, -1)
-        return q_values.gather(2, chosen).sum(dim=2)
-
-    @th.no_grad()
-    def expected_q(
-        self, obs: PyTorchObs, log_prob: th.Tensor, actions: SampledActions | None
-    ) -> tuple[th.Tensor, Sweep | None]:
-        """
-        Compute ``E_{a~pi}[Q(s,a)]`` by the target critics, reduced to one.
-
-        :param obs: observations
-        :param log_prob: the policy there, shape (batch, n_bins)
-        :param actions: drawn from it, for state-action critics
-        :return: the expectation, shape (batch,): exact for additive critics; and what state-action critics, which are
-            evaluated at the drawn actions, were swept over
-        """
-        obs = self.preprocess(obs)
-        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
-        if isinstance(self.critics_target, StateActionCritics):
-            assert actions is not None
-            expected, sweep = expected_q_values(self.critics_target, obs, actions, len(self.branches.sizes))
-            return reduce(expected), sweep
-        return reduce(expected_value(log_prob, self.critics_target(obs))), None
-
-    def update_targets(self, tau: float) -> None:
-        """
-        Move the targets, and the average of the main effects, towards the networks that are trained.
-
-        :param tau: the Polyak coefficient, between 0 and 1
-        """
-        update = get_ema_multi_avg_fn(1.0 - tau)  # all parameters in one operation
-        update(list(self.critics_target.params.values()), list(self.critics.params.values()), None)
-        if self.main_effects is not None and self.main_effects_target is not None:
-            update(list(self.main_effects_target.params.values()), list(self.main_effects.params.values()), None)
-
-    def set_training_mode(self, mode: bool) -> None:
-        """
-        Note the mode. It changes nothing.
-
-        Only frozen critics act, and they and the targets stay in evaluation mode, those that are trained in training
-        mode; whatever mode is set here, or by ``train()`` and ``eval()``.
-
-        :param mode: as of any SB3 policy
-        """
-        self.training = mode
-
-    def train(self, mode: bool = True) -> "StaQPolicy":
-        """Note the mode, see :meth:`set_training_mode`."""
-        self.set_training_mode(mode)
-        return self
-
-    # Saving
-
-    def load_from_vector(self, vector: np.ndarray) -> None:
-        """
-        Load parameters from a 1D vector, as ``parameters_to_vector`` returns them.
-
-        The weights of the stack, which are not parameters, stay as they are.
-
-        :param vector: all parameters, those of the frozen critics included
-        """
-        super().load_from_vector(vector)
-        self.frozen_critics.gather()
-
-    def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
-        """
-        Save the policy, the whole stack included. An existing file is replaced once the new one is complete.
-
-        :param path: where to save it
-        """
-        save_policy(path, self.state_dict(), self._get_constructor_parameters())
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[SelfStaQPolicy],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        weights_only: bool = False,
-    ) -> SelfStaQPolicy:
-        """
-        Load a policy from a file.
-
-        :param path: the file
-        :param device: the device to put it on
-        :param custom_objects: arguments of the policy that are taken instead of those of the file
-        :param weights_only: for files from others: run nothing of the file, as in ``StaQ.load``
-        :return: the policy
-        :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
-        """
-        state_dict, arguments = load_policy(path, device, custom_objects or {}, weights_only)
-        policy = cls(**arguments)
-        policy.load_state_dict(state_dict)
-        return policy.to(get_device(device))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(

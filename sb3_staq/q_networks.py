@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call, vmap
 
-from sb3_staq.kernels import batched_linear, exporting, weighted_sum_linear
+from sb3_staq.kernels import batched_linear, exporting
 
 Net = TypeVar("Net", bound="Critic")
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
@@ -200,7 +200,7 @@ def batched_forward(
     for i, (layer, names) in enumerate(net.layers[start:end], start):
         own = {leaf: params[name] for leaf, name in names.items()}
         if coef is not None and i == net.output_index:
-            x = weighted_sum_linear(coef, x, own["weight"], own["bias"])
+            x = th.tensordot(coef, batched_linear(x, own["weight"], own["bias"]), dims=1)
         else:
             x = _batched_layer(layer, own, x, shared_input)
         shared_input = shared_input and not own

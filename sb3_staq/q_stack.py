@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_staq import stack_numbers
 from sb3_staq.kernels import allocate, exporting
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
 from sb3_staq.q_networks import CriticEnsemble, batched_forward
@@ -28,8 +29,6 @@ NEGLIGIBLE_WEIGHT = 2.0**-32
 # Rows of critics without weight that are evaluated rather than parted at: a pass of its own costs about as much
 GAP = 4
 NEW = -1
-# Stands in files for an ``ent_coef`` before the first policy update
-NO_ENT_COEF = -1.0
 
 
 @contextmanager
@@ -119,12 +118,7 @@ class FrozenCritics(nn.ModuleList):
         return total
 
     def coefs(self, average: bool) -> th.Tensor:
-        """
-        Give the factors of all frozen networks in the weighted sum.
-
-        :param average: those of the average, instead of those of the logit rule
-        :return: shape (number of entries up to the last that has one, n_critics)
-        """
+        """Give the factors of the logit rule or the average, shape (entries up to the last that has one, n_critics)."""
         return self._factors(average)[0]
 
     def _factors(self, average: bool) -> tuple[th.Tensor, list[range]]:
@@ -181,8 +175,7 @@ class FrozenCritics(nn.ModuleList):
         weights, n_updates = copy.copy(self.weights), self.n_updates + 1
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
-        by_age = sorted(range(n_old), key=self.updates.__getitem__)
-        deleted = by_age[: len(update.deleted_weights)]
+        deleted = sorted(range(n_old), key=self.updates.__getitem__)[: len(update.deleted_weights)]  # the oldest
         needed = averaged_updates(n_updates, self.average_window, self.average_size) if self.average_size else range(0)
         averaged = [i for i in [*range(n_old, len(self)), *deleted] if self.updates[i] in needed]
         recent = [*(i for i in range(n_old) if i not in deleted), NEW]
@@ -208,26 +201,21 @@ class FrozenCritics(nn.ModuleList):
             self.extend(entries)
             self._link(n_linked)
             self.weights, self.updates, self.n_updates = weights, updates, n_updates
-            self._changed()
+            self._coefs, self.version = {}, self.version + 1
         return update, deleted_critics
 
     def __getitem__(self, index: Any) -> Any:  # a slice would otherwise make a new stack, without weights
         return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
-
-    def _changed(self) -> None:
-        self._coefs = {}
-        self.version += 1
 
     def _reserved(self, n_entries: int) -> dict[str, th.Tensor]:
         """Blocks with room for so many entries: larger ones grow by doubling, so that pushes cost constant time."""
         capacity = len(next(iter(self._blocks.values())))
         if n_entries <= capacity:
             return self._blocks
-        limit = self.weights.memory_size + self.average_size
-        new_capacity = n_entries if n_entries > limit else min(limit, max(n_entries, 2 * capacity))
-        if self.weights.logit_rule == "exact":
-            new_capacity = max(n_entries, 2 * capacity)
-        blocks = {name: allocate(block, new_capacity) for name, block in self._blocks.items()}
+        roomy = 2 * capacity
+        if self.weights.logit_rule != "exact":
+            roomy = min(roomy, self.weights.memory_size + self.average_size)
+        blocks = {name: allocate(block, max(n_entries, roomy)) for name, block in self._blocks.items()}
         for name, block in self._blocks.items():
             blocks[name][:capacity].copy_(block)
         return blocks
@@ -248,15 +236,12 @@ class FrozenCritics(nn.ModuleList):
             for name, param in entry.net.named_parameters():
                 self._blocks[name][i].copy_(param.data)
         self._link()
-        self._changed()
+        self._coefs, self.version = {}, self.version + 1
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weights = self.weights
-        ent_coef = NO_ENT_COEF if weights.ent_coef is None else weights.ent_coef
-        destination[f"{prefix}weights"] = _to_floats(weights.values)
-        destination[f"{prefix}updates"] = th.tensor(self.updates, dtype=th.float32)
-        destination[f"{prefix}constants"] = _to_floats([weights.scale, ent_coef, float(self.n_updates)])
+        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates)
+        destination.update({f"{prefix}{name}": value for name, value in tensors.items()})
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """As of any module, but with copies: saving a view would save the whole block, unused rows included."""
@@ -277,42 +262,19 @@ class FrozenCritics(nn.ModuleList):
     ) -> None:
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
-            n = len(old["values"])
-            ent_coef = NO_ENT_COEF if old.get("ent_coef") is None else old["ent_coef"]
-            state_dict[f"{prefix}weights"] = _to_floats(old["values"])
-            state_dict[f"{prefix}updates"] = th.arange(1.0, n + 1)
-            state_dict[f"{prefix}constants"] = _to_floats([old["scale"], ent_coef, float(n)])
-        names = [f"{prefix}{name}" for name in ("weights", "updates", "constants")]
-        numbers = [state_dict.pop(name, None) for name in names]
-        missing = [name for name, value in zip(names, numbers, strict=True) if value is None]
-        if missing:
-            missing_keys.extend(missing)
-        else:
-            self._load_numbers(*numbers)
+            state_dict.update({f"{prefix}{name}": x for name, x in stack_numbers.of_version_0_1(old).items()})
+        names = [f"{prefix}{name}" for name in stack_numbers.NAMES]
+        missing = [name for name in names if name not in state_dict]
+        missing_keys.extend(missing)
+        tensors = [state_dict.pop(name, None) for name in names]
+        if not missing:
+            self.updates, self.n_updates = stack_numbers.from_tensors(tensors, self.weights)
+            del self[:]
+            self._blocks = self._reserved(len(self.updates))
+            self.extend(self._template[0].frozen_copy() for _ in self.updates)
+            self._link()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        self._changed()
-
-    def _load_numbers(self, weights: th.Tensor, updates: th.Tensor, constants: th.Tensor) -> None:
-        """Take the numbers of a saved stack, and make room for its entries."""
-        valid = updates.dim() == 1 and weights.shape[1:] == constants.shape[1:] == (3,)
-        valid = valid and len(weights) <= len(updates) and len(constants) == 3
-        valid = valid and all(bool(th.isfinite(x).all()) for x in (weights, updates, constants[::2]))
-        if not valid or th.isinf(constants[1]).any():
-            raise ValueError(
-                "The saved stack is damaged: expected finite numbers, and at most one weight for each critic, got "
-                f"weights={weights.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
-            )
-        n = len(updates)
-        scale, ent_coef, n_updates = _from_floats(constants)
-        self.weights.values = _from_floats(weights)
-        self.weights.scale = scale
-        self.weights.ent_coef = ent_coef if ent_coef >= 0 else None
-        self.updates = updates.tolist()
-        self.n_updates = round(n_updates)
-        del self[:]
-        self._blocks = self._reserved(n)
-        self.extend(self._template[0].frozen_copy() for _ in range(n))
-        self._link()
+        self._coefs, self.version = {}, self.version + 1
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "FrozenCritics":
         super()._apply(fn, recurse)
@@ -336,17 +298,3 @@ def _arrange(sources: Sequence[int], start: int) -> list[int]:
     rows = range(start, start + len(sources))
     free = iter(source for source in sources if source not in rows)
     return [row if row in sources else next(free) for row in rows]
-
-
-def _to_floats(values: Sequence[float]) -> th.Tensor:
-    """Doubles as exact sums of three floats, shape (n, 3): some devices have no doubles."""
-    rest = th.tensor(values, dtype=th.float64).reshape(-1)
-    parts = []
-    for _ in range(3):
-        parts.append(rest.float())
-        rest = rest - parts[-1].double()
-    return th.stack(parts, dim=1)
-
-
-def _from_floats(parts: th.Tensor) -> list[float]:
-    return parts.cpu().double().sum(dim=1).tolist()

@@ -189,7 +189,7 @@ def cache_pays(
     buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None, n_sampled: float | None
 ) -> bool:
     """
-    Decide ``logit_cache="auto"``: two critics at all stored states per policy update, or M at the sampled ones?
+    Decide ``logit_cache="auto"``: two critics at all stored states per policy update, or M at the sampled ones.
 
     :param buffer: the replay buffer
     :param policy: the policy

@@ -585,6 +585,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfStaQ:
+        """Train, as any algorithm of SB3."""
         try:
             return super().learn(
                 total_timesteps=int(total_timesteps),
@@ -614,6 +615,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
+        """Save the model, as any algorithm of SB3, without the replay buffer."""
         self.eval_policy = self.policy.eval_policy  # where it may have been changed
         super().save(path, exclude, include)
 
@@ -638,6 +640,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
     def load_replay_buffer(
         self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
     ) -> None:
+        """Load a replay buffer, and what the cache remembers of its states if that was saved with it."""
         super().load_replay_buffer(path, truncate_last_traj, mmap)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})
         if remembered and self.replay.cache is not None:

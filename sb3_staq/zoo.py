@@ -44,9 +44,7 @@ SCRIPTS = {
 
 
 def default_config() -> Path:
-    """
-    :return: the hyperparameter file, which lies inside the installed package but beside the package in a checkout
-    """
+    """Give the hyperparameter file, which lies inside the installed package but beside the package in a checkout."""
     package = Path(__file__).parent
     installed = package / "hyperparams" / "staq.yml"
     return installed if installed.is_file() else package.parent / "hyperparams" / "staq.yml"
@@ -116,6 +114,8 @@ def sample_staq_params(
 
 def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
+    Make arguments of what was sampled.
+
     :param sampled_params: what ``sample_staq_params`` sampled, or the parameters of a finished trial
     :return: arguments for the constructor
     """

@@ -16,6 +16,8 @@ class ZooFinder:
 
     def find_spec(self, name, path=None, target=None):
         """
+        Find RL Zoo3 as others do, and register StaQ once it is loaded.
+
         :param name: full name of the module being imported
         :param path: where to look for it, None for top-level modules
         :param target: the module to reload, if any

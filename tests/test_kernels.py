@@ -30,7 +30,7 @@ def processor(request, monkeypatch):
 
 def operands(n, batch, n_inputs, n_outputs, shared):
     generator = th.Generator().manual_seed(n + batch)
-    shapes = [(batch, n_inputs) if shared else (n, batch, n_inputs), (n, n_outputs, n_inputs), (n, n_outputs), (n,)]
+    shapes = [(batch, n_inputs) if shared else (n, batch, n_inputs), (n, n_outputs, n_inputs), (n, n_outputs)]
     return [th.randn(shape, generator=generator) for shape in shapes]
 
 
@@ -40,22 +40,16 @@ def operands(n, batch, n_inputs, n_outputs, shared):
 def test_special_ways_equal_the_references(shape, shared, read_ahead, processor, monkeypatch):
     """And both equal the sums in double precision; with and without gradients."""
     monkeypatch.setattr(kernels, "READ_AHEAD_BYTES", read_ahead)
-    x, weight, bias, coef = operands(*shape, shared)  # type: ignore[call-arg]
+    x, weight, bias = operands(*shape, shared)  # type: ignore[call-arg]
     each = x.double().expand(len(weight), -1, -1)
     exact = th.einsum("nbi,noi->nbo", each, weight.double()) + bias.double().unsqueeze(1)
-    exact_sum = (coef.double()[:, None, None] * exact).sum(0)
     plain = kernels.plain_batched_linear(x, weight, bias)
-    plain_sum = kernels.plain_weighted_sum_linear(coef, x, weight, bias)
     for grad in (False, True):
         with th.set_grad_enabled(grad):
             outputs = kernels.batched_linear(x, weight, bias)
-            total = kernels.weighted_sum_linear(coef, x, weight, bias)
-        assert outputs.shape == exact.shape and total.shape == exact_sum.shape
+        assert outputs.shape == exact.shape
         for actual, expected in ((outputs, plain), (outputs, exact), (plain, exact)):
             assert relative_error(actual, expected) < 2e-6
-        scale = th.tensordot(coef.abs(), exact.abs().float(), dims=1).max()  # of what is added up
-        for actual, expected in ((total, plain_sum), (total, exact_sum), (plain_sum, exact_sum)):
-            assert (actual - expected).abs().max() < 2e-6 * scale
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -64,13 +58,11 @@ def test_gradients_of_the_special_ways(batch, shared, processor):
     """Equal those of the references, by every operand."""
     values = operands(3, batch, 6, 5, shared)
 
-    def gradients(linear, weighted_sum):
-        x, weight, bias, coef = leaves = [value.clone().requires_grad_() for value in values]
-        loss = linear(x, weight, bias).sin().sum() + weighted_sum(coef, x, weight, bias).sin().sum()
-        return th.autograd.grad(loss, leaves)
+    def gradients(linear):
+        leaves = [value.clone().requires_grad_() for value in values]
+        return th.autograd.grad(linear(*leaves).sin().sum(), leaves)
 
-    special = gradients(kernels.batched_linear, kernels.weighted_sum_linear)
-    plain = gradients(kernels.plain_batched_linear, kernels.plain_weighted_sum_linear)
+    special, plain = gradients(kernels.batched_linear), gradients(kernels.plain_batched_linear)
     for actual, expected in zip(special, plain, strict=True):
         assert relative_error(actual, expected) < 2e-6
 
@@ -78,7 +70,7 @@ def test_gradients_of_the_special_ways(batch, shared, processor):
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded row", "transposed row"])
 def test_inputs_in_any_layout(layout, processor):
     """However the rows lie in memory."""
-    weight, bias, coef = operands(3, 2, 6, 5, True)[1:]
+    weight, bias = operands(3, 2, 6, 5, True)[1:]
     base = th.randn(6, 12, generator=th.Generator().manual_seed(0))
     x = {
         "transposed": base[:, :2].T,
@@ -87,8 +79,6 @@ def test_inputs_in_any_layout(layout, processor):
         "transposed row": base[:, :1].T,
     }[layout]
     assert relative_error(kernels.batched_linear(x, weight, bias), kernels.plain_batched_linear(x, weight, bias)) < 2e-6
-    total = kernels.plain_weighted_sum_linear(coef, x, weight, bias)
-    assert relative_error(kernels.weighted_sum_linear(coef, x, weight, bias), total) < 2e-6
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -149,15 +139,14 @@ def test_switch(value, plain, monkeypatch):
         monkeypatch.setenv("SB3_STAQ_PLAIN_KERNELS", value)
     monkeypatch.setattr(kernels, "_on_amd", lambda: True)
     monkeypatch.setattr(kernels, "LARGE_PAGE_BYTES", 1)
-    x, weight, bias, coef = operands(5, 3, 17, 9, True)
+    x, weight, bias = operands(5, 3, 17, 9, True)
     kernels._special.cache_clear()
     try:
         outputs = kernels.batched_linear(x, weight, bias)
-        total = kernels.weighted_sum_linear(coef, x, weight, bias)
         block = kernels.allocate(weight, 5)
     finally:
         kernels._special.cache_clear()
-    assert outputs.is_contiguous() == total.is_contiguous() == plain
+    assert outputs.is_contiguous() == plain
     assert block.untyped_storage().resizable() == (plain or not hasattr(mmap, "MADV_HUGEPAGE"))
 
 

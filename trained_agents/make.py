@@ -114,6 +114,7 @@ def installed_versions() -> str:
 
 
 def main() -> None:
+    """Train and publish the agent of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("env", help="id of the environment")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
