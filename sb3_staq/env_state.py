@@ -1,6 +1,5 @@
 """The states of environments: what a training that goes on exactly needs beside the model."""
 
-import functools
 import os
 import pickle
 from collections.abc import Iterator
@@ -74,10 +73,12 @@ def get_env_state(env: gym.Env) -> list[Any]:
     :return: the states of its wrappers and its own, which is None if it has no way to give it
     """
     *wrappers, unwrapped = _layers(env)
-    own = getattr(unwrapped, "get_training_state", None)
-    if own is None and type(unwrapped).__module__.startswith(KNOWN_MODULES):
-        own = functools.partial(get_attributes, unwrapped)
-    return [*map(get_attributes, wrappers), None if own is None else own()]
+    own: Any = None
+    if hasattr(unwrapped, "get_training_state"):
+        own = unwrapped.get_training_state()
+    elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
+        own = get_attributes(unwrapped)
+    return [*map(get_attributes, wrappers), own]
 
 
 def set_env_state(env: gym.Env, state: list[Any]) -> bool:
