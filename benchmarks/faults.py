@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch as th
@@ -79,24 +80,13 @@ TRAININGS: dict[str, Callable[[], tuple[Any, str, dict[str, Any]]]] = {
 
 
 def make(training: str, **kwargs: Any) -> StaQ:
-    """
-    Make the model of a training.
-
-    :param training: one of ``TRAININGS``
-    :param kwargs: arguments in place of its own
-    :return: the model
-    """
+    """Make the model of one of ``TRAININGS``, with other arguments in place of its own."""
     env, policy, arguments = TRAININGS[training]()
     return StaQ(policy, env, device="cpu", **{**SMALL, "policy_kwargs": dict(net_arch=[8]), **arguments, **kwargs})
 
 
 def digest(model: StaQ) -> str:
-    """
-    Hash every bit of parameters, stack, optimizer, replay buffer, statistics, counters and returns of episodes.
-
-    :param model: the model
-    :return: 64 digits
-    """
+    """Hash every bit of parameters, stack, optimizer, replay buffer, statistics, counters and returns of episodes."""
     hashed = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -162,7 +152,7 @@ def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
 
 def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
     """The next policy update finds no memory, for one of the tensors and modules that it makes."""
-    push, clone, deepcopy, left = FrozenCritics.push, th.Tensor.clone, copy.deepcopy, [rng.randrange(1, 8)]
+    push, left = FrozenCritics.push, [rng.randrange(1, 8)]
 
     def scarce(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -173,15 +163,14 @@ def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
 
         return call
 
-    def failing(self: FrozenCritics, *args: Any) -> Any:
-        th.Tensor.clone, copy.deepcopy = scarce(clone), scarce(deepcopy)  # type: ignore[assignment, method-assign]
-        try:
-            return push(self, *args)
-        finally:
-            th.Tensor.clone, copy.deepcopy = clone, deepcopy  # type: ignore[method-assign]
+    def failing(*args: Any) -> Any:
+        clones = mock.patch.object(th.Tensor, "clone", scarce(th.Tensor.clone))
+        with clones, mock.patch.object(copy, "deepcopy", scarce(copy.deepcopy)):
+            return push(*args)
 
-    FrozenCritics.push = failing  # type: ignore[method-assign, assignment]
-    return lambda: setattr(FrozenCritics, "push", push)
+    patch = mock.patch.object(FrozenCritics, "push", failing)
+    patch.start()
+    return patch.stop
 
 
 def worker_dies(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
@@ -200,23 +189,18 @@ INJECTED = {
 
 
 class Inject(BaseCallback):
-    """Lets a fault happen at some step of a training."""
+    """Lets a fault happen at some step of a training, and mends it afterwards."""
 
-    def __init__(self, fault: str, training: str, folder: Path, seed: int):
+    def __init__(self, fault: str, folder: Path, seed: int):
         super().__init__()
-        rng = random.Random(seed)
-        at = rng.randrange(SAVE_FREQ + 30, N_STEPS // 4)  # calls, of up to three steps
+        self.inject, self.folder, self.rng = INJECTED[fault], folder, random.Random(seed)
+        self.at = self.rng.randrange(SAVE_FREQ + 30, N_STEPS // 4)  # calls, of up to three steps
         self.mend: Callable[[], Any] = lambda: None
 
-        def step() -> None:
-            if self.n_calls == at:
-                save(self.model, folder)  # type: ignore[arg-type]
-                self.mend = INJECTED[fault](self.model, folder, rng)  # type: ignore[arg-type]
-
-        self.step = step
-
     def _on_step(self) -> bool:
-        self.step()
+        if self.n_calls == self.at:
+            save(self.model, self.folder)  # type: ignore[arg-type]
+            self.mend = self.inject(self.model, self.folder, self.rng)  # type: ignore[arg-type]
         return True
 
 
@@ -224,7 +208,7 @@ def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) 
     """What a process does: train to the end, or to a fault, and check what is left in memory."""
     th.set_num_threads(1)
     warnings.simplefilter("ignore")
-    inject = Inject(fault, training, folder, seed) if fault in INJECTED else None
+    inject = Inject(fault, folder, seed) if fault in INJECTED else None
     model = make(training)
     checkpoints = ResumeCallback(SAVE_FREQ, folder / "checkpoints", verbose=0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C

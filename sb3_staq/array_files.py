@@ -52,12 +52,12 @@ def _map(npz: Any, name: str) -> np.ndarray:
     return np.memmap(file, dtype, "c", file.tell(), shape, "F" if is_fortran else "C")
 
 
-def is_npz(path: PathOrFile) -> bool:
+def is_npz(path: Any) -> bool:
     """
-    Tell whether a path is one of arrays.
+    Tell whether something is a path that ends in ".npz".
 
-    :param path: a path, or an open file
-    :return: whether it ends in ".npz"
+    :param path: a path, or anything else
+    :return: whether it is
     """
     return isinstance(path, (str, pathlib.Path)) and pathlib.Path(path).suffix == ".npz"
 

@@ -1,10 +1,13 @@
 """The states of environments: what a training that goes on exactly needs beside the model."""
 
+import os
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
@@ -13,11 +16,12 @@ KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "g
 # Attributes that belong to the process, and those that belong to the script
 NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
+MONITOR_FILE = "contents of the monitor's file"
 
 
 def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
     """
-    Give the attributes that can be pickled.
+    Give the attributes that can be pickled, and of a monitor what its file holds.
 
     :param owner: any object
     :param skip: names to leave out
@@ -31,7 +35,26 @@ def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, A
             state[name] = pickle.loads(pickle.dumps(value))
         except Exception:  # whatever the reason: it is nothing that a file can hold
             continue
+    writer = vars(owner).get("results_writer")
+    if isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name):
+        state[MONITOR_FILE] = Path(writer.file_handler.name).read_bytes().decode()
     return state
+
+
+def set_attributes(owner: Any, state: dict[str, Any]) -> None:
+    """
+    Set attributes, and fill the file of a monitor: without the rows since then, with those that a new start has erased.
+
+    :param owner: an object of the same making
+    :param state: from :func:`get_attributes`
+    """
+    vars(owner).update({name: value for name, value in state.items() if name != MONITOR_FILE})
+    writer = vars(owner).get("results_writer")
+    if isinstance(writer, ResultsWriter) and MONITOR_FILE in state:
+        writer.file_handler.truncate(0)
+        writer.file_handler.seek(0)
+        writer.file_handler.write(state[MONITOR_FILE])
+        writer.file_handler.flush()
 
 
 def _layers(env: gym.Env) -> Iterator[Any]:
@@ -42,54 +65,58 @@ def _layers(env: gym.Env) -> Iterator[Any]:
     yield env
 
 
-def get_env_state(env: gym.Env) -> Any:
+def get_env_state(env: gym.Env) -> list[Any]:
     """
     Give the state of an environment, with its wrappers and random numbers.
 
     :param env: the environment
-    :return: something that can be pickled; None if the environment has no way to give it
+    :return: the states of its wrappers and its own, which is None if it has no way to give it
     """
-    layers = list(_layers(env))
-    own = getattr(env.unwrapped, "get_training_state", None)
-    if own is None and not type(env.unwrapped).__module__.startswith(KNOWN_MODULES):
-        return None
-    states = [get_attributes(layer) for layer in layers[:-1]]
-    return [*states, get_attributes(layers[-1]) if own is None else own()]
+    *wrappers, unwrapped = _layers(env)
+    own: Any = None
+    if hasattr(unwrapped, "get_training_state"):
+        own = unwrapped.get_training_state()
+    elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
+        own = get_attributes(unwrapped)
+    return [*map(get_attributes, wrappers), own]
 
 
-def set_env_state(env: gym.Env, state: Any) -> None:
+def set_env_state(env: gym.Env, state: list[Any]) -> bool:
     """
-    Put an environment into a state.
+    Put an environment into a state. If it could not give its own, its monitors go on, and nothing else.
 
     :param env: an environment of the same making
     :param state: from :func:`get_env_state`
+    :return: whether it is in that state
     """
     *wrappers, unwrapped = _layers(env)
+    is_whole = state[-1] is not None
     for layer, attributes in zip(wrappers, state[:-1], strict=True):
-        vars(layer).update(attributes)
-    own = getattr(unwrapped, "set_training_state", None)
-    if own is not None:
-        own(state[-1])
-    else:
-        vars(unwrapped).update(state[-1])
+        if is_whole or isinstance(layer, Monitor):
+            set_attributes(layer, attributes)
+    if is_whole and hasattr(unwrapped, "set_training_state"):
+        unwrapped.set_training_state(state[-1])
+    elif is_whole:
+        set_attributes(unwrapped, state[-1])
         if hasattr(unwrapped, "mujoco_renderer"):
             unwrapped.mujoco_renderer.data = unwrapped.data
+    return is_whole
 
 
 class TrainingState(gym.Wrapper):
     """
     Let an environment in another process, as those of ``SubprocVecEnv`` are, give and take its state.
 
-    :param env: the environment
+    :param env: the environment, with all of its other wrappers
     """
 
-    def get_training_state(self) -> Any:
+    def get_training_state(self) -> list[Any]:
         """Give the state, see :func:`get_env_state`."""
         return get_env_state(self.env)
 
-    def set_training_state(self, state: Any) -> None:
+    def set_training_state(self, state: list[Any]) -> bool:
         """Take a state, see :func:`set_env_state`."""
-        set_env_state(self.env, state)
+        return set_env_state(self.env, state)
 
 
 def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
@@ -104,35 +131,36 @@ def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
     Give the state of a vectorised environment.
 
     :param env: the environment
-    :return: the attributes of its wrappers, and the states of its environments, None for those that give none
+    :return: the attributes of its wrappers, and the states of its environments, None for those out of reach
     """
     *wrappers, base = _vec_layers(env)
+    states: list[Any] = [None] * base.num_envs
     if isinstance(base, DummyVecEnv):
         states = [get_env_state(single) for single in base.envs]
-    else:
-        has = base.has_attr("get_training_state")
-        states = base.env_method("get_training_state") if has else [None] * base.num_envs
+    elif all(base.env_is_wrapped(TrainingState)):
+        states = base.env_method("get_training_state")
     return [get_attributes(layer) for layer in (*wrappers, base)], states
 
 
 def set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]) -> bool:
     """
-    Put a vectorised environment into a state, if all of its environments could give theirs.
+    Put a vectorised environment into a state.
 
     :param env: an environment of the same making
     :param state: from :func:`get_vec_env_state`
-    :return: whether they could
+    :return: whether all of its environments are in that state
     """
     of_layers, of_envs = state
-    if any(single is None for single in of_envs):
-        return False
-    layers = list(_vec_layers(env))
-    for layer, attributes in zip(layers, of_layers, strict=True):
-        vars(layer).update(attributes)
-    base = layers[-1]
+    *wrappers, base = _vec_layers(env)
+    are_whole = []
     for i, single in enumerate(of_envs):
-        if isinstance(base, DummyVecEnv):
-            set_env_state(base.envs[i], single)
+        if single is None:
+            are_whole.append(False)
+        elif isinstance(base, DummyVecEnv):
+            are_whole.append(set_env_state(base.envs[i], single))
         else:
-            base.env_method("set_training_state", single, indices=i)
-    return True
+            are_whole += base.env_method("set_training_state", single, indices=i)
+    layers = [*wrappers, base] if all(are_whole) else wrappers
+    for layer, attributes in zip(layers, of_layers, strict=False):
+        set_attributes(layer, attributes)
+    return all(are_whole)

@@ -17,14 +17,16 @@ import pathlib
 import warnings
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import sb3_staq
+from sb3_staq.array_files import is_npz, load_vec_normalize
 from sb3_staq.exported_policy import ExportedPolicy
 from sb3_staq.mirror_descent import log_policy
 from sb3_staq.observations import select
@@ -84,6 +86,14 @@ def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
         )
 
 
+def _load_statistics(path: str | pathlib.Path, model: StaQ | StaQPolicy) -> Any:
+    if not is_npz(path):
+        return load_from_pkl(path)
+    env = gym.Env()
+    env.observation_space, env.action_space = model.observation_space, model.action_space
+    return load_vec_normalize(path, DummyVecEnv([lambda: env]))
+
+
 def export_policy(
     model: StaQ | StaQPolicy,
     path: str | pathlib.Path,
@@ -95,8 +105,8 @@ def export_policy(
 
     :param model: the model; or its policy, or a student of :func:`sb3_staq.distill.distill`
     :param path: the file: .onnx, .pt (TorchScript) or .pt2 (``torch.export``)
-    :param vec_normalize: statistics to normalise observations with, or the file of them; by default those of the
-        model's environment
+    :param vec_normalize: statistics to normalise observations with, or the file of them (an ".npz", or a pickle of your
+        own); by default those of the model's environment
     :param eval_policy: "average" or "last", by default that of the policy
     :return: the path
     """
@@ -109,7 +119,7 @@ def export_policy(
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f'{", ".join(missing)} missing. Please run: pip install "sb3-staq[export]"')
     if isinstance(vec_normalize, (str, pathlib.Path)):
-        vec_normalize = load_from_pkl(vec_normalize)
+        vec_normalize = _load_statistics(vec_normalize, model)
     elif vec_normalize is None and isinstance(model, StaQ):
         vec_normalize = model.get_vec_normalize_env()
     if not isinstance(vec_normalize, VecNormalize | None):
@@ -152,13 +162,23 @@ def main() -> None:
     parser.add_argument("--replay-buffer", metavar="FILE", help="replayed states for --distill")
     parser.add_argument("--net-arch", type=int, nargs="*", help="hidden layers of the student")
     parser.add_argument("--max-kl", type=float, default=0.01, help="largest mean KL divergence to the stack")
+    parser.add_argument(
+        "--weights-only",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='run nothing of the files, of which all but the model are ".npz"; --no-weights-only for your own pickles',
+    )
     args = parser.parse_args()
     if args.distill and args.env is None:
         parser.error("--distill needs --env")
+    for path in filter(None, (args.vecnormalize, args.replay_buffer)):
+        if args.weights_only and not is_npz(path):
+            parser.error(f'{path} can run code; expected an ".npz", or --no-weights-only if you trust it')
     env: Any = args.env and make_vec_env(args.env)
     if env is not None and args.vecnormalize is not None:
-        env = VecNormalize.load(args.vecnormalize, env)
-    model = StaQ.load(args.model, env=env, device="cpu")
+        load = load_vec_normalize if is_npz(args.vecnormalize) else VecNormalize.load
+        env = load(args.vecnormalize, env)
+    model = StaQ.load(args.model, env=env, device="cpu", weights_only=args.weights_only)
     model.policy.eval_policy = args.policy or model.policy.eval_policy
     policy = model.policy
     if args.replay_buffer:

@@ -157,9 +157,10 @@ def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], n
         except Exception as error:  # of many kinds, for anything may stand there
             missing.append(f"{key} ({error})")
     if missing:
+        example = f"custom_objects={{{missing[0].split(' ')[0]!r}: ...}}"
         raise ValueError(
             f"Invalid weights_only=True: {name} has code for {', '.join(missing)}; expected plain values. Pass what it "
-            "shall be, for instance custom_objects={" + f"{missing[0].split(' ')[0]!r}: ...}}"
+            f"shall be, for instance {example}; or weights_only=False, if you trust the file"
         )
     return objects
 

@@ -19,30 +19,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_staq.env_state import get_attributes, get_vec_env_state, set_vec_env_state
+from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
 
 NOT_OF_THE_MODEL = (
-    "_total_timesteps",
-    "action_space",
-    "device",
-    "n_envs",
-    "observation_space",
-    "policy_class",
-    "policy_kwargs",
-    "start_time",
-    "tensorboard_log",
-    "verbose",
+    *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
+    *("start_time", "tensorboard_log", "verbose", "_total_timesteps"),
 )
 NOT_OF_CALLBACKS = (
-    "callback",
-    "callbacks",
-    "eval_env",
-    "globals",
-    "locals",
-    "logger",
-    "model",
-    "parent",
-    "training_env",
+    *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
+    *("globals", "locals", "logger"),
 )
 
 
@@ -183,7 +168,7 @@ class ResumeCallback(BaseCallback):
             if state is None or callback is self:
                 continue
             left.remove(state)
-            vars(callback).update(state[1])
+            set_attributes(callback, state[1])
             if state[2] is not None:
                 set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
         exact = set_vec_env_state(model.env, rest["env"])

@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_staq import StaQ, export
+from sb3_staq.array_files import save_vec_normalize
 from sb3_staq.export import export_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -100,13 +101,14 @@ def test_whole_actions_as_bins(kind, policy, action_grid, tmp_path):
     np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["of the model", "object", "file"])
+@pytest.mark.parametrize("how", ["of the model", "object", "pkl", "npz"])
 def test_normalisation_is_folded_in(how, tmp_path):
     """Raw observations give what SB3 gives for those that it has normalised, clipping included."""
     model = make_normalised("box", "MlpPolicy", clip_obs=1.5, epsilon=0.5)
     normalize = model.get_vec_normalize_env()
-    normalize.save(tmp_path / "vecnormalize.pkl")
-    source = {"of the model": None, "object": normalize, "file": str(tmp_path / "vecnormalize.pkl")}[how]
+    normalize.save(tmp_path / "normalize.pkl")
+    save_vec_normalize(tmp_path / "normalize.npz", normalize)
+    source = {"of the model": None, "object": normalize}.get(how, str(tmp_path / f"normalize.{how}"))
     path = export_policy(model if source is None else model.policy, tmp_path / "policy.pt", source)
     obs = np.random.default_rng(0).normal(2, 4, (50, 4)).astype(np.float32)
     actions, prob = run_script(path, obs)
@@ -238,9 +240,9 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     model = make_model(env)
     model.learn(60)
     model.save(tmp_path / "model.zip")
-    model.save_replay_buffer(tmp_path / "replay.pkl")
-    env.save(tmp_path / "vecnormalize.pkl")
-    paths = [str(tmp_path / name) for name in ("model.zip", "policy.pt", "vecnormalize.pkl", "replay.pkl")]
+    model.save_replay_buffer(tmp_path / "replay.npz")
+    save_vec_normalize(tmp_path / "normalize.npz", env)
+    paths = [str(tmp_path / name) for name in ("model.zip", "policy.pt", "normalize.npz", "replay.npz")]
     obs = draw(env.observation_space, 40)
     expected = slow_prob(model.policy, env.normalize_obs(obs))
 
@@ -257,6 +259,33 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("--distill")
     assert "--distill needs --env" in capsys.readouterr().err
+
+
+def test_command_line_runs_nothing_of_the_files(monkeypatch, capsys, tmp_path):
+    """Unless it is told to."""
+    env = VecNormalize(DummyVecEnv([RandomObsEnv]))
+    own = dict(policy_kwargs=dict(features_extractor_class=Branching))
+    for name, kwargs in (("plain", {}), ("own", own)):
+        model = make_model(env, **kwargs)
+        grow(model, 2)
+        model.save(tmp_path / f"{name}.zip")
+    env.save(tmp_path / "normalize.pkl")
+
+    def run(model, *args):
+        monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / model), str(tmp_path / "policy.pt"), *args])
+        export.main()
+
+    with pytest.raises(
+        ValueError, match=r"own.zip has code for policy_kwargs \(the class .*Branching\).* or weights_only=False"
+    ):
+        run("own.zip")
+    options = ["--vecnormalize", str(tmp_path / "normalize.pkl")]
+    with pytest.raises(SystemExit):
+        run("plain.zip", *options)
+    assert 'normalize.pkl can run code; expected an ".npz", or --no-weights-only' in capsys.readouterr().err
+    assert not (tmp_path / "policy.pt").exists()
+    run("plain.zip", *options, "--no-weights-only")
+    assert (tmp_path / "policy.pt").exists()
 
 
 def test_module_runs(tmp_path):

@@ -1,6 +1,9 @@
 """A training that is stopped anywhere and started again is bitwise the training that was not stopped."""
 
+import multiprocessing as mp
 import random
+import signal
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -11,12 +14,12 @@ from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
 from benchmarks.faults import TRAININGS, digest, make
 from sb3_staq import StaQ
-from sb3_staq.env_state import get_env_state, set_env_state
+from sb3_staq.env_state import TrainingState, get_env_state, set_env_state
 from sb3_staq.resume import ResumeCallback
 
 
@@ -74,18 +77,79 @@ def test_other_callbacks_go_on(tmp_path):
     np.testing.assert_array_equal(one["results"], two["results"])
 
 
+APPEND = dict(override_existing=False)
+OTHER_PROCESSES = dict(vec_env_cls=SubprocVecEnv, wrapper_class=TrainingState)
+MONITORS = {
+    "Monitor": lambda folder: make_vec_env("CartPole-v1", 2, monitor_dir=folder),
+    "appending": lambda folder: make_vec_env("CartPole-v1", 2, monitor_dir=folder, monitor_kwargs=APPEND),
+    "SubprocVecEnv": lambda folder: make_vec_env("CartPole-v1", 2, monitor_dir=folder, **OTHER_PROCESSES),
+    "VecMonitor": lambda folder: VecMonitor(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2), f"{folder}/all"),
+}
+
+
+def monitored(case, folder):
+    """What a process does."""
+    th.set_num_threads(1)
+    env = MONITORS[case](str(folder))
+    arguments = {**SMALL, "gradient_steps": 1}
+    StaQ("MlpPolicy", env, **arguments).learn(800, callback=ResumeCallback(150, folder / "checkpoints", verbose=0))
+
+
+def episodes(folder):
+    """All lines of the monitor files but the start's, the seconds apart."""
+    lines = [line for path in sorted(folder.glob("*monitor.csv")) for line in path.read_text().splitlines()]
+    return [line.rsplit(",", 1) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals of Unix")
+@pytest.mark.parametrize("case", MONITORS)
+def test_monitor_files_go_on(case, tmp_path):
+    """After a kill, as if within a line, each episode stands in them once, as without a kill."""
+
+    def start(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        process = mp.get_context("spawn").Process(target=monitored, args=(case, tmp_path / name))
+        process.start()
+        return process
+
+    start("lived").join()
+    expected = episodes(tmp_path / "lived")
+    process = start("killed")
+    while process.is_alive() and len(episodes(tmp_path / "killed")) < 0.6 * len(expected):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and list(tmp_path.glob("killed/checkpoints/step_*"))
+    with open(next(tmp_path.glob("killed/*monitor.csv")), "a") as file:
+        file.write("9.0,")
+    start("killed").join()
+    found = episodes(tmp_path / "killed")
+    assert [row[0] for row in found] == [row[0] for row in expected] and len(found) > 10
+    assert all(0 <= float(seconds) < 600 for _, seconds in found if seconds != "t")
+
+
 def test_environments_without_a_state(tmp_path, capsys):
-    """New episodes begin, the old ones end as by a timeout, and it is said."""
+    """New episodes begin, the old ones end as by a timeout, and it is said; statistics and monitors go on."""
     arguments = {**SMALL, "buffer_size": 250}
+
+    def make_env():
+        return VecNormalize(make_vec_env(RandomObsEnv, 2, monitor_dir=str(tmp_path / "monitors")))
+
     with pytest.raises(KeyboardInterrupt):
-        model = StaQ("MlpPolicy", DummyVecEnv([RandomObsEnv] * 2), **arguments)
+        model = StaQ("MlpPolicy", make_env(), **arguments)
         model.learn(200, callback=[Stop(60), ResumeCallback(50, tmp_path)])
-    model = StaQ("MlpPolicy", DummyVecEnv([RandomObsEnv] * 2), **arguments)
+    before, count = episodes(tmp_path / "monitors"), model.env.obs_rms.count
+    model = StaQ("MlpPolicy", make_env(), **arguments)
     model.learn(200, callback=ResumeCallback(50, tmp_path))
     assert model.num_timesteps == 200
     assert "with new episodes" in capsys.readouterr().out
     step = 100 // 2
     assert (model.replay_buffer.dones[step - 1] == 1).all()
+    assert model.env.obs_rms.count > count
+    after = episodes(tmp_path / "monitors")
+    assert sum(row in before for row in after) > 10 and len(after) > len(before)
+    assert 150 < sum(int(row[0].split(",")[1]) for row in after if row[1] != "t") <= 200
 
 
 def test_other_arguments_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,48 @@ def test_continue_training(trained: Path):
     assert "Loading replay buffer" in output
     model = StaQ.load(trained / "continued" / "staq" / "CartPole-v1_1" / "CartPole-v1.zip")
     assert model.num_timesteps >= 600
+
+
+RESUMABLE = """
+CartPole-v1:
+  policy: MlpPolicy
+  n_timesteps: 800
+  n_envs: 2
+  normalize: true
+  learning_starts: 100
+  policy_update_interval: 100
+  callback: {sb3_staq.resume.ResumeCallback: {save_freq: 150, save_path: checkpoints}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs signals of Unix")
+@pytest.mark.parametrize("args", [[], ["-i", "first.zip"]])
+def test_killed_training_goes_on(trained: Path, tmp_path: Path, args):
+    """The same command again, and the agent and the monitor files are those of a training that was not killed."""
+    command = ["-m", "rl_zoo3.train", *CARTPOLE, "-conf", "my.yml", "--seed", "0", "--eval-freq", "-1", *args]
+    lived, killed = (tmp_path / name for name in ("lived", "killed"))
+    for folder in (lived, killed):
+        folder.mkdir()
+        shutil.copy(trained / "logs" / "staq" / "CartPole-v1_1" / "CartPole-v1.zip", folder / "first.zip")
+        (folder / "my.yml").write_text(RESUMABLE)
+
+    def result(folder: Path, i: int) -> tuple[list[str], Path]:
+        folder = folder / "logs" / "staq" / f"CartPole-v1_{i}"
+        lines = [line for path in sorted(folder.glob("*monitor.csv")) for line in path.read_text().splitlines()]
+        return [line.rpartition(",")[0] for line in lines if line[0] != "#"], folder / "CartPole-v1.zip"
+
+    run(*command, cwd=lived)
+    process = subprocess.Popen([sys.executable, *command], cwd=killed, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(result(killed, 1)[0]) < 0.6 * len(result(lived, 1)[0]):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() != 0 and list(killed.glob("checkpoints/step_*"))
+    assert "Training goes on from step" in run(*command, cwd=killed)
+    (expected, agent), (found, other) = result(lived, 1), result(killed, 2)
+    assert found == expected and len(found) > 10
+    one, two = (StaQ.load(path, device="cpu").policy.state_dict() for path in (agent, other))
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
 
 
 def test_subproc(tmp_path: Path):
