@@ -1,6 +1,7 @@
 """StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
 
 import io
+import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -549,19 +550,25 @@ class StaQ(CheckedOffPolicyAlgorithm):
     def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
         """Let the last policy collect, which is the one that learns; in a share of the environments the average."""
         sums = self.replay.logit_sums(obs, remember=False)
-        n_average = int(self.average_share * self.n_envs) + self._average_turn
+        n_average, part = self._average_envs
+        n_average += self._average_turn and part > 0
         if n_average > 0:
             sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
         return sums
+
+    @property
+    def _average_envs(self) -> tuple[int, float]:
+        """How many environments collect with the average, and for which share of its steps the next one does."""
+        part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
+        return int(n_whole), part
 
     def _on_stored(self, dones: np.ndarray) -> None:
         if self.num_timesteps < self.learning_starts:
             return
         self.replay.remember_last()
-        # Where average_share leaves a part of an environment, that one changes its policy between episodes
-        n_whole, part = divmod(self.average_share * self.n_envs, 1.0)
+        n_average, part = self._average_envs
         self._average_lead += self._average_turn - part
-        if dones[min(int(n_whole), self.n_envs - 1)]:
+        if part > 0 and dones[n_average]:  # between episodes
             self._average_turn = self._average_lead < 0
 
     def _on_step(self) -> None:
