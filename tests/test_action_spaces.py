@@ -388,7 +388,7 @@ IDENTITY_ENVS = {
 }
 
 
-FAST = ("discrete", "box_axis")
+FAST = ("discrete",)
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,7 @@ def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]
     return dict(zip(lines[0], next(cells for cells in lines if cells[0] == name), strict=True))
 
 
+@pytest.mark.slow
 def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rliable")
     envs = {
@@ -382,6 +383,7 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_compiler", [True, False])
 def test_fused_loss_of_qrdqn_is_its_loss(has_compiler: bool, tmp_path: Path) -> None:
     """In a process of its own, as a compiler is looked for once. Without one, QR-DQN trains with the loss as it is."""
@@ -615,6 +617,7 @@ def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # Speed
 
 
+@pytest.mark.slow
 def test_speed_benchmark_runs_and_reports(tmp_path: Path) -> None:
     """Three measures and a ratio, with variants of the kernels, against this version itself: every row is there."""
     names = ["dqn gradient step", "gradient step", "act M=50, 1 row"]

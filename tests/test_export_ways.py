@@ -116,7 +116,7 @@ def made(way, module, obs):
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "dynamo_onnx" else way for way in WAYS]
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way in ("dynamo_onnx", "compile") else way for way in WAYS]
 )
 def test_exported_policy(way, model, eval_policy):
     """Acts as the model does and has its logits, at other observations and in batches of other sizes."""

@@ -310,9 +310,8 @@ def test_training_fits_the_main_effects(action_space, logit_cache):
     assert loss < 0.5 * centred.square().sum().item() / sweep.valid.sum().item()
 
 
-@pytest.mark.parametrize(
-    "env", [IdentityEnvMultiDiscrete(4), pytest.param(IdentityEnvBox(eps=0.5), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [IdentityEnvMultiDiscrete(4), IdentityEnvBox(eps=0.5)])
 def test_identity_environments_are_solved(env):
     model = make_model(env, critic="joint", gamma=0.0, action_bins=5, buffer_size=3000, train_freq=2, gradient_steps=1)
     model.learn(3000)

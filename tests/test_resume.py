@@ -41,7 +41,11 @@ def hopper():
     return make_vec_env("Hopper-v4", 2, seed=0), "MlpPolicy", {}
 
 
-@pytest.mark.parametrize("case", [*TRAININGS, "MuJoCo"])
+SLOW_CASES = ("SubprocVecEnv",)
+CASES = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_CASES else x for x in [*TRAININGS, "MuJoCo"]]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_goes_on_bitwise(case, tmp_path, monkeypatch):
     """Stopped twice, at other moments than those of the checkpoints."""
     monkeypatch.setitem(TRAININGS, "MuJoCo", hopper)

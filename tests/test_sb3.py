@@ -170,6 +170,7 @@ def test_hindsight_experience_replay_in_every_batch():
     assert 0.6 < np.mean(shares) <= 0.8
 
 
+@pytest.mark.slow
 def test_hindsight_experience_replay_solves_bit_flipping():
     """The reward is sparse: random actions reach few goals, relabelled transitions teach to reach nearly all."""
     model = make_model(

@@ -133,6 +133,7 @@ def test_killed_training_goes_on(trained: Path, tmp_path: Path, args):
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_subproc(tmp_path: Path):
     run("-m", "rl_zoo3.train", *TRAIN, "n_envs:2", "--vec-env", "subproc", cwd=tmp_path)
     assert StaQ.load(tmp_path / "logs" / "staq" / "CartPole-v1_1" / "CartPole-v1.zip").n_envs == 2
@@ -153,7 +154,7 @@ def test_console_script(trained: Path):
     assert "staq" in result.stdout
 
 
-@pytest.mark.parametrize("switch", ["0", "1"])
+@pytest.mark.parametrize("switch", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_explicit_way(tmp_path: Path, switch):
     """With the start-up hook or without it."""
     run("-m", "sb3_staq.zoo", "train", *TRAIN, cwd=tmp_path, SB3_STAQ_NO_ZOO=switch)
@@ -161,6 +162,7 @@ def test_explicit_way(tmp_path: Path, switch):
     run("-m", "sb3_staq.zoo", "enjoy", *CARTPOLE, *args, cwd=tmp_path, SB3_STAQ_NO_ZOO=switch)
 
 
+@pytest.mark.slow
 def test_explicit_way_subproc(tmp_path: Path):
     args = [*TRAIN, "n_envs:2", "--vec-env", "subproc"]
     run("-m", "sb3_staq.zoo", "train", *args, cwd=tmp_path, SB3_STAQ_NO_ZOO="1")
