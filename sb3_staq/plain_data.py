@@ -9,6 +9,7 @@ import json
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from types import GenericAlias
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
 }
 _MAKERS = {_full_name(cls): arguments for cls, arguments in _ARGUMENTS.items()}
 _MAKERS["rl_zoo3.utils.SimpleLinearSchedule"] = vars  # the RL Zoo need not be installed
+SAFE_BASES = (th.nn.Module, th.optim.Optimizer, ReplayBuffer)
 # Classes that may be named: policies, extractors, activations, optimizers, replay buffers
 _CLASSES = {
     *("sb3_staq.policies.StaQPolicy", "sb3_staq.policies.CnnPolicy", "sb3_staq.policies.MultiInputPolicy"),
@@ -60,7 +62,8 @@ _CLASSES = {
         _full_name(cls)
         for module in (torch_layers, th.nn.modules.activation, th.optim, buffers, her_replay_buffer)
         for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, (th.nn.Module, th.optim.Optimizer, ReplayBuffer))
+        # Python 3.10 takes an alias such as dict[str, int] for a class
+        if type(cls) is not GenericAlias and isinstance(cls, type) and issubclass(cls, SAFE_BASES)
     ),
 }
 
