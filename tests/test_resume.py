@@ -48,6 +48,8 @@ CASES = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_CASES else x for x
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_bitwise(case, tmp_path, monkeypatch):
     """Stopped twice, at other moments than those of the checkpoints."""
+    if case == "MuJoCo":
+        pytest.importorskip("mujoco", reason="needs MuJoCo")
     monkeypatch.setitem(TRAININGS, "MuJoCo", hopper)
     uninterrupted = make(case).learn(300, callback=ResumeCallback(1000, tmp_path / "none", verbose=0))
     for stop_at in (97, 58):
@@ -203,6 +205,8 @@ def test_random_actions_go_on(tmp_path):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Ant-v4", "HalfCheetah-v4", "Walker2d-v5"])
 def test_state_of_environments(env_id):
     """Steps after a state was taken are bitwise the same, observations, rewards and resets."""
+    if "mujoco" in str(gym.spec(env_id).entry_point):
+        pytest.importorskip("mujoco", reason="needs MuJoCo")
     env, other = gym.make(env_id), gym.make(env_id)
     env.reset(seed=0), other.reset(seed=1)
     env.action_space.seed(0)

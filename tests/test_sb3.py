@@ -515,7 +515,8 @@ ROLLOUT_KEYS = {"rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/explorati
 
 def test_logged_values_to_files_and_stdout(tmp_path, capsys):
     """All keys under SB3's names in the table, in CSV, JSON and TensorBoard."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = "tensorboard.backend.event_processing.event_accumulator"
+    EventAccumulator = pytest.importorskip(events, reason="needs TensorBoard").EventAccumulator
 
     model = make_model()
     model.set_logger(configure(str(tmp_path), ["stdout", "csv", "json", "tensorboard"]))
@@ -557,6 +558,7 @@ def test_logged_values_to_files_and_stdout(tmp_path, capsys):
 
 
 def test_tensorboard_folder(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs TensorBoard")
     model = make_model(tensorboard_log=str(tmp_path))
     model.learn(60)
     model.learn(60)
