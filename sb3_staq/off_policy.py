@@ -85,7 +85,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._on_stored(dones)
+        if replay_buffer is self.replay_buffer:  # collect_rollouts takes others as well
+            self._on_stored(dones)
 
     def _on_stored(self, dones: np.ndarray) -> None:
         """Do what follows a step of the environments that the replay buffer has got."""

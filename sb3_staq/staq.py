@@ -380,6 +380,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         ``train`` calls it whenever an update is due. Call it yourself to set the pace, for instance between calls of
         ``train`` on a replay buffer that was filled otherwise.
         """
+        check_changed_arguments(self)
         policy, weights, coefficients = self.policy, self.policy.frozen_critics.weights, self._coefficients()
         states, old_sums = self.replay.sample_states(max(self.batch_size, self.replay.states_at_once))
         old_log_prob = policy.log_prob(old_sums)

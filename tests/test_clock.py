@@ -257,6 +257,16 @@ def test_policy_updates_by_hand():
     assert model.n_policy_updates == 7
 
 
+@pytest.mark.parametrize(("name", "value"), [("memory_size", 0), ("n_critics", 3)])
+def test_policy_updates_by_hand_refuse_invalid_changes(name, value):
+    model = make_model(RandomObsEnv()).learn(65)
+    n_updates = model.n_policy_updates
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"Invalid {name}={value}"):
+        model.update_policy()
+    assert model.n_policy_updates == n_updates
+
+
 def test_own_pace_without_steps():
     """Offline: an interval that never ends, and updates whenever the user calls for one."""
     model = filled_model(policy_update_interval=10**9)
