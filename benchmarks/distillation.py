@@ -97,7 +97,7 @@ def table(rows: pd.DataFrame) -> str:
     kl = rows["kl_mean"].map("{:.3g}".format) + rows["kl_max"].map(" ({:.2g})".format)
     columns["KL, mean (largest)"] = kl.where(student, "")
     columns["same bin"] = rows["agreement"].map("{:.1%}".format).where(student, "")
-    columns = columns.rename(columns={"critics": "critics that act"})
+    columns = columns.rename(columns={"critics": "networks that act"})
     return columns.to_markdown(index=False, disable_numparse=True) + "\n"
 
 

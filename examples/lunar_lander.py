@@ -18,6 +18,7 @@ model = StaQ(
     gradient_steps=12,
     tau=0.01,
     policy_update_interval=400,
+    memory_size=50,
     ent_coef="lin_0.5_0.02_0.6",  # from 0.5 to 0.02 in the first 60% of the training
     exploration_initial_eps=0.1,
     exploration_final_eps=0.1,

@@ -3,6 +3,6 @@
 from sb3_staq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.staq import StaQ
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "StaQ", "StaQPolicy", "__version__"]

@@ -22,7 +22,7 @@ from sb3_staq.q_networks import CriticEnsemble
 
 # Remembered states that follow a policy update at a time
 FOLLOW_ROWS = 4096
-# With logit_cache="auto", the cache takes at most so many bytes and half of what the replay buffer takes
+# With logit_cache="auto", the cache takes at most so many bytes more than half of the replay buffer
 CACHE_BYTES = 2**28
 # What Python's dictionary takes for one state
 BYTES_PER_KEY = 150
@@ -203,7 +203,7 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
 
     :param buffer: the replay buffer
     :param n_bins: number of columns of the logits
-    :return: whether it takes at most ``CACHE_BYTES`` and half of what the buffer takes
+    :return: whether it takes at most ``CACHE_BYTES`` more than half of the buffer
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     next_arrays = {} if buffer.optimize_memory_usage else arrays

@@ -1,8 +1,8 @@
 """The growing stack of frozen critics, which is the policy, under two weightings.
 
 While training, the policy is the weighted sum by the logit rule, over the newest ``memory_size`` critics. What is
-delivered is the plain average over a window that grows with the training: the average iterate of mirror descent, for
-which its guarantees hold. Critics that only the average needs are thinned evenly in time.
+delivered is the plain average over a window that grows with the training, after the average iterate of mirror descent.
+Critics that only the average needs are thinned evenly in time.
 """
 
 import copy

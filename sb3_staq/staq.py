@@ -88,7 +88,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
     :param train_freq: steps between two calls of ``train``; also ``(5, "step")`` or ``(2, "episode")``
     :param gradient_steps: number of gradient steps per call; -1 is one for each environment step since the last call
     :param memory_size: ``M``, the largest number of frozen critics in the policy that learns. "auto" is what the
-        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: 10 for
+        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99`` 10 for
         ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
     :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
         (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or the weights
@@ -103,7 +103,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
         Box: "auto_0.2"
     :param target_entropy: entropy that an automatic ``ent_coef`` keeps on average over replayed states, as a share of
         the largest possible, in (0, 1): a number, a schedule or a ``"lin_..."`` string. "auto" falls from 0.6 to 0.2
-        over the training; for a Box with more than 5 values per dimension, by as many nats as for 5
+        over the training; for a Box with more than 5 values per dimension it stays as many nats below the largest as
+        with 5
     :param policy_update_interval: environment steps (of all environments) between two policy updates, at most one per
         gradient step. ``train`` without new steps, as offline, counts its gradient steps instead, at the ratio of the
         two in ``learn``. Default: 500, Box: 100
@@ -124,19 +125,19 @@ class StaQ(CheckedOffPolicyAlgorithm):
         action, as in SAC, and the stack is made of a network of their main effects, see :mod:`sb3_staq.main_effects`.
         Default: "additive", Box: "joint"
     :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
-        window that grows with the training, or the "last" one. The average is much steadier, and lags behind by half
-        of the window while the policy improves fast. Can be changed at any time, also as ``model.policy.eval_policy``
+        window that grows with the training, or the "last" one. The average lags behind by half of the window while
+        the policy improves fast. Can be changed at any time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: largest number of critics in the average, evenly spaced in time: the memory that it costs
     :param average_share: share of the environments that collect with the average, so that the replay buffer keeps what
-        acting well looks like; the others collect with the last policy. An environment that this divides takes turns,
-        episode by episode, to that share of its steps
+        acting well looks like; the others collect with the last policy. If that is no whole number of environments, one
+        of them alternates, episode by episode
     :param reward_scale: factor of the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the policy
         is
     :param logit_cache: whether the weighted sums of the stack at replayed states are remembered, which costs two
         critics per policy update instead of the whole stack in every target: True, False or "auto" (where it costs
         less; not with HER, normalised observations or custom weights). It takes the memory of the stored next
-        observations and 4 bytes per transition and bin; "auto" stays below 256 MB and half of the replay buffer
+        observations and 4 bytes per transition and bin; "auto" takes at most 256 MB more than half of the replay buffer
     :param replay_buffer_class: class of the replay buffer, for instance ``HerReplayBuffer``; by default as in SB3
     :param replay_buffer_kwargs: its arguments
     :param optimize_memory_usage: store each observation once, with the limits that this has in SB3
