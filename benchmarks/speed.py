@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch as th
+from sb3_contrib import CrossQ
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.benchmark import Timer
@@ -81,6 +82,11 @@ def sac() -> Work:
     return steps(SAC("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
 
 
+def crossq() -> Work:
+    """Environment steps of sb3-contrib's CrossQ."""
+    return steps(CrossQ("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
+
+
 # How to prepare it, how often it is done, and what it is
 MEASURES: dict[str, tuple[Callable[[], Work], int, str]] = {
     "dqn gradient step": (dqn, 500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network"),
@@ -117,6 +123,7 @@ MEASURES: dict[str, tuple[Callable[[], Work], int, str]] = {
         "StaQ, CartPole-v1, default arguments: environment step, gradient steps and policy updates",
     ),
     "sac step": (sac, 600, "SAC of SB3, HalfCheetah-v4, RL Zoo's settings: environment step and gradient step"),
+    "crossq step": (crossq, 60, "CrossQ of sb3-contrib with its default arguments: the same"),
     "box step": (
         lambda: steps(full_stack("HalfCheetah-v4", 8, train_freq=1, gradient_steps=8)),
         2400,
@@ -128,6 +135,7 @@ RATIOS = [
     ("iteration M=300, 1 env", "iteration M=1, 1 env", "a stack of 300 makes an iteration so many times as long"),
     ("iteration M=300, 8 envs", "iteration M=1, 8 envs", "the same with 8 environments"),
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
+    ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
 # Beside this version: (module, name, value) of what is replaced
 VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
@@ -160,7 +168,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for repetition, name, variant in product(range(repetitions), names, variants):
-        not_ours = name.split()[0] in ("dqn", "sac") and variant != "this version"
+        not_ours = name.split()[0] in ("dqn", "sac", "crossq") and variant != "this version"
         if not_ours or ("average" in name and variant == "other version"):
             continue
         path = against.resolve() if against and variant == "other version" else HERE.parents[1]
@@ -206,7 +214,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="a clone of another version, measured in turn")
     parser.add_argument("--scale", type=float, default=1.0, help="less than 1 for a short try")
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=list(MEASURES), metavar="MEASURE")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["plain kernels"])
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=["plain kernels"])
     parser.add_argument("--measure", nargs=2, help="do one measurement in this process: measure and variant")
     args = parser.parse_args()
     if args.measure:
