@@ -244,7 +244,7 @@ def make_branches(space: spaces.Space, action_grid: str = "factored", action_bin
 
     :param space: the action space
     :param action_grid: for a Box with d dimensions: "factored" (d branches of ``action_bins`` evenly spaced values),
-        "axis" (one branch: zero, and each dimension at either bound) or "joint" (one branch of ``action_bins**d``)
+        "axis" (one branch: the middle, and either bound of each dimension) or "joint" (one of ``action_bins**d``)
     :param action_bins: number of values per dimension of a Box for "factored" and "joint"
     :return: its branches
     :raise ValueError: if the space is not supported, or has too many joint bins

@@ -202,6 +202,27 @@ def check_arguments(model: Any) -> None:
     check_policy_kwargs(model.policy_kwargs, model.critic)
 
 
+def check_custom_weights(model: Any) -> None:
+    """
+    Check what does not go with custom weights.
+
+    :param model: the algorithm
+    :raise ValueError: for the first that is not accepted
+    """
+    if isinstance(model.logit_rule, str):
+        return
+    if model.logit_cache is True:
+        raise ValueError(
+            f"Invalid logit_cache=True: custom weights, logit_rule={model.logit_rule!r}, follow no recursion; "
+            "expected 'auto' or False"
+        )
+    if model.eval_policy == "average" and abs(sum(model.logit_rule)) < 1e-6:
+        raise ValueError(
+            f"Invalid eval_policy='average': custom weights that sum to 0, logit_rule={model.logit_rule!r}, have no "
+            "average; expected 'last'"
+        )
+
+
 def check_changed_arguments(model: Any) -> None:
     """
     Check the arguments that the training reads anew, and that those of the policy are still what it was built with.
@@ -211,6 +232,14 @@ def check_changed_arguments(model: Any) -> None:
     """
     for name in CHANGEABLE_ARGUMENTS:
         check_argument(name, getattr(model, name))
+    if not isinstance(model.logit_rule, str) and model.memory_size not in ("auto", len(model.logit_rule)):
+        expected = f"{len(model.logit_rule)}, the number of custom weights"
+        raise ValueError(f"Invalid memory_size={model.memory_size!r}: expected {expected}")
+    buffer_gamma = getattr(model.replay_buffer, "gamma", model.gamma)  # n-step returns
+    if model.gamma != buffer_gamma:
+        raise ValueError(
+            f"Invalid gamma={model.gamma!r}: expected {buffer_gamma!r}, as the replay buffer's n-step returns"
+        )
     for name in POLICY_ARGUMENTS:
         value, built_with = getattr(model, name), getattr(model.policy, name)
         if name != "memory_size" and value != built_with:

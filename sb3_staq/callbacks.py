@@ -72,11 +72,21 @@ class PolicyUpdateDiagnostics(BaseCallback):
             raise ValueError(f"Invalid model={self.model!r}: expected a StaQ model, which has policy updates")
 
     def _on_training_start(self) -> None:
+        self._known_lines()  # refuses other kinds of files
+        self.model.policy_update_hooks.append(self._on_first_update)
+
+    def _known_lines(self) -> list[str]:
+        """The lines of the file that are of earlier policy updates of this training."""
         lines = complete_lines(self.path) if self.path.exists() and self.path.stat().st_size > 0 else []
-        known = [line for line in lines if int(line.split(",")[0]) <= self.model.n_policy_updates]
+        return [line for line in lines if int(line.split(",")[0]) < self.model.n_policy_updates]
+
+    def _on_first_update(self, info: PolicyUpdateInfo) -> None:
+        """Begin the file, or go on with it. Not before: a ResumeCallback behind this one brings the updates so far."""
         with atomic_write(self.path) as file:
-            file.write("".join([DIAGNOSTICS_HEADER, *known]).encode())
-        self.model.policy_update_hooks.append(self._on_policy_update)
+            file.write("".join([DIAGNOSTICS_HEADER, *self._known_lines()]).encode())
+        hooks = self.model.policy_update_hooks
+        hooks[hooks.index(self._on_first_update)] = self._on_policy_update
+        self._on_policy_update(info)
 
     def _on_step(self) -> bool:
         return True

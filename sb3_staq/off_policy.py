@@ -163,15 +163,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         with open_archive(path, "zip") as file:
             data, name = read_data(file), file_name(path)
-            kwargs = {**cls._check_data(data, name), **kwargs}
+            kwargs = {**cls._check_data(data, name, kwargs), **kwargs}
             if weights_only:
                 given = {**dict.fromkeys(LEFT_OUT), **(custom_objects or {}), **kwargs}
                 custom_objects = objects_without_pickles(data, given, name)
             return super().load(file, env, device, custom_objects, *args, **kwargs)
 
     @classmethod
-    def _check_data(cls, data: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuse files of another algorithm, and give the arguments that an older version did not have."""
+    def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Refuse files that are not meant, and give the arguments that an older version did not have."""
         return {}
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:

@@ -29,6 +29,8 @@ from sb3_staq.q_stack import FrozenCritics
 
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "last")
+# Arguments of the algorithm that decide the shape of the networks
+SHAPE_ARGUMENTS = ("n_critics", "action_grid", "action_bins", "critic")
 # Arguments of the algorithm that belong to the policy
 POLICY_ARGUMENTS = (
     "n_critics",

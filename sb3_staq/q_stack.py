@@ -260,6 +260,10 @@ class FrozenCritics(nn.ModuleList):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            raise ValueError(
+                "Invalid assign=True: expected False, as the parameters of the stack are views of larger blocks"
+            )
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
             state_dict.update({f"{prefix}{name}": x for name, x in stack_numbers.of_version_0_1(old).items()})

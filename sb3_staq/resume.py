@@ -9,6 +9,7 @@ their states: MuJoCo's and classic control's can, others by two methods, ``get_t
 import os
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
     *("start_time", "tensorboard_log", "verbose", "_total_timesteps"),
 )
+NOT_COMPARED = ("start_time", "tensorboard_log", "verbose")
 NOT_OF_CALLBACKS = (
     *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
     *("globals", "locals", "logger"),
@@ -61,7 +63,8 @@ class ResumeCallback(BaseCallback):
     :param save_path: folder of the checkpoints of this training, and of no other
     :param keep: number of checkpoints that are kept
     :param verbose: Verbosity level: 1 tells where a training goes on
-    :raise ValueError: if the checkpoint is of a training with other arguments
+    :raise ValueError: if the checkpoint is of a training with other arguments. Functions, as a schedule, cannot be
+        compared: those of the checkpoint go on
     """
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
@@ -97,9 +100,12 @@ class ResumeCallback(BaseCallback):
             self.save()
 
     def _own_arguments(self) -> dict[str, Any]:
-        """The arguments of the algorithm that are plain values."""
-        kinds = (bool, int, float, str, type(None))
-        return {name: value for name, value in vars(self.model).items() if name[0] != "_" and isinstance(value, kinds)}
+        """The arguments of the algorithm that can be compared: plain values, and what these two look like."""
+        kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
+        plain = {name: value for name, value in attributes.items() if name[0] != "_" and isinstance(value, kinds)}
+        for name in {"train_freq", "policy_kwargs"} & attributes.keys():
+            plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
+        return plain
 
     def _callbacks(self) -> list[BaseCallback]:
         """All callbacks of the training, in a fixed order."""
@@ -146,7 +152,7 @@ class ResumeCallback(BaseCallback):
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
         for name, value in rest["arguments"].items():
-            if name not in NOT_OF_THE_MODEL and name in self._arguments and self._arguments[name] != value:
+            if name not in NOT_COMPARED and name in self._arguments and self._arguments[name] != value:
                 raise ValueError(
                     f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
                     f"{value!r}; expected the same, or another save_path"
@@ -155,7 +161,10 @@ class ResumeCallback(BaseCallback):
         assert data is not None and params is not None
         # Statistics of batch normalisation are a part of the networks, which are loaded below
         skip = [*NOT_OF_THE_MODEL, *(name for name in data if "batch_norm_stats" in name)]
-        vars(model).update({name: value for name, value in data.items() if name not in skip})
+        for name, value in data.items():
+            if name not in skip:
+                was_tuple = isinstance(getattr(model, name, None), tuple) and isinstance(value, list)  # JSON has none
+                setattr(model, name, tuple(value) if was_tuple else value)
         model.set_parameters(params, exact_match=True, device=model.device)
         for name, value in (variables or {}).items():
             if value is not None:

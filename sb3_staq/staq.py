@@ -25,7 +25,14 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES, flatten_action_space
-from sb3_staq.arguments import ARGUMENTS, check_argument, check_arguments, check_changed_arguments, defaults_for
+from sb3_staq.arguments import (
+    ARGUMENTS,
+    check_argument,
+    check_arguments,
+    check_changed_arguments,
+    check_custom_weights,
+    defaults_for,
+)
 from sb3_staq.coefficients import Coefficients, default_target_entropy, value_at
 from sb3_staq.main_effects import main_effects_loss
 from sb3_staq.memory_bounds import auto_memory_size
@@ -41,7 +48,7 @@ from sb3_staq.mirror_descent import (
 )
 from sb3_staq.observations import select
 from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
-from sb3_staq.policies import POLICY_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
+from sb3_staq.policies import POLICY_ARGUMENTS, SHAPE_ARGUMENTS, CnnPolicy, MlpPolicy, MultiInputPolicy, StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.replay import PolicyReplay, cache_pays
 from sb3_staq.save_util import check_algorithm
@@ -118,8 +125,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
         softmax policy. Default: 0.05, Box: 0
     :param exploration_final_eps: the same in the end. Default: 0.05, Box: 0
     :param action_grid: which actions of a Box are bins: "factored" (a branch of ``action_bins`` evenly spaced values
-        for each dimension), "axis" (zero, and each dimension at either bound) or "joint" (all combinations of
-        ``action_bins`` values; for few dimensions)
+        for each dimension), "axis" (the middle of the bounds, and each dimension at either bound) or "joint" (all
+        combinations of ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
     :param critic: "additive" critics have one output per bin, summed over the branches; "joint" ones take state and
         action, as in SAC, and the stack is made of a network of their main effects, see :mod:`sb3_staq.main_effects`.
@@ -262,6 +269,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         # it is ahead of its share
         self._average_turn, self._average_lead = False, 0.0
         self._replay: PolicyReplay | None = None
+        self._learns = False  # whether `learn` is running
         # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
         # `_on_training_start`
         self.policy_update_hooks: list[Callable[[PolicyUpdateInfo], None]] = []
@@ -274,11 +282,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         self._check_learning_rate(self.learning_rate, 1.0)
         # Numbers, which can be saved
         self.logit_rule = make_logit_rule(self.logit_rule, self._coefficients().check())
-        if self.logit_cache is True and not isinstance(self.logit_rule, str):
-            raise ValueError(
-                f"Invalid logit_cache=True: custom weights, logit_rule={self.logit_rule!r}, follow no recursion; "
-                "expected 'auto' or False"
-            )
+        check_custom_weights(self)
         with self._as_sb3_needs_them():
             super()._setup_model()
         self.policy.action_space = self.action_space
@@ -291,23 +295,28 @@ class StaQ(CheckedOffPolicyAlgorithm):
         """
         Let SB3 make policy and replay buffer: of actions that are vectors, with the algorithm's arguments.
 
-        Afterwards users find the action space of their environment, and the policy's arguments that they gave.
+        Afterwards users find the action space of their environment, and the arguments that they gave. So a model that
+        is loaded with other ``n_steps`` or ``gamma`` gets the replay buffer that suits these.
         """
-        action_space, policy_kwargs = self.action_space, self.policy_kwargs
+        names = ("action_space", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
+        given = {name: getattr(self, name) for name in names}
         memory_size = self._coefficients().memory_size_for(*self._coefficients().at(1.0))
         arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS} | {"memory_size": memory_size}
-        self.action_space, self.policy_kwargs = flatten_action_space(action_space), {**policy_kwargs, **arguments}
+        self.action_space, self.policy_kwargs = flatten_action_space(self.action_space), self.policy_kwargs | arguments
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
         try:
             yield
         finally:
-            self.action_space, self.policy_kwargs = action_space, policy_kwargs
+            for name, value in given.items():
+                setattr(self, name, value)
 
     def _print_choices(self, replay: PolicyReplay) -> None:
         how = "evaluated directly through the whole stack" if replay.cache is None else "kept in a cache"
         print(f"Logits of replayed states are {how}")
-        kl_coef, ent_coef = self._coefficients().at(1.0)
-        asked = auto_memory_size(self.gamma, kl_coef, ent_coef)
-        if self.logit_rule == "weight_corrected" and self.policy.memory_size < asked:
+        if self.logit_rule != "weight_corrected":
+            return
+        asked = auto_memory_size(self.gamma, *self._coefficients().at(1.0))
+        if self.policy.memory_size < asked:
             print(f"memory_size={self.memory_size} is below {asked}, the memory that the paper's theorem asks for")
 
     # Policy evaluation and policy update
@@ -412,8 +421,8 @@ class StaQ(CheckedOffPolicyAlgorithm):
     def _phases(self, gradient_steps: int) -> Iterator[tuple[int, bool]]:
         """Spread the policy updates that are due over the gradient steps, at most one for each."""
         new_steps: float = self._steps_since_train
-        if new_steps == 0:
-            new_steps = gradient_steps / self._gradient_steps_per_env_step
+        if not self._learns:  # some steps may be left of a rollout that was stopped
+            new_steps = max(new_steps, gradient_steps / self._gradient_steps_per_env_step)
         self._steps_since_train = 0
         n_due, left = divmod(self._steps_since_policy_update + new_steps, self.policy_update_interval)
         n_due = min(int(n_due), gradient_steps)
@@ -498,8 +507,10 @@ class StaQ(CheckedOffPolicyAlgorithm):
         assert self.replay_buffer is not None
         parts = self.replay_buffer, self.policy, self._vec_normalize_env
         if self._replay is None or not self._replay.is_made_of(*parts):
-            use_cache = self.logit_cache
-            if use_cache == "auto":
+            use_cache, old = self.logit_cache, self._replay
+            if use_cache == "auto" and old is not None and old.is_made_of(old.buffer, *parts[1:]):
+                use_cache = old.cache is not None  # as before, for a buffer that was loaded
+            elif use_cache == "auto":
                 use_cache = cache_pays(*parts, self._samples_per_policy_update)
             self._replay = PolicyReplay(*parts, bool(use_cache))
         return self._replay
@@ -569,8 +580,11 @@ class StaQ(CheckedOffPolicyAlgorithm):
             return
         self.replay.remember_last()
         n_average, part = self._average_envs
+        if part == 0:  # nobody takes turns
+            self._average_turn, self._average_lead = False, 0.0
+            return
         self._average_lead += self._average_turn - part
-        if part > 0 and dones[n_average]:  # between episodes
+        if dones[n_average]:  # between episodes
             self._average_turn = self._average_lead < 0
 
     def _on_step(self) -> None:
@@ -595,6 +609,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfStaQ:
         """Train, as any algorithm of SB3."""
+        self._learns = True
         try:
             return super().learn(
                 total_timesteps=int(total_timesteps),
@@ -605,7 +620,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
                 progress_bar=progress_bar,
             )
         finally:
-            self.policy_update_hooks = []
+            self.policy_update_hooks, self._learns = [], False
 
     def distill(self, **kwargs: Any) -> "tuple[StaQPolicy, DistillReport]":
         """
@@ -629,8 +644,12 @@ class StaQ(CheckedOffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     @classmethod
-    def _check_data(cls, data: dict[str, Any], name: str) -> dict[str, Any]:
+    def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         check_algorithm(data, name)
+        for argument in SHAPE_ARGUMENTS:
+            given = arguments.get(argument, data.get(argument))
+            if given != data.get(argument, given):
+                raise ValueError(f"Invalid {argument}={given!r}: {name} is of a model with {data[argument]!r}")
         return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had the last policy only
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
@@ -656,7 +675,7 @@ class StaQ(CheckedOffPolicyAlgorithm):
             self.replay.cache.load_state_dict(remembered)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_replay", "_statistics", "policy_update_hooks"]
+        return [*super()._excluded_save_params(), "_learns", "_replay", "_statistics", "policy_update_hooks"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

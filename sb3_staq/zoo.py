@@ -25,9 +25,7 @@ from rl_zoo3.utils import ALGOS
 
 from sb3_staq import StaQ
 from sb3_staq.minatar import register_envs
-
-# Arguments that decide the shape of the networks
-SHAPE_ARGUMENTS = ("n_critics", "action_grid", "action_bins", "critic")
+from sb3_staq.policies import SHAPE_ARGUMENTS
 
 SCRIPTS = {
     "train": "rl_zoo3.train",

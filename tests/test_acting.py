@@ -563,6 +563,36 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
     assert np.abs(last - average).max() > 0.1
     model.learn(8000)
     actions = model.replay_buffer.actions[:2000, :, 0]
+    assert len(actions) == 2000
     for i, part in enumerate(by_average):
         frequencies = np.bincount(actions[:, i], minlength=3) / 2000
         np.testing.assert_allclose(frequencies, part * average + (1 - part) * last, atol=0.05)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_turns_are_balanced_in_steps(share):
+    """Where the average's episodes are ten times as long, it gets as many steps, not as many episodes."""
+    turns = []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            turns.append(self.model._average_turn)
+            return True
+
+    class TwoLengths(RandomObsEnv):
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            return obs, reward, self.steps >= (50 if turns and turns[-1] else 5), False, info
+
+    model = make_model(TwoLengths(), average_share=share, learning_starts=0, gradient_steps=0, buffer_size=8000)
+    model.learn(6000, callback=Record())
+    assert np.mean(turns) == pytest.approx(share, abs=0.02)
+    # Off for a while, and on again: nothing is made up for
+    model.average_share = 0.0
+    turns.clear()
+    model.learn(500, callback=Record(), reset_num_timesteps=False)
+    assert sum(turns[60:]) == 0
+    model.average_share = share
+    turns.clear()
+    model.learn(2000, callback=Record(), reset_num_timesteps=False)
+    assert np.mean(turns) == pytest.approx(share, abs=0.05)

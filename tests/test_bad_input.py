@@ -829,6 +829,36 @@ def test_networks_with_shared_parameters(critic):
         make_model(critic=critic, policy_kwargs=dict(features_extractor_class=TiedExtractor))
 
 
+def test_custom_weights_fix_the_memory():
+    model = make_model(logit_rule=[3.0, 2.0, 1.0], memory_size=3).learn(40)
+    model.memory_size = 6
+    with pytest.raises(ValueError, match="Invalid memory_size=6: expected 3, the number of custom weights"):
+        model.learn(40)
+    model.memory_size = 3
+    model.learn(40)
+
+
+def test_custom_weights_without_an_average():
+    with pytest.raises(ValueError, match="Invalid eval_policy='average': custom weights that sum to 0"):
+        make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="average")
+    make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="last").learn(40)
+
+
+def test_gamma_of_n_step_returns_is_fixed():
+    """The replay buffer discounts them."""
+    model = make_model(n_steps=3).learn(40)
+    model.gamma = 0.5
+    with pytest.raises(ValueError, match=r"Invalid gamma=0.5: expected 0.99, as the replay buffer's n-step returns"):
+        model.learn(40)
+
+
+@pytest.mark.parametrize("rule", ["truncated", "exact"])
+def test_no_entropy_is_accepted_whatever_is_printed(rule, capsys):
+    for verbose in (0, 1):
+        make_model(logit_rule=rule, ent_coef=0.0, memory_size=4, verbose=verbose).learn(40)
+    assert "Logits of replayed states" in capsys.readouterr().out
+
+
 def test_what_the_networks_were_built_with_is_fixed():
     """Changed on the model it would have no effect: the next policy update says so, and is not done."""
     model = make_model(policy_update_interval=10, learning_starts=10).learn(20)

@@ -418,3 +418,37 @@ def test_invalid_changes_are_refused_by_name(name, value, kwargs):
     model.learn(20, reset_num_timesteps=False)
     assert model.n_policy_updates >= 5
     assert_consistent(model)
+
+
+class StopAt(BaseCallback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def _on_step(self):
+        return self.num_timesteps < self.step
+
+
+@pytest.mark.parametrize("stop_at", [101, 102, 103, 104])
+def test_offline_after_a_rollout_that_was_stopped(stop_at):
+    """Gradient steps count, whatever is left of the rollout; and the next ``learn`` is as ever."""
+    model = make_model(RandomObsEnv(), train_freq=4, policy_update_interval=50)
+    model.learn(1000, callback=StopAt(stop_at))
+    before = model.n_policy_updates
+    model.train(1000, 16)
+    assert model.n_policy_updates - before in (20, 21)
+    before = model.n_policy_updates
+    model.learn(200, reset_num_timesteps=False)
+    assert model.n_policy_updates - before in (3, 4, 5)
+
+
+def test_schedules_see_no_negative_progress():
+    """A rollout that ends after ``total_timesteps`` is at the end of the training, not behind it."""
+    seen = []
+
+    def schedule(progress):
+        seen.append(progress)
+        return 0.01 * progress
+
+    make_model(RandomObsEnv(), learning_rate=schedule, train_freq=30, learning_starts=10).learn(50)
+    assert min(seen) == 0

@@ -9,7 +9,7 @@ from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_polic
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_staq import StaQPolicy
+from sb3_staq import StaQ, StaQPolicy
 from sb3_staq.distill import distill
 
 QUICK = dict(max_steps=40, states_per_round=60, n_eval_episodes=3)
@@ -122,9 +122,52 @@ def test_own_environment_is_left_ready():
     """The training goes on with a new episode: what the environment returns next belongs to what is remembered."""
     model = distillable()
     model.distill(**QUICK)
+    first = []
+    env, buffer = model.env.envs[0].unwrapped, model.replay_buffer
+    env.reset = lambda **kwargs: first.append(RandomObsEnv.reset(env, **kwargs)[0]) or (first[-1], {})
     model.learn(1, reset_num_timesteps=False)
-    buffer = model.replay_buffer
-    np.testing.assert_array_equal(buffer.next_observations[(buffer.pos - 1)][0], model.env.envs[0].unwrapped._last)
+    np.testing.assert_array_equal(buffer.observations[buffer.pos - 1][0], first[0])
+    np.testing.assert_array_equal(buffer.next_observations[buffer.pos - 1][0], env._last)
+
+
+class Shifted(RandomObsEnv):
+    """Raw observations around 100."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Box(99, 101, (4,), np.float32)
+
+
+def test_states_are_normalised(tmp_path):
+    """With the statistics of the environment that is given, if the model has none."""
+    env = VecNormalize(DummyVecEnv([Shifted]))
+    model = make_model(env, learning_starts=100)
+    model.learn(200)
+    grow(model, 3)
+    model.save(tmp_path / "model")
+    loaded = StaQ.load(tmp_path / "model")
+    loaded.replay_buffer = model.replay_buffer
+    for distilled, where in ((model, {}), (loaded, dict(env=env))):
+        _, report = distilled.distill(**QUICK, **where)
+        assert report.held_out.abs().max() < 5 and len(report.held_out) >= 10
+
+
+def test_student_visits_states_in_both_ways(monkeypatch):
+    """The stack acts in the first round, then the student; deterministically in every other round."""
+    acts, predict = [], StaQPolicy.predict
+
+    def record(policy, obs, *args, deterministic=False, **kwargs):
+        acts.append((policy, deterministic))
+        return predict(policy, obs, *args, deterministic=deterministic, **kwargs)
+
+    model = distillable()
+    monkeypatch.setattr("sb3_staq.distill.STEPS_PER_ROUND", 10)
+    monkeypatch.setattr(StaQPolicy, "predict", record)
+    student, _ = model.distill(**{**QUICK, "n_eval_episodes": 1, "max_kl": 0.0})
+    rounds = [acts[60 * i] for i in range(4)]
+    assert [policy is model.policy for policy, _ in rounds] == [True, False, False, False]
+    assert all(policy is student for policy, _ in rounds[1:])
+    assert [deterministic for _, deterministic in rounds] == [False, True, False, True]
 
 
 def test_returns_are_of_the_same_seeds():

@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.faults import TRAININGS, digest, make
 from sb3_staq import StaQ
+from sb3_staq.callbacks import PolicyUpdateDiagnostics
 from sb3_staq.env_state import TrainingState, get_env_state, set_env_state
 from sb3_staq.resume import ResumeCallback
 
@@ -152,6 +153,8 @@ def test_environments_without_a_state(tmp_path, capsys):
     assert "with new episodes" in capsys.readouterr().out
     step = 100 // 2
     assert (model.replay_buffer.dones[step - 1] == 1).all()
+    terminated = model.replay_buffer.dones[step - 1] * (1 - model.replay_buffer.timeouts[step - 1])
+    assert terminated.sum() < 2  # at most those that had ended by themselves
     assert model.env.obs_rms.count > count
     after = episodes(tmp_path / "monitors")
     assert sum(row in before for row in after) > 10 and len(after) > len(before)
@@ -162,6 +165,94 @@ def test_other_arguments_are_refused(tmp_path):
     make("CartPole-v1").learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
     with pytest.raises(ValueError, match=r"Invalid gamma=0.5: the checkpoint .* is of a training with 0.99"):
         make("CartPole-v1", gamma=0.5).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("train_freq", dict(train_freq=4)), ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9])))],
+)
+def test_other_rollouts_and_networks_are_refused(name, argument, tmp_path):
+    make("CartPole-v1").learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
+    with pytest.raises(ValueError, match=rf"Invalid {name}=.*: the checkpoint .* is of a training with"):
+        make("CartPole-v1", **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+
+def test_functions_go_on(tmp_path):
+    """Their addresses differ in each process."""
+
+    def make_with_functions():
+        policy_kwargs = dict(net_arch=[8], activation_fn=lambda: nn.Tanh())
+        return make("CartPole-v1", policy_kwargs=policy_kwargs, learning_rate=lambda _: 1e-3)
+
+    make_with_functions().learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
+    model = make_with_functions().learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert model.num_timesteps == 200 and model._episode_num > 0
+
+
+def test_custom_weights_go_on(tmp_path):
+    arguments = dict(logit_rule=[3.0, 2.0, 1.0], logit_cache="auto")
+    uninterrupted = make("CartPole-v1", **arguments).learn(200)
+    with pytest.raises(KeyboardInterrupt):
+        make("CartPole-v1", **arguments).learn(200, callback=[Stop(97), ResumeCallback(40, tmp_path, verbose=0)])
+    model = make("CartPole-v1", **arguments).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert digest(model) == digest(uninterrupted)
+
+
+class Change(BaseCallback):
+    """Changes the model in the midst of the training."""
+
+    def _on_step(self):
+        if self.num_timesteps == 60:
+            self.model.policy.eval_policy = "last"
+            self.model.policy_update_interval, self.model.memory_size = 7, 2
+        return True
+
+
+def test_what_was_changed_goes_on(tmp_path):
+    """The policy that is delivered, and how the stack is evaluated."""
+    arguments = dict(logit_cache="auto", buffer_size=60, batch_size=32)
+    uninterrupted = make("CartPole-v1", **arguments).learn(200, callback=Change())
+    with pytest.raises(KeyboardInterrupt):
+        callbacks = [Change(), Stop(130), ResumeCallback(40, tmp_path, verbose=0)]
+        make("CartPole-v1", **arguments).learn(200, callback=callbacks)
+    model = make("CartPole-v1", **arguments)
+    model.learn(200, callback=[Change(), ResumeCallback(40, tmp_path, verbose=0)])
+    assert model.policy.eval_policy == "last" == model.eval_policy
+    assert (model.replay.cache is None) == (uninterrupted.replay.cache is None)
+    assert digest(model) == digest(uninterrupted)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_diagnostics_go_on(order, tmp_path):
+    """Whichever callback comes first."""
+
+    def callbacks(folder):
+        both = [PolicyUpdateDiagnostics(folder / "updates.csv"), ResumeCallback(40, folder / "all", verbose=0)]
+        return both[::order]
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
+    make("CartPole-v1").learn(200, callback=callbacks(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        make("CartPole-v1").learn(200, callback=[*callbacks(tmp_path / "killed"), Stop(150)])
+    make("CartPole-v1").learn(200, callback=callbacks(tmp_path / "killed"))
+    lines = (tmp_path / "whole" / "updates.csv").read_text().splitlines()
+    assert (tmp_path / "killed" / "updates.csv").read_text().splitlines() == lines and len(lines) > 10
+
+
+def test_random_numbers_of_python_go_on(tmp_path):
+    class Draw(BaseCallback):
+        def _on_step(self):
+            self.drawn = random.random()
+            return True
+
+    random.seed(3)
+    whole, again = Draw(), Draw()
+    make("CartPole-v1").learn(200, callback=whole)
+    random.seed(3)
+    with pytest.raises(KeyboardInterrupt):
+        make("CartPole-v1").learn(200, callback=[Draw(), Stop(97), ResumeCallback(40, tmp_path, verbose=0)])
+    make("CartPole-v1").learn(200, callback=[again, ResumeCallback(40, tmp_path, verbose=0)])
+    assert again.drawn == whole.drawn
 
 
 def test_old_and_unfinished_checkpoints_go(tmp_path):

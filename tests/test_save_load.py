@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, randomise, sample_obs
 from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -727,3 +729,39 @@ def test_files_of_an_older_version(name):
     n_updates = model.n_policy_updates
     model.learn(40, reset_num_timesteps=False)
     assert model.n_policy_updates > n_updates
+
+
+def test_loaded_with_other_returns(tmp_path):
+    """The replay buffer is made for ``n_steps`` and ``gamma`` of now, and nothing is said if they are as they were."""
+    for n_steps in (1, 3):
+        make_model(RandomObsEnv(), n_steps=n_steps).save(tmp_path / "model")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            same = StaQ.load(tmp_path / "model")
+        assert getattr(same.replay_buffer, "n_steps", 1) == n_steps
+        assert StaQ.load(tmp_path / "model", n_steps=5, gamma=0.8).replay_buffer.n_steps == 5
+        assert StaQ.load(tmp_path / "model", n_steps=5, gamma=0.8).replay_buffer.gamma == 0.8
+        assert type(StaQ.load(tmp_path / "model", n_steps=1).replay_buffer) is ReplayBuffer
+
+
+def test_arguments_of_the_user_stay():
+    given = dict(n_steps=2, gamma=0.9)
+    model = make_model(RandomObsEnv(), n_steps=3)
+    assert model.replay_buffer_class is None and model.replay_buffer_kwargs == {}
+    model = make_model(RandomObsEnv(), replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=given)
+    assert model.replay_buffer_class is NStepReplayBuffer and model.replay_buffer_kwargs is given
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (2, 0.9)
+
+
+def test_another_grid_is_refused(tmp_path):
+    """It has as many bins: the parameters would fit."""
+    box = spaces.Box(-1, 1, (1,), np.float32)
+    make_model(RandomObsEnv(action_space=box), action_grid="axis").save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"Invalid action_grid='joint': .*model is of a model with 'axis'"):
+        StaQ.load(tmp_path / "model", action_grid="joint", action_bins=3)
+
+
+def test_parameters_are_copied_into_place():
+    model = make_model().learn(40)
+    with pytest.raises(ValueError, match="Invalid assign=True: expected False"):
+        model.policy.load_state_dict(model.policy.state_dict(), assign=True)
