@@ -96,7 +96,7 @@ class _States:
         parts: list[Any] = []
         rows, self.order = self.order[:n], self.order[n:]
         if self.buffer is not None and len(rows):
-            normalize = self.model.get_vec_normalize_env() or (self.env and unwrap_vec_normalize(self.env))
+            normalize: Any = self.model.get_vec_normalize_env() or (self.env and unwrap_vec_normalize(self.env))
             obs: Any = select(self.buffer.observations, np.divmod(rows, self.buffer.n_envs))
             obs = obs[:, 0] if isinstance(self.buffer.observation_space, spaces.Discrete) else obs
             parts.append(obs if normalize is None else normalize.normalize_obs(obs))

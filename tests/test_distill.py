@@ -156,9 +156,9 @@ def test_student_visits_states_in_both_ways(monkeypatch):
     """The stack acts in the first round, then the student; deterministically in every other round."""
     acts, predict = [], StaQPolicy.predict
 
-    def record(policy, obs, *args, deterministic=False, **kwargs):
+    def record(policy, obs, deterministic=False, **kwargs):
         acts.append((policy, deterministic))
-        return predict(policy, obs, *args, deterministic=deterministic, **kwargs)
+        return predict(policy, obs, deterministic=deterministic, **kwargs)
 
     model = distillable()
     monkeypatch.setattr("sb3_staq.distill.STEPS_PER_ROUND", 10)
