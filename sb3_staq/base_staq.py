@@ -1,0 +1,283 @@
+"""StaQ but for its arguments and what it learns: how it acts, when policy updates are due, SB3's conventions, files."""
+
+import io
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_staq.action_spaces import flatten_action_space
+from sb3_staq.arguments import check_argument
+from sb3_staq.observations import select
+from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
+from sb3_staq.policies import (
+    POLICY_ARGUMENTS,
+    SHAPE_ARGUMENTS,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    StaQPolicy,
+)
+from sb3_staq.replay import PolicyReplay, cache_pays
+from sb3_staq.save_util import check_algorithm
+
+
+class BaseStaQ(CheckedOffPolicyAlgorithm):
+    """The part of :class:`~sb3_staq.staq.StaQ` that trains nothing."""
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: StaQPolicy
+    # Arguments, see StaQ
+    policy_update_interval: int
+    logit_cache: bool | str
+    average_share: float
+    exploration_initial_eps: float
+    exploration_final_eps: float
+    exploration_fraction: float
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.exploration_rate = 0.0
+        self._steps_since_policy_update = 0.0
+        self._steps_since_train = 0  # environment steps, from `learning_starts` on
+        # Of the environment that collects with both policies: whether with the average now, and how many steps of that
+        # it is ahead of its share
+        self._average_turn, self._average_lead = False, 0.0
+        self._replay: PolicyReplay | None = None
+        self._learns = False  # whether `learn` is running
+
+    # Acting and collecting
+
+    @property
+    def eval_policy(self) -> str:
+        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        policy = self.__dict__.get("policy")
+        return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        policy = self.__dict__.get("policy")
+        if policy is not None:
+            check_argument("eval_policy", eval_policy)
+            policy.eval_policy = eval_policy
+        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
+
+    @property
+    def replay(self) -> PolicyReplay:
+        """The replay buffer as the training sees it: with the policy at the next states."""
+        assert self.replay_buffer is not None
+        parts = self.replay_buffer, self.policy, self._vec_normalize_env
+        if self._replay is None or not self._replay.is_made_of(*parts):
+            use_cache, old = self.logit_cache, self._replay
+            if use_cache == "auto" and old is not None and old.is_made_of(old.buffer, *parts[1:]):
+                use_cache = old.cache is not None  # as before, for a buffer that was loaded
+            elif use_cache == "auto":
+                use_cache = cache_pays(*parts, self._samples_per_policy_update)
+            self._replay = PolicyReplay(*parts, bool(use_cache))
+        return self._replay
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the actions of the policy that is delivered, see ``eval_policy``, including exploration.
+
+        Actions are uniformly random with probability ``exploration_rate``, unless deterministic.
+        ``model.policy.predict`` is without.
+
+        :param observation: one observation, or one for each environment
+        :param state: returned as it is; the policy has no memory
+        :param episode_start: not used
+        :param deterministic: Whether to return the most probable actions, or the mean ones where a Box is factored,
+            instead of sampled ones
+        :return: actions and ``state``
+        """
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if deterministic:
+            return actions, state
+        shape = np.shape(actions)
+        return self._explore(actions.reshape(-1, *self.action_space.shape)).reshape(shape), state  # type: ignore[misc]
+
+    def _explore(self, actions: np.ndarray) -> np.ndarray:
+        """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
+        explores = np.random.rand(len(actions)) < self.exploration_rate
+        if explores.any():
+            actions[explores] = self.policy.random_actions(int(explores.sum()))
+        return actions
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        policy = self.policy
+        if self.num_timesteps < learning_starts:
+            actions = policy.random_actions(n_envs)
+        else:
+            with policy.acting_by(self._collecting_sums):
+                actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
+        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+
+    @th.no_grad()
+    def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
+        """Let the last policy collect, which is the one that learns; in a share of the environments the average."""
+        sums = self.replay.logit_sums(obs, remember=False)
+        n_average, part = self._average_envs
+        n_average += self._average_turn and part > 0
+        if n_average > 0:
+            sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
+        return sums
+
+    @property
+    def _average_envs(self) -> tuple[int, float]:
+        """How many environments collect with the average, and for which share of its steps the next one does."""
+        part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
+        return int(n_whole), part
+
+    def _on_stored(self, dones: np.ndarray) -> None:
+        if self.num_timesteps < self.learning_starts:
+            return
+        self.replay.remember_last()
+        n_average, part = self._average_envs
+        if part == 0:  # nobody takes turns
+            self._average_turn, self._average_lead = False, 0.0
+            return
+        self._average_lead += self._average_turn - part
+        if dones[n_average]:  # between episodes
+            self._average_turn = self._average_lead < 0
+
+    def _on_step(self) -> None:
+        """Count the step, and follow the schedule of the exploration."""
+        super()._on_step()
+        for name in ("exploration_initial_eps", "exploration_final_eps", "exploration_fraction"):
+            check_argument(name, getattr(self, name))
+        schedule = LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
+        self.exploration_rate = schedule(self._current_progress_remaining)
+        self._steps_since_train += max(0, min(self.n_envs, self.num_timesteps - self.learning_starts))
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # A rollout may end after total_timesteps, where a schedule that falls to 0 would be negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    # When policy updates are due
+
+    def _phases(self, gradient_steps: int) -> Iterator[tuple[int, bool]]:
+        """Spread the policy updates that are due over the gradient steps, at most one for each."""
+        new_steps: float = self._steps_since_train
+        if not self._learns:  # some steps may be left of a rollout that was stopped
+            new_steps = max(new_steps, gradient_steps / self._gradient_steps_per_env_step)
+        self._steps_since_train = 0
+        n_due, left = divmod(self._steps_since_policy_update + new_steps, self.policy_update_interval)
+        n_due = min(int(n_due), gradient_steps)
+        self._steps_since_policy_update = n_due * self.policy_update_interval + left
+        n_phases = max(n_due, 1)
+        for phase in range(n_phases):
+            n_steps = gradient_steps * (phase + 1) // n_phases - gradient_steps * phase // n_phases
+            yield n_steps, n_due > 0
+
+    @property
+    def _gradient_steps_per_env_step(self) -> float:
+        """In ``learn``; 1 where it is not known beforehand."""
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.gradient_steps <= 0 or self.train_freq.unit != TrainFrequencyUnit.STEP:
+            return 1.0
+        return self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+
+    @property
+    def _samples_per_policy_update(self) -> float | None:
+        """None where it is not known: a number of gradient steps after each episode."""
+        if self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP:  # type: ignore[union-attr]
+            return None
+        return self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
+
+    # Setting up
+
+    @contextmanager
+    def _as_sb3_needs_them(self, memory_size: int) -> Iterator[None]:
+        """
+        Let SB3 make policy and replay buffer: of actions that are vectors, with the algorithm's arguments.
+
+        Afterwards users find the action space of their environment, and the arguments that they gave. So a model that
+        is loaded with other ``n_steps`` or ``gamma`` gets the replay buffer that suits these.
+        """
+        names = ("action_space", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
+        given = {name: getattr(self, name) for name in names}
+        arguments = {name: getattr(self, name) for name in POLICY_ARGUMENTS} | {"memory_size": memory_size}
+        self.action_space, self.policy_kwargs = flatten_action_space(self.action_space), self.policy_kwargs | arguments
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
+        try:
+            yield
+        finally:
+            for name, value in given.items():
+                setattr(self, name, value)
+
+    # Files
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save the model, as any algorithm of SB3, without the replay buffer."""
+        self.eval_policy = self.policy.eval_policy  # where it may have been changed
+        super().save(path, exclude, include)
+
+    @classmethod
+    def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        check_algorithm(data, name)
+        for argument in SHAPE_ARGUMENTS:
+            given = arguments.get(argument, data.get(argument))
+            if given != data.get(argument, given):
+                raise ValueError(f"Invalid {argument}={given!r}: {name} is of a model with {data[argument]!r}")
+        return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had the last policy only
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer, with what the logit cache remembers, as a pickle file with a checksum or as ".npz".
+
+        :param path: the file
+        """
+        buffer, cache = self.replay_buffer, self.replay.cache
+        vars(buffer)["logit_cache"] = {} if cache is None else cache.state_dict()
+        try:
+            super().save_replay_buffer(path)
+        finally:
+            del vars(buffer)["logit_cache"]
+
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
+    ) -> None:
+        """Load a replay buffer, and what the cache remembers of its states if that was saved with it."""
+        super().load_replay_buffer(path, truncate_last_traj, mmap)
+        remembered = vars(self.replay_buffer).pop("logit_cache", {})
+        if remembered and self.replay.cache is not None:
+            self.replay.cache.load_state_dict(remembered)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_learns", "_replay", "_statistics", "policy_update_hooks"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f"Invalid policy={policy_name!r}: expected one of {', '.join(self.policy_aliases)}")
+        return self.policy_aliases[policy_name]
