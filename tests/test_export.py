@@ -314,4 +314,4 @@ def test_benchmark(tmp_path):
     heading, _, stack, student = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert stack[1:4] == ["tiny, M = 3", "stack", "6"] and student[1:4] == ["tiny, M = 3", "student", "1"]
     assert len(stack) == len(student) == len(heading)
-    assert "critics that act" in heading and (tmp_path / "tiny_m_3.csv").is_file()
+    assert "networks that act" in heading and (tmp_path / "tiny_m_3.csv").is_file()
