@@ -3,7 +3,7 @@
 import io
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -230,15 +230,8 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
 
     # Files
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Save the model, as any algorithm of SB3, without the replay buffer."""
+    def _on_save(self) -> None:
         self.eval_policy = self.policy.eval_policy  # where it may have been changed
-        super().save(path, exclude, include)
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -126,15 +126,19 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save the model in a zip-file. An existing file is replaced once the new one is complete.
+        Save the model in a zip-file, without the replay buffer. An existing file is replaced once all is written.
 
         :param path: the file, or where to write
         :param exclude: names of attributes to leave out, besides those that always are
         :param include: names of attributes that are always left out, but not this time
         """
+        self._on_save()
         vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in LEFT_OUT})
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
+
+    def _on_save(self) -> None:
+        """Do what precedes the saving of the model."""
 
     @classmethod
     def load(  # type: ignore[override]

@@ -532,6 +532,9 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
     loaded.save(tmp_path / "changed")
     assert StaQ.load(tmp_path / "changed").eval_policy == other
     assert_delivers(StaQ.load(tmp_path / "changed").policy, other)
+    loaded.policy.eval_policy = choice
+    loaded.save(tmp_path / "changed")
+    assert StaQ.load(tmp_path / "changed").eval_policy == choice
     with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
         loaded.eval_policy = "mean"
     with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
