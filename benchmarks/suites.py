@@ -99,7 +99,7 @@ class Cell:
         import sb3_staq.zoo  # noqa: F401, registers StaQ
 
         return ExperimentManager(
-            argparse.Namespace(),
+            argparse.Namespace(algo=self.zoo_algo, env=self.env_id, env_kwargs=None, seed=self.seed),  # for `enjoy`
             self.zoo_algo,
             self.env_id,
             str(self.working_folder / "zoo"),

@@ -486,6 +486,17 @@ def test_training_goes_on_as_if_nothing_had_been(
     assert list(cell.working_folder.glob(f"zoo/*/*/{file_name(env_id)}.zip"))
 
 
+@pytest.mark.slow
+def test_trained_model_can_be_watched(tmp_path: Path) -> None:
+    cell = Cell("tiny", "CartPole-v1", "staq", 1, 300, 150, 2, {}, tmp_path)
+    cell_module.run_cell(cell, lambda *progress: None)
+    options = f"--algo staq --env CartPole-v1 -f {cell.working_folder}/zoo --no-render -n 100"
+    command = [sys.executable, "-m", "sb3_staq.zoo", "enjoy", *options.split()]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "Loading" in finished.stdout
+
+
 def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
     cell = Cell("tiny", "CartPole-v1", "dqn", 0, 100, eval_freq=50, n_eval_episodes=2, folder=tmp_path)
     assert look_up(cell, fresh=False).state == "waiting"

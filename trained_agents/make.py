@@ -36,7 +36,7 @@ CARD = """---
 | stack | {kept} critics of the average's {averaged} |
 | return with all {averaged} | {full_mean:.2f} +/- {full_std:.2f} |
 | trained by | `{command}` |
-| commit | {commit}, the last one to change the package |
+| commit | {commit} |
 | versions | {versions} |
 
 The last model of the training, not the best one. The file has what acts: no optimizer state, and of the stack the
@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--logs", default="logs", help="where the training goes")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the agent goes")
     parser.add_argument("--trained", action="store_true", help="take the newest training of --logs")
+    parser.add_argument("--command", help="what trained it, for the card; by default what the RL Zoo has noted")
+    parser.add_argument("--commit", help="of that training; by default the last one that changed the package")
     args = parser.parse_args()
     th.set_num_threads(1)
 
@@ -133,7 +135,7 @@ def main() -> None:
     target = args.folder / "staq" / f"{name}_1"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("command.txt"))
-    command = (source / name / "command.txt").read_text().split()[1:]
+    command = args.command or " ".join(["python", *(source / name / "command.txt").read_text().split()[1:]])
     full, _ = evaluate(Path(args.logs), args.env)
     for size in (60, 45, 30, 20, 15, 10):
         model = StaQ.load(source / f"{name}.zip", device="cpu")
@@ -167,8 +169,8 @@ def main() -> None:
         averaged=averaged,
         full_mean=np.mean(full),
         full_std=np.std(full),
-        command=" ".join(["python", *command]),
-        commit=commit.stdout.strip(),
+        command=command,
+        commit=args.commit or commit.stdout.strip(),
         versions=installed_versions(),
         steps=steps,
     )
