@@ -159,6 +159,7 @@ class Coefficients:
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
         self.logit_rule = logit_rule
+        self.rule = logit_rule if isinstance(logit_rule, str) else None  # None for custom weights
         self.memory_size = memory_size
         self.gamma = gamma
         self.relative_kl = parse_relative(kl_coef)
@@ -175,9 +176,7 @@ class Coefficients:
         ent_coef = self.first_ent_coef
         if ent_coef is None:
             ent_coef = value_at("ent_coef", self.ent_coef, progress)
-            if (
-                isinstance(self.logit_rule, str) and self.logit_rule == "weight_corrected"
-            ):  # an array is no rule by name
+            if self.rule == "weight_corrected":
                 ent_coef = max(ent_coef, 0.01 * value_at("ent_coef", self.ent_coef, 1.0))
                 if ent_coef == 0:
                     raise ValueError(
@@ -224,9 +223,9 @@ class Coefficients:
         """
         if not isinstance(self.memory_size, str):
             return int(self.memory_size)
-        if isinstance(self.logit_rule, str) and self.logit_rule == "exact":
+        if self.rule == "exact":
             return 1  # it has no effect
-        if isinstance(self.logit_rule, Sized) and not isinstance(self.logit_rule, str):
+        if self.rule is None and isinstance(self.logit_rule, Sized):
             return len(self.logit_rule)
         return auto_memory_size(self.gamma, kl_coef, ent_coef)
 
@@ -237,7 +236,7 @@ class Coefficients:
         :return: the number of critics that the stack keeps at the start
         :raise ValueError: for the first that is invalid
         """
-        if self.first_ent_coef is not None and not isinstance(self.logit_rule, str):
+        if self.first_ent_coef is not None and self.rule is None:
             raise ValueError(
                 f"Invalid ent_coef={self.ent_coef!r}: it has no influence on custom weights, "
                 f"logit_rule={self.logit_rule!r}; expected a number or schedule, or another logit_rule"

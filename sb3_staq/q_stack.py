@@ -23,8 +23,7 @@ from sb3_staq.q_networks import CriticEnsemble, batched_forward
 
 # Activations per layer at a time: on a CPU 2 MB, which stay in its cache; a GPU needs much work at a time
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
-# Critics whose weight is at most this share of the sum of the weights are left out. For 256 of them this is the
-# resolution of a float, 2^-24.
+# Critics with at most this share of the weights are left out: for 256 of them, the resolution of a float, 2^-24
 NEGLIGIBLE_WEIGHT = 2.0**-32
 # Rows of critics without weight that are evaluated rather than parted at: a pass of its own costs about as much
 GAP = 4
@@ -51,9 +50,9 @@ class FrozenCritics(nn.ModuleList):
     """
     The stack of frozen critics: each entry is the ensemble that one policy update pushed.
 
-    Times ``weights.scale``, the weighted sum ``S(s) = sum_i w_i Q_i(s)`` are logits. The entries that the logit rule
-    weights come first, in no particular order; then those that only the average needs. ``state_dict`` holds tensors
-    only and loads into a stack of any size. Whoever changes its parameters in place calls :meth:`gather`.
+    Times ``weights.scale``, the weighted sum ``S(s) = sum_i w_i Q_i(s)`` are logits. Entries of the logit rule come
+    first, then those of the average alone. ``state_dict`` loads into a stack of any size. Whoever changes parameters
+    in place calls :meth:`gather`.
 
     :param template: an ensemble with the architecture of the entries
     :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
@@ -105,10 +104,8 @@ class FrozenCritics(nn.ModuleList):
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
         coefs, runs = self._factors(average)
-        chunk = max(1, len(coefs))
-        if not exporting():
-            elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-            chunk = max(1, elements // (self._widest_layer * max(1, len(first))))
+        elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+        chunk = max(1, len(coefs) if exporting() else elements // (self._widest_layer * max(1, len(first))))
         total = first.new_zeros(first.shape[0], self.n_bins, dtype=th.float32)
         with th.autocast(first.device.type, enabled=False):
             for start, stop in [(i, min(i + chunk, run.stop)) for run in runs for i in run[::chunk]]:
@@ -267,10 +264,9 @@ class FrozenCritics(nn.ModuleList):
         old = state_dict.pop(f"{prefix}_extra_state", None)  # of version 0.1.0
         if old is not None:
             state_dict.update({f"{prefix}{name}": x for name, x in stack_numbers.of_version_0_1(old).items()})
-        names = [f"{prefix}{name}" for name in stack_numbers.NAMES]
-        missing = [name for name in names if name not in state_dict]
-        missing_keys.extend(missing)
-        tensors = [state_dict.pop(name, None) for name in names]
+        tensors = [state_dict.pop(f"{prefix}{name}", None) for name in stack_numbers.NAMES]
+        missing = [name for name, tensor in zip(stack_numbers.NAMES, tensors, strict=True) if tensor is None]
+        missing_keys.extend(f"{prefix}{name}" for name in missing)
         if not missing:
             self.updates, self.n_updates = stack_numbers.from_tensors(tensors, self.weights)
             del self[:]
