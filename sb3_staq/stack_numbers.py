@@ -1,4 +1,4 @@
-"""The numbers of a stack as they stand in files: in tensors, which everybody can load without running anything."""
+"""The numbers of a stack as they are saved: in tensors, which anyone can load without running any code."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ import torch as th
 from sb3_staq.mirror_descent import StackWeights
 
 NAMES = ("weights", "updates", "constants")
-# Stands for an ``ent_coef`` before the first policy update
+# Stands for the missing ``ent_coef`` before the first policy update
 NO_ENT_COEF = -1.0
 
 
 def to_tensors(weights: StackWeights, updates: Sequence[float], n_updates: int) -> dict[str, th.Tensor]:
     """
-    Give the numbers as tensors.
+    Return the numbers as tensors.
 
-    :param weights: of the logit rule
-    :param updates: the policy updates that pushed the entries
+    :param weights: weights of the logit rule
+    :param updates: for each entry, the policy update that pushed it
     :param n_updates: number of policy updates so far
     :return: tensors by name, see ``NAMES``
     """
@@ -31,10 +31,10 @@ def to_tensors(weights: StackWeights, updates: Sequence[float], n_updates: int) 
 
 def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
     """
-    Give the tensors for what version 0.1.0 saved, which is what ``StackWeights.state_dict`` gives.
+    Convert to tensors what version 0.1.0 saved: the result of ``StackWeights.state_dict``.
 
     :param state: the weights; there was one update for each
-    :return: as of :func:`to_tensors`
+    :return: as from :func:`to_tensors`
     """
     weights = StackWeights("exact", 1)
     weights.load_state_dict(state)
@@ -43,11 +43,11 @@ def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
 
 def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[list[float], int]:
     """
-    Take the numbers, and put those of the logit rule in place.
+    Restore the numbers, and load those of the logit rule into ``weights``.
 
     :param tensors: in the order of ``NAMES``
     :param weights: changed in place
-    :return: the policy updates that pushed the entries, and the number of policy updates so far
+    :return: for each entry, the policy update that pushed it; and the number of policy updates so far
     :raise ValueError: if they cannot belong together
     """
     values, updates, constants = tensors
@@ -66,7 +66,7 @@ def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[l
 
 
 def _to_floats(values: Sequence[float]) -> th.Tensor:
-    """Doubles as exact sums of three floats, shape (n, 3): some devices have no doubles."""
+    """Split doubles into exact sums of three floats, shape (n, 3): some devices have no doubles."""
     rest = th.tensor(values, dtype=th.float64).reshape(-1)
     parts = []
     for _ in range(3):
