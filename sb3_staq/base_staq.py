@@ -3,16 +3,17 @@
 import io
 import math
 import pathlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import flatten_action_space
@@ -29,6 +30,9 @@ from sb3_staq.policies import (
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
 from sb3_staq.save_util import check_algorithm
+
+# Complete episodes of the average whose mean return decides whether it is the best one so far
+BEST_EPISODES = 10
 
 
 class BaseStaQ(CheckedOffPolicyAlgorithm):
@@ -56,6 +60,8 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         # Of the environment that collects with both policies: whether with the average now, and how many steps of that
         # it is ahead of its share
         self._average_turn, self._average_lead = False, 0.0
+        # Returns of the last episodes that the average collected, and their highest mean
+        self._forget_returns()
         self._replay: PolicyReplay | None = None
         self._learns = False  # whether `learn` is running
 
@@ -71,8 +77,7 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
     def eval_policy(self, eval_policy: str) -> None:
         policy = self.__dict__.get("policy")
         if policy is not None:
-            check_argument("eval_policy", eval_policy)
-            policy.eval_policy = eval_policy
+            policy.eval_policy = eval_policy  # refuses others
         self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
 
     @property
@@ -129,37 +134,55 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             actions = policy.random_actions(n_envs)
         else:
-            with policy.acting_by(self._collecting_sums):
+            with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
+            n_average = self._n_average_envs
+            if n_average > 0:  # greedily, so that their returns are those of the policy that is delivered
+                obs: Any = select(self._last_obs, slice(n_average))
+                with policy.acting_by(partial(policy.logit_sums, weighting="average")):
+                    actions[:n_average], _ = policy.predict(obs, deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
-
-    @th.no_grad()
-    def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
-        """Let the last policy collect, which is the one that learns; in a share of the environments the average."""
-        sums = self.replay.logit_sums(obs, remember=False)
-        n_average, part = self._average_envs
-        n_average += self._average_turn and part > 0
-        if n_average > 0:
-            sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
-        return sums
 
     @property
     def _average_envs(self) -> tuple[int, float]:
-        """How many environments collect with the average, and for which share of its steps the next one does."""
+        """How many environments always collect with the average, and for which share of its steps the next one does."""
         part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
         return int(n_whole), part
 
-    def _on_stored(self, dones: np.ndarray) -> None:
+    @property
+    def _n_average_envs(self) -> int:
+        """How many environments collect with the average now."""
+        n_whole, part = self._average_envs
+        return n_whole + (self._average_turn and part > 0)
+
+    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         if self.num_timesteps < self.learning_starts:
             return
         self.replay.remember_last()
-        n_average, part = self._average_envs
+        for i in np.flatnonzero(dones[: self._n_average_envs]):
+            if "episode" in infos[i]:  # there is a Monitor
+                self._note_average_return(infos[i]["episode"]["r"])
+        n_whole, part = self._average_envs
         if part == 0:  # nobody takes turns
             self._average_turn, self._average_lead = False, 0.0
             return
         self._average_lead += self._average_turn - part
-        if dones[n_average]:  # between episodes
+        if dones[n_whole]:  # between episodes
             self._average_turn = self._average_lead < 0
+
+    def _forget_returns(self) -> None:
+        """Judge the averages to come by themselves: the next task may be another one."""
+        self._average_returns: deque[float] = deque(maxlen=BEST_EPISODES)
+        self._best_return = -math.inf
+
+    def _note_average_return(self, episode_return: float) -> None:
+        """Mark the average as the best one if its last episodes returned more than ever."""
+        self._average_returns.append(float(episode_return))
+        mean = float(np.mean(self._average_returns))
+        self.logger.record("rollout/average_ep_rew_mean", mean)
+        if len(self._average_returns) == BEST_EPISODES and mean > self._best_return:
+            self._best_return = mean
+            self.policy.frozen_critics.mark_best()
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""

@@ -86,9 +86,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if replay_buffer is self.replay_buffer:  # collect_rollouts takes others as well
-            self._on_stored(dones)
+            self._on_stored(dones, infos)
 
-    def _on_stored(self, dones: np.ndarray) -> None:
+    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Do what follows a step of the environments that the replay buffer has got."""
 
     def _check_finite(

@@ -1,15 +1,13 @@
-"""The growing stack of frozen critics, which is the policy, under two weightings.
+"""The growing stack of frozen critics, which is the policy, under three weightings.
 
-While training, the policy is the weighted sum by the logit rule, over the newest ``memory_size`` critics. What is
-delivered is the plain average over a window that grows with the training, after the average iterate of mirror descent.
-Critics that only the average needs are thinned evenly in time.
+- "last": the weighted sum by the logit rule, over the newest ``memory_size`` critics. It is the policy that learns.
+- "average": the plain average over a window that grows with the training, after the average iterate of mirror descent.
+  Critics that only the average needs are thinned evenly in time.
+- "best": the average as it was when :meth:`FrozenCritics.mark_best` was called last.
 """
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
@@ -17,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_staq import stack_numbers
+from sb3_staq.interrupts import interrupts_deferred
 from sb3_staq.kernels import allocate, exporting
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
 from sb3_staq.q_networks import CriticEnsemble, batched_forward
@@ -28,22 +27,6 @@ NEGLIGIBLE_WEIGHT = 2.0**-32
 # Rows of critics without weight that are evaluated rather than parted at: a pass of its own costs about as much
 GAP = 4
 NEW = -1
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the end of the block: half of a change would leave a stack that is neither old nor new."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    received: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: received.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 class FrozenCritics(nn.ModuleList):
@@ -58,7 +41,7 @@ class FrozenCritics(nn.ModuleList):
     :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
     :param memory_size: the largest number of entries that the logit rule weights ("exact" has no limit)
     :param average_window: the share of the policy updates so far that the average covers, in (0, 1]
-    :param average_size: the largest number of entries in the average; 0 keeps none for it
+    :param average_size: the largest number of entries in an average; 0 keeps none for it
     """
 
     def __init__(
@@ -74,6 +57,8 @@ class FrozenCritics(nn.ModuleList):
         self.average_window = average_window
         self.average_size = average_size
         self.n_updates = 0
+        # When the best average was taken (0 if none was), and the sum of its weights in the logits
+        self.best_update, self.best_factor = 0, 0.0
         # The policy updates that pushed the entries
         self.updates: list[float] = []
         # Changes with every push and load: what has been computed with the stack before is void
@@ -85,7 +70,7 @@ class FrozenCritics(nn.ModuleList):
             param.data = param.data.new_empty(0)
         # The parameters of entry i are views of row i of these blocks, so that one batched pass reads them all
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
-        self._coefs: dict[bool, tuple[th.Tensor, list[range]]] = {}
+        self._coefs: dict[str, tuple[th.Tensor, list[range]]] = {}
         linear = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in linear)
 
@@ -94,16 +79,16 @@ class FrozenCritics(nn.ModuleList):
         """The entry that the last policy update pushed."""
         return self[self.updates.index(max(self.updates))]
 
-    def forward(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
+    def forward(self, obs: PyTorchObs, weighting: str = "last") -> th.Tensor:
         """
         Compute the weighted sum ``S`` of the stack.
 
         :param obs: preprocessed observations
-        :param average: take the average over the window, times the sum of the weights of the logit rule, instead
+        :param weighting: "last", "average" or "best"
         :return: shape (batch, n_bins); zero for an empty stack
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        coefs, runs = self._factors(average)
+        coefs, runs = self._factors(weighting)
         elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
         chunk = max(1, len(coefs) if exporting() else elements // (self._widest_layer * max(1, len(first))))
         total = first.new_zeros(first.shape[0], self.n_bins, dtype=th.float32)
@@ -114,16 +99,16 @@ class FrozenCritics(nn.ModuleList):
                 total = total + batched_forward(self._template[0].net, params, obs, coef=coefs[rows].flatten())
         return total
 
-    def coefs(self, average: bool) -> th.Tensor:
-        """Give the factors of the logit rule or the average, shape (entries up to the last that has one, n_critics)."""
-        return self._factors(average)[0]
+    def coefs(self, weighting: str) -> th.Tensor:
+        """Give the factors of a weighting, shape (entries up to the last that has one, n_critics)."""
+        return self._factors(weighting)[0]
 
-    def _factors(self, average: bool) -> tuple[th.Tensor, list[range]]:
-        """The factors, and the ranges of rows that have any: the average may leave out most of the rule's entries."""
-        if average in self._coefs:
-            return self._coefs[average]
+    def _factors(self, weighting: str) -> tuple[th.Tensor, list[range]]:
+        """The factors, and the ranges of rows that have any: an average may leave out most of the rule's entries."""
+        if weighting in self._coefs:
+            return self._coefs[weighting]
         block = next(iter(self._blocks.values()))
-        values = self._average_values() if average else self._rule_values()
+        values = self._rule_values() if weighting == "last" else self._average_values(weighting)
         threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
         values = [value if abs(value) > threshold else 0.0 for value in values]
         while values and values[-1] == 0.0:
@@ -137,7 +122,7 @@ class FrozenCritics(nn.ModuleList):
                 start = runs.pop().start if runs and row - runs[-1].stop < GAP else row
                 runs.append(range(start, row + 1))
         if not exporting():  # a trace would differ from the next one
-            self._coefs[average] = coefs, runs
+            self._coefs[weighting] = coefs, runs
         return coefs, runs
 
     def _rule_values(self) -> list[float]:
@@ -147,12 +132,20 @@ class FrozenCritics(nn.ModuleList):
         of_update = dict(zip(sorted(recent), weights, strict=False))  # a damaged file may repeat an update
         return [of_update[update] for update in recent]
 
-    def _average_values(self) -> list[float]:
-        """The weights of the average, in the order of the entries, with the same sum as those of the logit rule."""
-        chosen = averaged_updates(self.n_updates, self.average_window, max(2, self.average_size))
+    def _average_values(self, weighting: str) -> list[float]:
+        """The weights of an average, in the order of the entries, with the sum that the logit rule had at its time."""
+        at, total = self.n_updates, self.weights.total
+        if weighting == "best" and self.best_update > 0:
+            at, total = self.best_update, self.best_factor / self.weights.scale
+        chosen = averaged_updates(at, self.average_window, max(2, self.average_size))
         in_average = [update in chosen for update in self.updates]
         n = sum(in_average)
-        return [self.weights.total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
+        return [total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
+
+    def mark_best(self) -> None:
+        """Let the present average be the best one. Its critics stay on the stack until this is called again."""
+        self.best_update, self.best_factor = self.n_updates, self.weights.scale * self.weights.total
+        self._coefs.pop("best", None)
 
     def push(
         self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
@@ -173,7 +166,8 @@ class FrozenCritics(nn.ModuleList):
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
         deleted = sorted(range(n_old), key=self.updates.__getitem__)[: len(update.deleted_weights)]  # the oldest
-        needed = averaged_updates(n_updates, self.average_window, self.average_size) if self.average_size else range(0)
+        averages = (n_updates, self.best_update) if self.average_size else ()
+        needed = {x for n in averages if n for x in averaged_updates(n, self.average_window, self.average_size)}
         averaged = [i for i in [*range(n_old, len(self)), *deleted] if self.updates[i] in needed]
         recent = [*(i for i in range(n_old) if i not in deleted), NEW]
         layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
@@ -211,7 +205,7 @@ class FrozenCritics(nn.ModuleList):
             return self._blocks
         roomy = 2 * capacity
         if self.weights.logit_rule != "exact":
-            roomy = min(roomy, self.weights.memory_size + self.average_size)
+            roomy = min(roomy, self.weights.memory_size + 2 * self.average_size)
         blocks = {name: allocate(block, max(n_entries, roomy)) for name, block in self._blocks.items()}
         for name, block in self._blocks.items():
             blocks[name][:capacity].copy_(block)
@@ -237,7 +231,8 @@ class FrozenCritics(nn.ModuleList):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates)
+        best = self.best_update, self.best_factor
+        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates, *best)
         destination.update({f"{prefix}{name}": value for name, value in tensors.items()})
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
@@ -268,7 +263,8 @@ class FrozenCritics(nn.ModuleList):
         missing = [name for name, tensor in zip(stack_numbers.NAMES, tensors, strict=True) if tensor is None]
         missing_keys.extend(f"{prefix}{name}" for name in missing)
         if not missing:
-            self.updates, self.n_updates = stack_numbers.from_tensors(tensors, self.weights)
+            loaded = stack_numbers.from_tensors(tensors, self.weights)
+            self.updates, self.n_updates, self.best_update, self.best_factor = loaded
             del self[:]
             self._blocks = self._reserved(len(self.updates))
             self.extend(self._template[0].frozen_copy() for _ in self.updates)

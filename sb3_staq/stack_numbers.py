@@ -12,20 +12,24 @@ NAMES = ("weights", "updates", "constants")
 NO_ENT_COEF = -1.0
 
 
-def to_tensors(weights: StackWeights, updates: Sequence[float], n_updates: int) -> dict[str, th.Tensor]:
+def to_tensors(
+    weights: StackWeights, updates: Sequence[float], n_updates: int, best_update: int = 0, best_factor: float = 0.0
+) -> dict[str, th.Tensor]:
     """
     Give the numbers as tensors.
 
     :param weights: of the logit rule
     :param updates: the policy updates that pushed the entries
     :param n_updates: number of policy updates so far
+    :param best_update: when the best average was taken, 0 if none was
+    :param best_factor: the sum of its weights in the logits
     :return: tensors by name, see ``NAMES``
     """
     ent_coef = NO_ENT_COEF if weights.ent_coef is None else weights.ent_coef
     return {
         "weights": _to_floats(weights.values),
         "updates": th.tensor(updates, dtype=th.float32),
-        "constants": _to_floats([weights.scale, ent_coef, float(n_updates)]),
+        "constants": _to_floats([weights.scale, ent_coef, float(n_updates), float(best_update), best_factor]),
     }
 
 
@@ -41,28 +45,28 @@ def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
     return to_tensors(weights, range(1, len(weights) + 1), len(weights))
 
 
-def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[list[float], int]:
+def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[list[float], int, int, float]:
     """
     Take the numbers, and put those of the logit rule in place.
 
     :param tensors: in the order of ``NAMES``
     :param weights: changed in place
-    :return: the policy updates that pushed the entries, and the number of policy updates so far
+    :return: the policy updates that pushed the entries, their number so far, and what is known of the best average
     :raise ValueError: if they cannot belong together
     """
     values, updates, constants = tensors
     valid = updates.dim() == 1 and values.shape[1:] == constants.shape[1:] == (3,)
-    valid = valid and len(values) <= len(updates) and len(constants) == 3
-    valid = valid and all(bool(th.isfinite(x).all()) for x in (values, updates, constants[::2]))
+    valid = valid and len(values) <= len(updates) and len(constants) == 5
+    valid = valid and all(bool(th.isfinite(x).all()) for x in (values, updates, constants[[0, *range(2, 5)]]))
     if not valid or th.isinf(constants[1]).any():
         raise ValueError(
             "The saved stack is damaged: expected finite numbers, and at most one weight for each critic, got "
             f"weights={values.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
         )
-    scale, ent_coef, n_updates = _from_floats(constants)
+    scale, ent_coef, n_updates, best_update, best_factor = _from_floats(constants)
     ent_coef_or_none = ent_coef if ent_coef >= 0 else None
     weights.load_state_dict({"values": _from_floats(values), "scale": scale, "ent_coef": ent_coef_or_none})
-    return updates.tolist(), round(n_updates)
+    return updates.tolist(), round(n_updates), round(best_update), best_factor
 
 
 def _to_floats(values: Sequence[float]) -> th.Tensor:

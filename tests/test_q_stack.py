@@ -56,7 +56,7 @@ def window_by_definition(n_updates, window, size):
 
 def both_sums(policy, obs):
     """Under both weightings."""
-    return th.stack([policy.logit_sums(obs, average=average) for average in (False, True)])
+    return th.stack([policy.logit_sums(obs, weighting) for weighting in ("last", "average")])
 
 
 def slow_sums(policy, obs):
@@ -262,8 +262,26 @@ def test_custom_weights(architecture, by_age):
         bound = 1e-5 * max(map(abs, by_age))
         th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=bound)
         expected = sum(by_age[: i + 1]) * pushed[0]  # the window covers one critic
-        actual = policy.logit_sums(obs, average=True).double()
+        actual = policy.logit_sums(obs, "average").double()
         th.testing.assert_close(actual, expected, rtol=1e-5, atol=bound)
+
+
+@pytest.mark.parametrize("average_size", [4, 60])
+def test_best_average_stays_on_the_stack(average_size):
+    """With its temperature, until another one is marked; then its critics make room."""
+    policy = make_policy("branches", memory_size=3, average_window=0.4, average_size=average_size, eval_policy="best")
+    stack, obs = policy.frozen_critics, sample_obs(BOX, 6)
+    for i in range(90):
+        push(policy, seed=i, kl_coef=1.0 + i, ent_coef=1.0 / (1 + i))
+        needed = {x for n in {stack.best_update or i + 1, i + 1} for x in window_by_definition(n, 0.4, average_size)}
+        assert set(stack.updates) == needed | set(range(max(1, i - 1), i + 2))
+        assert len(stack) <= 3 + 2 * average_size
+        if i in (20, 22, 60):
+            stack.mark_best()
+        if i < 20 or i in (20, 22, 60):  # before, none is marked: it is the present one
+            expected = stack.weights.scale * stack.weights.total * slow_average(policy, obs)
+        th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+        assert_sums(policy, obs)
 
 
 def test_batches_do_not_mix_observations():
@@ -932,7 +950,7 @@ def test_average_leaves_out_what_has_no_weight(average_size):
     grow(model, 35)
     policy, obs = model.policy, sample_obs(model.observation_space, 5)
     with th.no_grad():
-        sums = policy.logit_sums(obs, average=True)
+        sums = policy.logit_sums(obs, "average")
         assert relative_error(sums, policy.frozen_critics.weights.total * slow_average(policy, obs)) < 1e-5
         assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
 
