@@ -9,7 +9,6 @@ network learns their main effects under the policy,
 the best additive approximation of Q(s, .) under pi. What is frozen at a policy update is the Polyak average of it.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch as th
@@ -72,15 +71,6 @@ class SampledActions(NamedTuple):
     columns: th.Tensor  # of the varied bins, shape (batch, n_varied)
     valid: th.Tensor  # whether the branch has so many bins, same shape
     prob: th.Tensor  # of the varied bins, 0 where there is none, same shape
-
-    def split(self, batch_size: int) -> "Iterator[SampledActions]":
-        """
-        Split the actions into batches.
-
-        :param batch_size: number of actions per batch
-        :return: views of the batches
-        """
-        return map(SampledActions._make, zip(*(values.split(batch_size) for values in self), strict=True))
 
 
 class Sweep(NamedTuple):

@@ -183,16 +183,6 @@ class StackWeights:
         self.scale = logit_scale(self.logit_rule, kl_coef, ent_coef, self.memory_size)
         return PolicyUpdate(beta, tuple(decayed[:n_deleted]))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give everything that decides the policy's value."""
-        return {"values": list(self.values), "scale": self.scale, "ent_coef": self.ent_coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` gave."""
-        self.values = list(state["values"])
-        self.scale = state["scale"]
-        self.ent_coef = state.get("ent_coef")  # states saved before it belonged to them have none
-
 
 def averaged_updates(n_updates: int, window: float, size: int) -> range:
     """

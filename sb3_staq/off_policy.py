@@ -3,9 +3,11 @@
 Numbers that are not finite are refused before they get anywhere, and a file is whole or it is refused.
 """
 
+import copy
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +31,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     """An ``OffPolicyAlgorithm`` that refuses non-finite numbers and damaged files. Its arguments are the same."""
 
     # Statistics of VecNormalize, as they were before the last step of the environments
-    _statistics: Any = None
+    _statistics: Mapping[str, Any] = MappingProxyType({})
 
     # What environments return must be finite before it gets into statistics, replay buffer or critics
 
@@ -53,21 +55,13 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._remember_statistics()
 
     def _remember_statistics(self) -> None:
-        normalize: Any = self._vec_normalize_env
-        if normalize is not None:
-            obs_rms = normalize.obs_rms if normalize.norm_obs else None
-            if isinstance(obs_rms, dict):
-                obs_rms = {key: rms.copy() for key, rms in obs_rms.items()}
-            elif obs_rms is not None:
-                obs_rms = obs_rms.copy()
-            self._statistics = obs_rms, normalize.ret_rms.copy(), normalize.returns.copy()
+        own = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
+        names = own.keys() & {"obs_rms", "ret_rms", "returns"}
+        self._statistics = {name: copy.deepcopy(own[name]) for name in names}
 
     def _restore_statistics(self) -> None:
-        normalize: Any = self._vec_normalize_env
-        if normalize is not None and self._statistics is not None:
-            obs_rms, normalize.ret_rms, normalize.returns = self._statistics
-            if obs_rms is not None:
-                normalize.obs_rms = obs_rms
+        if self._vec_normalize_env is not None:
+            vars(self._vec_normalize_env).update(self._statistics)
 
     def _store_transition(
         self,

@@ -35,13 +35,13 @@ def to_tensors(
 
 def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
     """
-    Give the tensors for what version 0.1.0 saved, which is what ``StackWeights.state_dict`` gives.
+    Give the tensors for what version 0.1.0 saved, which is a dictionary of values, scale and ent_coef.
 
     :param state: the weights; there was one update for each
     :return: as of :func:`to_tensors`
     """
     weights = StackWeights("exact", 1)
-    weights.load_state_dict(state)
+    weights.values, weights.scale, weights.ent_coef = state["values"], state["scale"], state.get("ent_coef")
     return to_tensors(weights, range(1, len(weights) + 1), len(weights))
 
 
@@ -64,8 +64,7 @@ def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[l
             f"weights={values.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
         )
     scale, ent_coef, n_updates, best_update, best_factor = _from_floats(constants)
-    ent_coef_or_none = ent_coef if ent_coef >= 0 else None
-    weights.load_state_dict({"values": _from_floats(values), "scale": scale, "ent_coef": ent_coef_or_none})
+    weights.values, weights.scale, weights.ent_coef = _from_floats(values), scale, ent_coef if ent_coef >= 0 else None
     return updates.tolist(), round(n_updates), round(best_update), best_factor
 
 
