@@ -1,9 +1,7 @@
 """StaQ but for its arguments and what it learns: how it acts, when policy updates are due, SB3's conventions, files."""
 
 import io
-import math
 import pathlib
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,24 +16,20 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.arguments import check_argument
+from sb3_staq.average_trials import AverageTrials
 from sb3_staq.observations import select
-from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import (
     POLICY_ARGUMENTS,
     SHAPE_ARGUMENTS,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    StaQPolicy,
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
 from sb3_staq.save_util import check_algorithm
 
-# Complete episodes of the average whose mean return decides whether it is the best one so far
-BEST_EPISODES = 10
 
-
-class BaseStaQ(CheckedOffPolicyAlgorithm):
+class BaseStaQ(AverageTrials):
     """The part of :class:`~sb3_staq.staq.StaQ` that trains nothing."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -43,11 +37,9 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    policy: StaQPolicy
     # Arguments, see StaQ
     policy_update_interval: int
     logit_cache: bool | str
-    average_share: float
     exploration_initial_eps: float
     exploration_final_eps: float
     exploration_fraction: float
@@ -57,11 +49,6 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._steps_since_policy_update = 0.0
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
-        # Of the environment that collects with both policies: whether with the average now, and how many steps of that
-        # it is ahead of its share
-        self._average_turn, self._average_lead = False, 0.0
-        # Returns of the last episodes that the average collected, and their highest mean
-        self._forget_returns()
         self._replay: PolicyReplay | None = None
         self._learns = False  # whether `learn` is running
 
@@ -137,52 +124,16 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
             with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
             n_average = self._n_average_envs
-            if n_average > 0:  # greedily, so that their returns are those of the policy that is delivered
+            if n_average > 0:  # greedily, so that their returns are those of the policy that may be delivered
                 obs: Any = select(self._last_obs, slice(n_average))
-                with policy.acting_by(partial(policy.logit_sums, weighting="average")):
+                with policy.acting_by(partial(policy.logit_sums, weighting="candidate")):
                     actions[:n_average], _ = policy.predict(obs, deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    @property
-    def _average_envs(self) -> tuple[int, float]:
-        """How many environments always collect with the average, and for which share of its steps the next one does."""
-        part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
-        return int(n_whole), part
-
-    @property
-    def _n_average_envs(self) -> int:
-        """How many environments collect with the average now."""
-        n_whole, part = self._average_envs
-        return n_whole + (self._average_turn and part > 0)
-
     def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        if self.num_timesteps < self.learning_starts:
-            return
-        self.replay.remember_last()
-        for i in np.flatnonzero(dones[: self._n_average_envs]):
-            if "episode" in infos[i]:  # there is a Monitor
-                self._note_average_return(infos[i]["episode"]["r"])
-        n_whole, part = self._average_envs
-        if part == 0:  # nobody takes turns
-            self._average_turn, self._average_lead = False, 0.0
-            return
-        self._average_lead += self._average_turn - part
-        if dones[n_whole]:  # between episodes
-            self._average_turn = self._average_lead < 0
-
-    def _forget_returns(self) -> None:
-        """Judge the averages to come by themselves: the next task may be another one."""
-        self._average_returns: deque[float] = deque(maxlen=BEST_EPISODES)
-        self._best_return = -math.inf
-
-    def _note_average_return(self, episode_return: float) -> None:
-        """Mark the average as the best one if its last episodes returned more than ever."""
-        self._average_returns.append(float(episode_return))
-        mean = float(np.mean(self._average_returns))
-        self.logger.record("rollout/average_ep_rew_mean", mean)
-        if len(self._average_returns) == BEST_EPISODES and mean > self._best_return:
-            self._best_return = mean
-            self.policy.frozen_critics.mark_best()
+        if self.num_timesteps >= self.learning_starts:
+            self.replay.remember_last()
+            self._try_average(dones, infos)
 
     def _on_step(self) -> None:
         """Count the step, and follow the schedule of the exploration."""

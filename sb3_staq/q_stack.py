@@ -1,9 +1,8 @@
-"""The growing stack of frozen critics, which is the policy, under three weightings.
+"""The growing stack of frozen critics, which is the policy, under several weightings.
 
 - "last": the weighted sum by the logit rule, over the newest ``memory_size`` critics. It is the policy that learns.
-- "average": the plain average over a window that grows with the training, after the average iterate of mirror descent.
-  Critics that only the average needs are thinned evenly in time.
-- "best": the average as it was when :meth:`FrozenCritics.mark_best` was called last.
+- "average": the plain average over a window that grows with the training, thinned evenly in time.
+- "candidate" and "best": averages of earlier policy updates, see :meth:`FrozenCritics.propose`.
 """
 
 import copy
@@ -57,8 +56,8 @@ class FrozenCritics(nn.ModuleList):
         self.average_window = average_window
         self.average_size = average_size
         self.n_updates = 0
-        # When the best average was taken (0 if none was), and the sum of its weights in the logits
-        self.best_update, self.best_factor = 0, 0.0
+        # When these averages were taken (0 if none was), and the sum of their weights in the logits
+        self.marked = {"candidate": (0, 0.0), "best": (0, 0.0)}
         # The policy updates that pushed the entries
         self.updates: list[float] = []
         # Changes with every push and load: what has been computed with the stack before is void
@@ -84,7 +83,7 @@ class FrozenCritics(nn.ModuleList):
         Compute the weighted sum ``S`` of the stack.
 
         :param obs: preprocessed observations
-        :param weighting: "last", "average" or "best"
+        :param weighting: "last", "average", "candidate" or "best"
         :return: shape (batch, n_bins); zero for an empty stack
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
@@ -134,18 +133,24 @@ class FrozenCritics(nn.ModuleList):
 
     def _average_values(self, weighting: str) -> list[float]:
         """The weights of an average, in the order of the entries, with the sum that the logit rule had at its time."""
-        at, total = self.n_updates, self.weights.total
-        if weighting == "best" and self.best_update > 0:
-            at, total = self.best_update, self.best_factor / self.weights.scale
+        at, factor = self.marked.get(weighting, (0, 0.0))
+        total = factor / self.weights.scale if at > 0 else self.weights.total
+        at = at or self.n_updates
         chosen = averaged_updates(at, self.average_window, max(2, self.average_size))
         in_average = [update in chosen for update in self.updates]
         n = sum(in_average)
         return [total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
 
-    def mark_best(self) -> None:
-        """Let the present average be the best one. Its critics stay on the stack until this is called again."""
-        self.best_update, self.best_factor = self.n_updates, self.weights.scale * self.weights.total
-        self._coefs.pop("best", None)
+    def propose(self, accept: bool) -> None:
+        """
+        Let the present average be the candidate. The critics of candidate and best average stay on the stack.
+
+        :param accept: whether the candidate until now is the best average from now on
+        """
+        if accept:
+            self.marked["best"] = self.marked["candidate"]
+        self.marked["candidate"] = self.n_updates, self.weights.scale * self.weights.total
+        self._coefs = {}
 
     def push(
         self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
@@ -166,8 +171,8 @@ class FrozenCritics(nn.ModuleList):
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
         deleted = sorted(range(n_old), key=self.updates.__getitem__)[: len(update.deleted_weights)]  # the oldest
-        averages = (n_updates, self.best_update) if self.average_size else ()
-        needed = {x for n in averages if n for x in averaged_updates(n, self.average_window, self.average_size)}
+        averages = [n_updates, *(n for n, _ in self.marked.values() if n > 0)] if self.average_size else []
+        needed = {x for n in averages for x in averaged_updates(n, self.average_window, self.average_size)}
         averaged = [i for i in [*range(n_old, len(self)), *deleted] if self.updates[i] in needed]
         recent = [*(i for i in range(n_old) if i not in deleted), NEW]
         layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
@@ -205,7 +210,7 @@ class FrozenCritics(nn.ModuleList):
             return self._blocks
         roomy = 2 * capacity
         if self.weights.logit_rule != "exact":
-            roomy = min(roomy, self.weights.memory_size + 2 * self.average_size)
+            roomy = min(roomy, self.weights.memory_size + 3 * self.average_size)
         blocks = {name: allocate(block, max(n_entries, roomy)) for name, block in self._blocks.items()}
         for name, block in self._blocks.items():
             blocks[name][:capacity].copy_(block)
@@ -231,8 +236,7 @@ class FrozenCritics(nn.ModuleList):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        best = self.best_update, self.best_factor
-        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates, *best)
+        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates, self.marked)
         destination.update({f"{prefix}{name}": value for name, value in tensors.items()})
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
@@ -263,8 +267,7 @@ class FrozenCritics(nn.ModuleList):
         missing = [name for name, tensor in zip(stack_numbers.NAMES, tensors, strict=True) if tensor is None]
         missing_keys.extend(f"{prefix}{name}" for name in missing)
         if not missing:
-            loaded = stack_numbers.from_tensors(tensors, self.weights)
-            self.updates, self.n_updates, self.best_update, self.best_factor = loaded
+            self.updates, self.n_updates, self.marked = stack_numbers.from_tensors(tensors, self.weights)
             del self[:]
             self._blocks = self._reserved(len(self.updates))
             self.extend(self._template[0].frozen_copy() for _ in self.updates)

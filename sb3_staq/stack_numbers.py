@@ -1,19 +1,20 @@
 """The numbers of a stack as they stand in files: in tensors, which everybody can load without running anything."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch as th
 
 from sb3_staq.mirror_descent import StackWeights
 
-NAMES = ("weights", "updates", "constants")
+NAMES = ("weights", "updates", "constants", "marked")
+MARKED = ("candidate", "best")
 # Stands for an ``ent_coef`` before the first policy update
 NO_ENT_COEF = -1.0
 
 
 def to_tensors(
-    weights: StackWeights, updates: Sequence[float], n_updates: int, best_update: int = 0, best_factor: float = 0.0
+    weights: StackWeights, updates: Sequence[float], n_updates: int, marked: Mapping[str, tuple[int, float]]
 ) -> dict[str, th.Tensor]:
     """
     Give the numbers as tensors.
@@ -21,15 +22,15 @@ def to_tensors(
     :param weights: of the logit rule
     :param updates: the policy updates that pushed the entries
     :param n_updates: number of policy updates so far
-    :param best_update: when the best average was taken, 0 if none was
-    :param best_factor: the sum of its weights in the logits
+    :param marked: when averages were taken, and the sum of their weights in the logits, see ``MARKED``
     :return: tensors by name, see ``NAMES``
     """
     ent_coef = NO_ENT_COEF if weights.ent_coef is None else weights.ent_coef
     return {
         "weights": _to_floats(weights.values),
         "updates": th.tensor(updates, dtype=th.float32),
-        "constants": _to_floats([weights.scale, ent_coef, float(n_updates), float(best_update), best_factor]),
+        "constants": _to_floats([weights.scale, ent_coef, float(n_updates)]),
+        "marked": _to_floats([float(x) for name in MARKED for x in marked[name]]),
     }
 
 
@@ -42,30 +43,34 @@ def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
     """
     weights = StackWeights("exact", 1)
     weights.values, weights.scale, weights.ent_coef = state["values"], state["scale"], state.get("ent_coef")
-    return to_tensors(weights, range(1, len(weights) + 1), len(weights))
+    return to_tensors(weights, range(1, len(weights) + 1), len(weights), dict.fromkeys(MARKED, (0, 0.0)))
 
 
-def from_tensors(tensors: Iterable[th.Tensor], weights: StackWeights) -> tuple[list[float], int, int, float]:
+def from_tensors(
+    tensors: Iterable[th.Tensor], weights: StackWeights
+) -> tuple[list[float], int, dict[str, tuple[int, float]]]:
     """
     Take the numbers, and put those of the logit rule in place.
 
     :param tensors: in the order of ``NAMES``
     :param weights: changed in place
-    :return: the policy updates that pushed the entries, their number so far, and what is known of the best average
+    :return: the policy updates that pushed the entries, the number of policy updates so far, and the marked averages
     :raise ValueError: if they cannot belong together
     """
-    values, updates, constants = tensors
-    valid = updates.dim() == 1 and values.shape[1:] == constants.shape[1:] == (3,)
-    valid = valid and len(values) <= len(updates) and len(constants) == 5
-    valid = valid and all(bool(th.isfinite(x).all()) for x in (values, updates, constants[[0, *range(2, 5)]]))
+    values, updates, constants, marked = tensors
+    valid = updates.dim() == 1 and values.shape[1:] == constants.shape[1:] == marked.shape[1:] == (3,)
+    valid = valid and len(values) <= len(updates) and len(constants) == 3 and len(marked) == 2 * len(MARKED)
+    valid = valid and all(bool(th.isfinite(x).all()) for x in (values, updates, constants[::2], marked))
     if not valid or th.isinf(constants[1]).any():
         raise ValueError(
             "The saved stack is damaged: expected finite numbers, and at most one weight for each critic, got "
-            f"weights={values.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}"
+            f"weights={values.tolist()}, updates={updates.tolist()}, constants={constants.tolist()}, "
+            f"marked={marked.tolist()}"
         )
-    scale, ent_coef, n_updates, best_update, best_factor = _from_floats(constants)
+    scale, ent_coef, n_updates = _from_floats(constants)
     weights.values, weights.scale, weights.ent_coef = _from_floats(values), scale, ent_coef if ent_coef >= 0 else None
-    return updates.tolist(), round(n_updates), round(best_update), best_factor
+    taken, factors = map(round, _from_floats(marked[::2])), _from_floats(marked[1::2])
+    return updates.tolist(), round(n_updates), dict(zip(MARKED, zip(taken, factors, strict=True), strict=True))
 
 
 def _to_floats(values: Sequence[float]) -> th.Tensor:

@@ -115,15 +115,15 @@ class StaQ(BaseStaQ):
         Default: "additive", Box: "joint"
     :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
         window that grows with the training, or the "last" one. The average lags behind by half of the window while
-        the policy improves fast. "best" is the average whose episodes in the training returned most (mean of ten in a
-        row; needs ``average_share`` and a ``Monitor``, and is the present average before). Can be changed at any time,
-        also as ``model.policy.eval_policy``
+        the policy improves fast. "best" is the average of an earlier time that returned most in the training (needs
+        ``average_share`` and a ``Monitor``; until one has been tried, it is the present average). Can be changed at any
+        time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
-    :param average_size: largest number of critics in the average, evenly spaced in time: the memory that it costs, and
-        the best average as much again
-    :param average_share: share of the environments that collect with the average, greedily, so that the replay buffer
-        keeps what acting well looks like; the others collect with the last policy. If that is no whole number of
-        environments, one of them alternates, episode by episode
+    :param average_size: largest number of critics in the average, evenly spaced in time: the memory that it costs;
+        at most three times as much with ``average_share``
+    :param average_share: share of the environments that try averages, greedily: each for 5% of the steps so far, and
+        for one episode in each of them at least. The others collect with the last policy. If that is no whole number
+        of environments, one of them alternates, episode by episode
     :param reward_scale: factor of the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the policy
         is
     :param logit_cache: whether the weighted sums of the stack at replayed states are remembered, which costs two

@@ -576,7 +576,7 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
 
 
 class RisingAndFalling(RandomObsEnv):
-    """Episodes of four steps, whose returns rise, fall, and rise again, less high, with noise."""
+    """Episodes of three to five steps, whose returns rise, fall, and rise again, less high, with noise."""
 
     n_episodes = 0
 
@@ -587,54 +587,74 @@ class RisingAndFalling(RandomObsEnv):
     def step(self, action):
         obs, *_ = super().step(action)
         trend = 20 * np.sin(self.n_episodes / 25) / (1 + self.n_episodes / 100)
-        return obs, trend + np.random.default_rng(self.n_episodes).normal(), self.steps >= 4, False, {}
+        reward = trend + 5 * np.random.default_rng(self.n_episodes).normal()
+        return obs, reward, self.steps >= 3 + self.n_episodes % 3, False, {}
 
 
-@pytest.mark.parametrize(("n_envs", "share"), [(1, 0.5), (1, 1.0), (2, 0.5), (3, 0.5)])
+class Watch(BaseCallback):
+    """
+    Notes each episode of the average as (environment, first step, last step, return), and the average at each step.
+
+    Reads the rewards, not the Monitor. ``_on_step`` comes before the step is stored.
+    """
+
+    def __init__(self, share, obs):
+        super().__init__()
+        self.share, self.obs, self.episodes, self.averages = share, obs, [], {}
+
+    def _on_training_start(self):
+        self.running = [(0, 0.0)] * self.model.n_envs
+
+    def _on_step(self):
+        model, step = self.model, self.model.num_timesteps
+        self.averages[step] = model.policy.log_prob(model.policy.logit_sums(self.obs, "average"))
+        n_average = self.share * model.n_envs
+        for i, (reward, done) in enumerate(zip(self.locals["rewards"], self.locals["dones"], strict=True)):
+            began, total = self.running[i]
+            self.running[i] = (began, total + reward) if not done else (step, 0.0)
+            tries = i + 1 <= n_average or (i < n_average and model._average_turn)
+            if done and tries and step >= model.learning_starts:
+                self.episodes.append((i, began, step, total + reward))
+        return True
+
+    def best(self):
+        """When the best average was taken, and its mean return."""
+        trial, taken, best = self.model.learning_starts, None, (None, -np.inf)
+        for step in sorted(self.averages):
+            own = [(i, value) for i, began, ended, value in self.episodes if began >= trial and ended <= step]
+            tried = {i for i, _ in own}
+            if len(tried) < np.ceil(self.share * self.model.n_envs) or step - (taken or 0) < 0.05 * step:
+                continue
+            mean = np.mean([value for _, value in own])
+            if taken is not None and mean > best[1]:
+                best = taken, mean
+            taken = trial = step
+        return best
+
+
+@pytest.mark.parametrize(("n_envs", "share"), [(1, 0.5), (1, 1.0), (2, 0.5), (3, 0.5), (4, 0.25)])
 def test_best_average(n_envs, share, tmp_path):
-    """It is the average at the end of the ten episodes in a row that returned most, among those that it collected."""
+    """It is the average of all that were tried whose own whole episodes returned most."""
     env = make_vec_env(RisingAndFalling, n_envs)
     model = make_model(
         env, average_share=share, eval_policy="best", learning_starts=20, gradient_steps=1, policy_update_interval=10,
         average_window=0.3, memory_size=3,
     )  # fmt: skip
-    obs = sample_obs(env.observation_space, 20)
-    returns, averages, episodes = [], [], np.zeros(n_envs)
-
-    class Look(BaseCallback):
-        """Reads the rewards, not the Monitor. ``_on_step`` comes before the step is stored."""
-
-        def _on_step(self):
-            model, turn = self.model, self.model._average_turn
-            episodes[:] += self.locals["rewards"]
-            n_average = int(share * n_envs) + (turn and share * n_envs % 1 > 0)
-            for i in np.flatnonzero(self.locals["dones"]):
-                if i < n_average and model.num_timesteps >= model.learning_starts:
-                    returns.append(episodes[i])
-                    averages.append(self.average())
-                episodes[i] = 0.0
-            return True
-
-        def average(self):
-            policy, weights = self.model.policy, self.model.policy.frozen_critics.weights
-            if len(policy.frozen_critics) == 0:
-                return None
-            return slow_log_policy(policy, weights.scale * sum(weights.values) * slow_average(policy, obs))
-
-    model.learn(1200, callback=Look())
-    means = [np.mean(returns[i - 9 : i + 1]) for i in range(9, len(returns))]
-    best = 9 + int(np.argmax(means))
-    assert 10 < best < len(returns) - 20 and model._best_return == pytest.approx(max(means))
+    watch = Watch(share, sample_obs(env.observation_space, 20))
+    model.learn(1200, callback=watch)
+    step, mean = watch.best()
+    assert 50 < step < 1000 and model._best_return == pytest.approx(mean)
+    assert model.policy.frozen_critics.marked["best"][0] < 0.9 * model.n_policy_updates
     model.save(tmp_path / "model")
     for policy in (model.policy, StaQ.load(tmp_path / "model").policy, copy.deepcopy(model.policy)):
-        actual = slow_log_policy(policy, policy.logits(obs).double())
-        th.testing.assert_close(actual, averages[best], rtol=1e-4, atol=1e-4)
+        actual = policy.get_distribution(watch.obs).distribution.logits
+        th.testing.assert_close(actual, watch.averages[step], rtol=1e-4, atol=1e-4)
 
     # Perhaps another task: what comes is judged by itself
-    model.learn(400, reset_num_timesteps=False)
-    assert model._best_return == pytest.approx(max(means))
-    model.learn(400)
-    assert model._best_return < max(means)
+    model.learn(100, reset_num_timesteps=False)
+    assert model._best_return == pytest.approx(mean)
+    model.learn(100)
+    assert model._best_return < mean
 
 
 def test_best_without_monitor():
@@ -642,9 +662,10 @@ def test_best_without_monitor():
     model = two_policies(n_envs=2, average_share=0.5, eval_policy="best")
     obs = sample_obs(model.observation_space, 20)
     logits = model.policy.logits(obs).double()
-    th.testing.assert_close(slow_log_policy(model.policy, logits), slow_log_probs(model, obs)["average"])
+    expected = slow_log_probs(model, obs)["average"]
+    th.testing.assert_close(slow_log_policy(model.policy, logits), expected, rtol=1e-5, atol=1e-5)
     model.learn(100)
-    assert model.policy.frozen_critics.best_update == 0
+    assert model.policy.frozen_critics.marked["best"][0] == 0
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])

@@ -267,21 +267,37 @@ def test_custom_weights(architecture, by_age):
 
 
 @pytest.mark.parametrize("average_size", [4, 60])
-def test_best_average_stays_on_the_stack(average_size):
-    """With its temperature, until another one is marked; then its critics make room."""
+def test_candidate_and_best_stay_on_the_stack(average_size, tmp_path):
+    """With their temperatures; those that are replaced make room at the next push. Until there are any: the average."""
     policy = make_policy("branches", memory_size=3, average_window=0.4, average_size=average_size, eval_policy="best")
     stack, obs = policy.frozen_critics, sample_obs(BOX, 6)
+    expected, taken = {}, {}
+
+    def average():
+        return stack.weights.scale * stack.weights.total * slow_average(policy, obs)
+
     for i in range(90):
         push(policy, seed=i, kl_coef=1.0 + i, ent_coef=1.0 / (1 + i))
-        needed = {x for n in {stack.best_update or i + 1, i + 1} for x in window_by_definition(n, 0.4, average_size)}
+        needed = {x for n in (i + 1, *taken.values()) for x in window_by_definition(n, 0.4, average_size)}
         assert set(stack.updates) == needed | set(range(max(1, i - 1), i + 2))
-        assert len(stack) <= 3 + 2 * average_size
-        if i in (20, 22, 60):
-            stack.mark_best()
-        if i < 20 or i in (20, 22, 60):  # before, none is marked: it is the present one
-            expected = stack.weights.scale * stack.weights.total * slow_average(policy, obs)
-        th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+        assert len(stack) <= 3 + 3 * average_size
+        if i in (20, 25, 40, 70):
+            accept = i in (25, 70)
+            stack.propose(accept)
+            if accept:
+                expected["best"], taken["best"] = expected["candidate"], taken["candidate"]
+            expected["candidate"], taken["candidate"] = average(), i + 1
+        for weighting in ("candidate", "best"):
+            actual = (stack.weights.scale * policy.logit_sums(obs, weighting)).double()
+            wanted = expected.get(weighting, average())
+            th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
+        th.testing.assert_close(policy.logits(obs), actual.float())
         assert_sums(policy, obs)
+    policy.save(tmp_path / "policy")
+    for other in (MlpPolicy.load(tmp_path / "policy"), copy.deepcopy(policy)):
+        th.testing.assert_close(other.logits(obs), policy.logits(obs))
+        push(other, seed=100)
+        assert len(other.frozen_critics) > 3 + average_size // 2
 
 
 def test_batches_do_not_mix_observations():

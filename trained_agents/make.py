@@ -69,11 +69,10 @@ def keep_average(stack: FrozenCritics, size: int, eval_policy: str = "average") 
         kept |= {f"{new}.{name}": values.clone() for name, values in stack[old].state_dict().items()}
     weights = th.zeros(n, state["weights"].shape[1])  # a number in several parts
     weights[:, 0] = coefs.sum() / n
-    constants = state["constants"].clone()
-    if eval_policy == "best" and stack.best_update > 0:  # becomes the present average
-        constants[2] = constants[3]
-    constants[3:] = 0.0
-    stack.load_state_dict({**kept, "weights": weights, "updates": state["updates"][rows], "constants": constants})
+    if eval_policy == "best" and stack.marked["best"][0] > 0:  # becomes the present average
+        state["constants"][2] = state["marked"][2]
+    numbers = {"updates": state["updates"][rows], "constants": state["constants"], "marked": 0 * state["marked"]}
+    stack.load_state_dict({**kept, "weights": weights, **numbers})
     return len(averaged)
 
 
