@@ -12,7 +12,7 @@ RAY_ADDRESSES = '"auto" (the cluster of this machine), HOST:PORT (seen from a no
 
 
 def positive(text: str) -> int:
-    """A number of the command line, which must be a whole one above 0."""
+    """Parse a number of the command line, which must be an integer above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not accepted; accepted: a whole number >= 1")
@@ -20,7 +20,7 @@ def positive(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Make the command-line parser."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train all cells of a suite that are not done, going on where they were")
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the command that the arguments name; gives the exit status."""
+    """Run the command that the arguments name, and return the exit status."""
     parser = make_parser()
     args = parser.parse_args()
     suites = load_suites(args.suites)

@@ -1,8 +1,8 @@
 """
-The training of one cell, in a process of its own, through RL Zoo3's ``ExperimentManager``.
+The training of one cell, in its own process, with RL Zoo3's ``ExperimentManager``.
 
-It can be killed at any moment: the next run goes on from the last checkpoint, bitwise as if nothing had been where the
-environments give their states, see ``sb3_staq.resume``.
+It can be killed at any time: the next run continues from the last checkpoint, bitwise as if nothing had happened if the
+environments provide their states, see ``sb3_staq.resume``.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ FINAL_EVAL_SEED = 2_000_000
 N_FINAL_EPISODES = 20
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "torch", "numpy", "mujoco", "MinAtar")
 
-# A checkpoint every so many steps, some minutes of a slow training, and at least ten in a training
+# Steps between two checkpoints, some minutes of a slow training; there are at least ten in a training
 SAVE_FREQ = 25_000
 
 # Called with (step, seconds of training, mean return of the last evaluation if any)
@@ -48,9 +48,9 @@ Report = Callable[[int, float, float | None], None]
 
 class Recorder(CallbackList):
     """
-    Evaluates the policy every ``eval_freq`` steps, and saves checkpoints.
+    Evaluate the policy every ``eval_freq`` steps, and save checkpoints.
 
-    They hold its own attributes as well. The clock of the training is stopped meanwhile.
+    The checkpoints include its own attributes. The training clock is stopped meanwhile.
     """
 
     def __init__(self, cell: Cell, results: Results, eval_env: VecEnv, checkpoints: Path, report: Report):
@@ -58,9 +58,9 @@ class Recorder(CallbackList):
         self.cell = cell
         self.results = results
         self.eval_env = eval_env
-        self.report = lambda *progress: report(*progress)  # a local function cannot be pickled, and stays this one
-        self.times = np.zeros(2)  # seconds of training so far, of the wall clock and the processor
-        self._clock: np.ndarray | None = None  # their last reading
+        self.report = lambda *progress: report(*progress)  # cannot be pickled, so it is not restored
+        self.times = np.zeros(2)  # seconds of training so far: wall-clock and CPU time
+        self._clock: np.ndarray | None = None  # last reading of both
         self._last_report = 0.0
         self._next_evaluation = cell.eval_freq
 
@@ -73,21 +73,21 @@ class Recorder(CallbackList):
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
-        """What is done meanwhile does not count as training."""
+        """Stop the clock: what is done meanwhile does not count as training."""
         self._read_clock()
         self._clock = None
         yield
         self._read_clock()
 
     def record(self, returns: list[float], final: bool = False) -> None:
-        """Note the returns of an evaluation, and write all results."""
+        """Record the returns of an evaluation, and write all results."""
         step = self.model.num_timesteps
         self.results.evaluations.append(Evaluation(step, float(self.times[0]), float(self.times[1]), returns, final))
         self.results.write(self.cell.results_file)
         self.send_report()
 
     def send_report(self) -> None:
-        """Tell how far the training is."""
+        """Report how far the training has come."""
         evaluations = self.results.evaluations
         self.report(self.model.num_timesteps, float(self.times[0]), evaluations[-1].mean if evaluations else None)
         self._last_report = time.perf_counter()
@@ -112,7 +112,7 @@ class Recorder(CallbackList):
         if time.perf_counter() - self._last_report > 0.5:
             self._read_clock()
             self.send_report()
-        # Others end by themselves; long rollouts would go on far beyond the budget (complete ones are learnt from)
+        # Others end by themselves; long rollouts would far exceed the budget (complete ones are learnt from)
         model, done = self.model, self.num_timesteps >= self.cell.steps
         return not (done and isinstance(model, OnPolicyAlgorithm) and model.rollout_buffer.pos + 1 < model.n_steps)
 
@@ -122,7 +122,7 @@ class Recorder(CallbackList):
 
 
 def evaluate(model: BaseAlgorithm, env: VecEnv, seed: int) -> list[float]:
-    """Returns of one greedy episode in each environment; the first one has this seed, the others those that follow."""
+    """Return the returns of one greedy episode per environment; the first has this seed, the others the next ones."""
     training_env = model.get_env()
     if training_env is not None and model.get_vec_normalize_env() is not None:
         sync_envs_normalization(training_env, env)
@@ -133,18 +133,18 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, seed: int) -> list[float]:
 
 def fuse_quantile_loss() -> None:
     """
-    Let QR-DQN train with its own loss compiled, the same up to rounding.
+    Let QR-DQN train with its own loss compiled, which is the same up to rounding.
 
-    The loss compares each pair of quantiles, with the zoo's settings of LunarLander 170 x 170 for each transition, and
-    takes six sevenths of the training if each of its operations passes over all pairs. Where there is no C++ compiler
-    it does so (with a warning by PyTorch).
+    The loss compares each pair of quantiles: with the zoo's settings for LunarLander, 170 x 170 per transition. It
+    takes six sevenths of the training time if each of its operations passes over all pairs, as it does without a C++
+    compiler (with a warning by PyTorch).
     """
     th._dynamo.config.suppress_errors = True
     qrdqn.quantile_huber_loss = th.compile(quantile_huber_loss)
 
 
 def make_metadata(cell: Cell, settings: dict[str, Any], n_envs: int) -> dict[str, Any]:
-    """What the header of a result file says."""
+    """Return what the header of a result file says."""
     versions = {"python": platform.python_version(), "sb3-staq": sb3_staq.__version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -163,7 +163,7 @@ def make_metadata(cell: Cell, settings: dict[str, Any], n_envs: int) -> dict[str
 
 
 def run_cell(cell: Cell, report: Report) -> None:
-    """Train from the last checkpoint, or from scratch, to the end; tell the progress a few times per second."""
+    """Train from the last checkpoint, or from scratch, to the end; report the progress a few times per second."""
     th.set_num_threads(1)
     cell.working_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(cell.working_folder / "lock", timeout=30):

@@ -1,5 +1,5 @@
 r"""
-What a stack loses and saves as one small network: ``python -m benchmarks.distillation --agent NAME MODEL ENV``.
+What a stack loses and saves as one distilled network: ``python -m benchmarks.distillation --agent NAME MODEL ENV``.
 
 For instance:
 
@@ -7,9 +7,9 @@ For instance:
         --agent CartPole trained_agents/staq/CartPole-v1_1 CartPole-v1 \
         --agent Hopper trained_agents/staq/Hopper-v4_1 Hopper-v4
 
-MODEL is a zip-file or a folder of RL Zoo3 with ``ENV.zip`` and perhaps ``ENV/vecnormalize.pkl``. Everything runs on one
-core, and states come from the environment only. Each agent has a CSV file in ``benchmarks/results/distillation``, and
-``report.md`` there is a table of all of them; without ``--agent`` only that is written anew.
+MODEL is a zip file, or a folder of RL Zoo3 with ``ENV.zip`` and perhaps ``ENV/vecnormalize.pkl``. Everything runs on
+one core, and states come from the environment only. Each agent gets a CSV file in ``benchmarks/results/distillation``,
+and ``report.md`` there is a table of all agents; without ``--agent``, only this table is rewritten.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent / "results" / "distillation"
 
 
 def load(env_id: str, model: Path) -> StaQ:
-    """Load an agent, a zip-file or a folder of RL Zoo3, with its environment."""
+    """Load an agent, a zip file or a folder of RL Zoo3, with its environment."""
     path = model / f"{env_id}.zip" if model.is_dir() else model
     statistics = path.parent / env_id / "vecnormalize.pkl"
     env: Any = make_vec_env(env_id)
@@ -45,7 +45,7 @@ def load(env_id: str, model: Path) -> StaQ:
 
 
 def onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> dict[str, float]:
-    """Bytes of the exported policy, and milliseconds for one observation on one core (median)."""
+    """Measure the exported policy: bytes, and milliseconds for one observation on one core (median)."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def onnx_numbers(policy: StaQPolicy, model: StaQ, report: DistillReport) -> dict
 
 
 def measure(name: str, model: StaQ, max_steps: int) -> pd.DataFrame:
-    """Distil an agent: one row for its stack, and one for the student."""
+    """Distil an agent, and return one row for its stack and one for the student."""
     student, report = distill(model, max_steps=max_steps, progress_bar=True)
     print(f"{name}\n{report}")
     rows = []
@@ -86,7 +86,7 @@ def measure(name: str, model: StaQ, max_steps: int) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> str:
-    """A Markdown table of the rows of all agents."""
+    """Format the rows of all agents as a Markdown table."""
     returns = rows["returns"].str.split().map(lambda values: np.array(values, dtype=float))
     student, columns = rows["policy"] == "student", rows[["agent", "policy", "critics"]].copy()
     columns["return"] = [f"{x.mean():.0f} ± {x.std():.0f}" for x in returns]
@@ -102,7 +102,7 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Distil the agents of the command line, and write the table."""
+    """Distil the agents given on the command line, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__)
     parser.add_argument("--agent", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "ENV"))
     parser.add_argument("--max-steps", type=int, default=20_000, help="gradient steps at most")

@@ -1,9 +1,9 @@
 """
 A long training on a tiny environment: ``python -m benchmarks.endurance``.
 
-It does 20,000 policy updates while the window of the average grows, and notes memory, time and the drift of the cached
-logit sums: their largest distance to a direct evaluation of the stack at the stored states, relative to the largest
-sum. Needs Linux.
+It does 20,000 policy updates while the window of the average grows, and records memory, time and the drift of the
+cached logit sums: their largest distance from a direct evaluation of the stack at the stored states, relative to the
+largest sum. Needs Linux.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CLOCKS = (time.perf_counter, time.process_time)
 
 
 def run(n_updates: int) -> pd.DataFrame:
-    """Train for so many policy updates, and measure a hundred times: one row each."""
+    """Train for ``n_updates`` policy updates, and measure a hundred times: one row each."""
     th.set_num_threads(1)
     small: dict[str, Any] = dict(
         buffer_size=1000, batch_size=32, policy_kwargs=dict(net_arch=[16]), learning_starts=200
@@ -65,12 +65,12 @@ def run(n_updates: int) -> pd.DataFrame:
 
 
 def resident_megabytes() -> float:
-    """The memory of this process at the moment."""
+    """Return the current memory of this process in megabytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Memory, time and drift over the policy updates."""
+    """Plot memory, time and drift over the policy updates."""
     names = [*table.columns[1:3], *table.columns[4:]]
     axes = table.plot(table.columns[0], names, subplots=True, layout=(2, 2), figsize=(10, 6), title=names, legend=False)
     for ax, name in zip(axes.flat, names, strict=True):
@@ -81,7 +81,7 @@ def plot(table: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    """Train for long, and write ``endurance.csv`` and ``endurance.png``."""
+    """Run the long training, and write ``endurance.csv`` and ``endurance.png``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
     parser.add_argument("--updates", type=int, default=20_000, help="number of policy updates, at least a hundred")

@@ -1,10 +1,10 @@
 """
 Faults injected into real trainings, and what was lost: ``python -m benchmarks.faults``.
 
-A training with a ``ResumeCallback`` meets a fault at a random moment, and the same script is started again without it.
-A training counts as lost if that one does not end bitwise like a training without a fault (parameters, stack,
-optimizer, replay buffer, statistics, returns of all episodes; one thread of a CPU), or if the model that survived the
-fault in memory, or what had been saved before, cannot be loaded and trained on. Needs Linux or macOS.
+A training with a ``ResumeCallback`` meets a fault at a random moment, and the same script is restarted without the
+fault. The training counts as lost if the restarted one does not end bitwise like a training without a fault
+(parameters, stack, optimizer, replay buffer, statistics, returns of all episodes; one thread of a CPU), or if the model
+that survived in memory, or what had been saved before, cannot be loaded and trained further. Needs Linux or macOS.
 """
 
 import argparse
@@ -42,20 +42,20 @@ N_STEPS, SAVE_FREQ = 400, 10
 
 
 class BitFlipping(BitFlippingEnv):
-    """An environment that offers its state itself."""
+    """An environment that provides its own state."""
 
     def get_training_state(self) -> dict[str, Any]:
-        """The attributes."""
+        """Return the attributes."""
         return {name: value for name, value in vars(self).items() if name != "spec"}
 
     def set_training_state(self, state: dict[str, Any]) -> None:
-        """Take them."""
+        """Set the attributes."""
         vars(self).update(state)
 
 
 def subproc_env() -> SubprocVecEnv:
-    """Two environments in processes of their own."""
-    # Not started by "fork": such a worker holds the pipes of the others open, and nobody notices that one has died
+    """Make two environments in processes of their own."""
+    # Not started by "fork": such a worker holds the others' pipes open, so that the death of one goes unnoticed
     where: dict[str, Any] = dict(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="forkserver"))
     return make_vec_env("CartPole-v1", 2, seed=0, wrapper_class=TrainingState, **where)  # type: ignore[return-value]
 
@@ -117,7 +117,7 @@ def save(model: StaQ, folder: Path) -> None:
 
 
 def load_and_train(training: str, folder: Path) -> StaQ:
-    """Load what was saved, and train on; give the model as it was loaded."""
+    """Load what was saved and train further; return the model with the loaded parameters."""
     model = StaQ.load(folder / "saved.zip", env=TRAININGS[training]()[0])
     loaded = copy.deepcopy(model.policy.state_dict())
     model.load_replay_buffer(folder / "saved.pkl")
@@ -126,11 +126,11 @@ def load_and_train(training: str, folder: Path) -> StaQ:
     return model
 
 
-# What happens within the process: each gives a function that mends it
+# Faults within the process: each function returns one that repairs the damage
 
 
 def full_disk(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
-    """No file can be larger than some bytes; saving over what was saved before is tried at once."""
+    """Limit files to a random size, and at once try to save over what was saved before."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(20_000), limits[1]))
     with suppress(OSError):
@@ -139,7 +139,7 @@ def full_disk(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
 
 
 def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
-    """A file stands where the folder was, so that nothing can be written into it, whoever the user is."""
+    """Put a file in place of the folder, so that no user at all can write into it."""
     (folder / "checkpoints").rename(folder / "elsewhere")
     (folder / "checkpoints").touch()
 
@@ -151,7 +151,7 @@ def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
 
 
 def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
-    """The next policy update finds no memory, for one of the tensors and modules that it makes."""
+    """Let the next policy update run out of memory for one of the tensors and modules that it makes."""
     push, left = FrozenCritics.push, [rng.randrange(1, 8)]
 
     def scarce(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
 
 
 def worker_dies(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
-    """One of the processes of the environments is killed."""
+    """Kill one of the processes of the environments."""
     rng.choice(model.env.processes).kill()  # type: ignore[union-attr]
     return lambda: None
 
@@ -189,7 +189,7 @@ INJECTED = {
 
 
 class Inject(BaseCallback):
-    """Lets a fault happen at some step of a training, and mends it afterwards."""
+    """Inject a fault at some step of a training, which is repaired afterwards."""
 
     def __init__(self, fault: str, folder: Path, seed: int):
         super().__init__()
@@ -205,7 +205,7 @@ class Inject(BaseCallback):
 
 
 def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) -> None:
-    """What a process does: train to the end, or to a fault, and check what is left in memory."""
+    """Train to the end, or to a fault, and then check what is left in memory."""
     th.set_num_threads(1)
     warnings.simplefilter("ignore")
     inject = Inject(fault, folder, seed) if fault in INJECTED else None
@@ -231,7 +231,7 @@ def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) 
 
 
 def start(*args: Any) -> Any:
-    """Start a process that trains, with the packages that take long imported already."""
+    """Start a process that trains, with the slow imports already done."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["stable_baselines3", "sb3_staq.resume"])
     process = context.Process(target=train, args=args)
@@ -240,7 +240,7 @@ def start(*args: Any) -> Any:
 
 
 def undisturbed(training: str) -> tuple[str, float]:
-    """The digest of a training without a fault, and the seconds that it took."""
+    """Train without a fault; return the digest of the training, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder:
         start(training, Path(folder)).join()
         return (Path(folder) / "digest").read_text(), float((Path(folder) / "seconds").read_text())
@@ -248,14 +248,14 @@ def undisturbed(training: str) -> tuple[str, float]:
 
 def try_fault(fault: str, training: str, expected: str, seconds: float, seed: int) -> dict[str, Any] | None:
     """
-    Disturb a training, and start it again.
+    Disturb a training with a fault, and start it again.
 
     :param fault: one of ``SIGNALS`` or ``INJECTED``
     :param training: one of ``TRAININGS``
     :param expected: digest of the training without a fault
     :param seconds: how long that took
-    :param seed: of the moment
-    :return: what happened, None if the training came to its end before the fault
+    :param seed: seed of the random moment
+    :return: what happened, None if the training ended before the fault
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -282,7 +282,7 @@ def try_fault(fault: str, training: str, expected: str, seconds: float, seed: in
 
 def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
     """
-    Try all faults, and write ``faults.csv`` and ``report.md``. What ``faults.csv`` has is not tried again.
+    Try all faults, and write ``faults.csv`` and ``report.md``. Tries that are in ``faults.csv`` are not repeated.
 
     :param folder: where to write
     :param counts: number of tries by fault, spread over the trainings
@@ -300,7 +300,7 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
         for i in range(sum(row["fault"] == fault for row in rows), count):
             training = suitable[i % len(suitable)]
             expected, seconds = baselines[training]
-            # Earlier and earlier, for the machine may be quicker now
+            # Earlier and earlier, since the machine may be faster now
             tries = (try_fault(fault, training, expected, 0.9**j * seconds, seed=1000 * i + j) for j in range(20))
             row = next(filter(None, tries), None)
             if row is None:
@@ -327,7 +327,7 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
 
 
 def main() -> int:
-    """Inject faults, and give the exit status: 0 if no training was lost."""
+    """Inject faults, and return the exit status: 0 if no training was lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
     parser.add_argument("--kills", type=int, default=18, help="number of SIGKILLs")

@@ -1,4 +1,4 @@
-"""What the figures and tables of several benchmarks have in common."""
+"""What the figures and tables of several benchmarks share."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ VERMILLION, GREEN, YELLOW = "#D55E00", "#009E73", "#F0E442"
 
 
 def share_legend(figure: Figure, ncols: int = 6) -> Figure:
-    """One legend above all panels, with every label once, in place of one in each."""
+    """Replace the legends of the panels by one above all of them, with every label once."""
     entries: dict[str, Any] = {}
     for ax in figure.axes:
         entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -29,13 +29,13 @@ def share_legend(figure: Figure, ncols: int = 6) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure and forget it."""
+    """Save a figure and close it."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 
 def text_table(table: pd.DataFrame) -> str:
-    """A table of texts in Markdown: as they are, to the right but for the names of the rows."""
+    """Format a table of texts in Markdown: texts unchanged, right-aligned except for the names of the rows."""
     alignment = ("left", *["right"] * table.shape[1])
     texts = table.astype(object).where(table.notna(), "").rename_axis("")
     return texts.to_markdown(disable_numparse=True, colalign=alignment)

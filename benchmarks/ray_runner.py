@@ -1,9 +1,9 @@
 """
-Runs cells on a Ray cluster, which schedules them, repeats them when their node is lost and brings the results back.
+Run cells on a Ray cluster, which schedules them, repeats those whose node is lost and brings back the results.
 
-The packages of this checkout travel to the nodes; what they need (``pip install ".[all]"``) has to be installed there.
-A cell works in a temporary folder of its node, so one that is repeated starts from the beginning; if the nodes share
-the folder of the results, it works there and goes on from its last checkpoint.
+The packages of this checkout are sent to the nodes; their requirements (``pip install ".[all]"``) must be installed
+there. A cell works in a temporary folder of its node, so a repeated one starts from the beginning; if the nodes share
+the folder of the results, it works there and continues from its last checkpoint.
 """
 
 import logging
@@ -26,7 +26,7 @@ from sb3_staq.save_util import atomic_write
 ROOT = Path(__file__).parents[1]
 RUNTIME_ENV = {
     "working_dir": str(ROOT),
-    # "." is the folder itself, which the first pattern excludes as well
+    # "." is the folder itself, which the first pattern excludes, too
     "excludes": ["/*", "!/.", "!/benchmarks", "!/hyperparams", "!/sb3_staq", "/benchmarks/results", "/benchmarks/runs"],
     "env_vars": ONE_THREAD,
 }
@@ -39,14 +39,14 @@ def connect(address: str) -> None:
     Connect this process to a cluster.
 
     :param address: "auto" for the cluster of this machine, "HOST:PORT" or "ray://HOST:PORT"
-    :raises ConnectionError: if it is no address, or no cluster can be reached there
+    :raise ConnectionError: if it is not an address, or no cluster can be reached there
     """
     try:
         if address != "auto":
             parts = urlsplit(f"//{address.removeprefix('ray://')}")
             if not parts.hostname or not parts.port:
                 raise ValueError("not an address")
-            # Ray itself waits for minutes
+            # Ray itself would wait for minutes
             socket.create_connection((parts.hostname, parts.port), timeout=5).close()
         ray.init(address, runtime_env=RUNTIME_ENV, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -55,24 +55,24 @@ def connect(address: str) -> None:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Board:
-    """Where the cells report. It is empty again when its node was lost; the reports that follow fill it."""
+    """Where the cells post their reports. If its node is lost, it restarts empty, and the next reports fill it."""
 
     def __init__(self) -> None:
         self.reports: dict[int, tuple[Any, ...]] = {}
 
     def post(self, index: int, *report: Any) -> None:
-        """Put up the report of a cell: its node, and its progress as in ``benchmarks.cell.Report``."""
+        """Post the report of a cell: its node, and its progress as in ``benchmarks.cell.Report``."""
         self.reports[index] = report
 
     def read(self) -> dict[int, tuple[Any, ...]]:
-        """The last report of each cell that has sent any."""
+        """Return the last report of each cell that has sent one."""
         return self.reports
 
 
 # A process of its own for each cell, as on a single machine
 @ray.remote(num_cpus=1, max_retries=MAX_RETRIES, max_calls=1)
 def train_cell(cell: Cell, index: int, board: Any, shared: bool) -> bytes:
-    """What a node does; gives the result file."""
+    """Train a cell on a node, and return the result file."""
     node = ray.get_runtime_context().get_node_id()
     board.post.remote(index, node, 0, 0.0, None)
     from benchmarks.cell import run_cell  # takes seconds
@@ -84,7 +84,7 @@ def train_cell(cell: Cell, index: int, board: Any, shared: bool) -> bytes:
 
 
 def train_on_ray(jobs: list[Job], shared: bool) -> Generator[None, None, None]:
-    """Train cells on the cluster that this process is connected to; ``shared`` if its nodes have the cells' folder."""
+    """Train cells on the connected cluster; ``shared`` says that its nodes share the cells' folder."""
     board = Board.remote()  # type: ignore[attr-defined]
     reports: dict[int, tuple[Any, ...]] = {}
     tasks = {train_cell.remote(job.cell, index, board, shared): index for index, job in enumerate(jobs)}
@@ -103,7 +103,7 @@ def train_on_ray(jobs: list[Job], shared: bool) -> Generator[None, None, None]:
 
 
 def _finish(job: Job, task: Any) -> None:
-    """Take in what a task has come to."""
+    """Record the outcome of a task."""
     try:
         contents = ray.get(task)
     except RayError as error:

@@ -1,4 +1,4 @@
-"""Markdown and figures from the result files of a suite, and from nothing else but what others have published."""
+"""Markdown and figures, only from the result files of a suite and from what others have published."""
 
 from collections.abc import Iterable, Iterator
 from itertools import cycle, product
@@ -29,7 +29,7 @@ LABELS = {
     "tqc": "TQC",
     "crossq": "CrossQ",
 }
-# Dashes are for those who see no colours
+# Dashes are for readers who cannot see the colours
 COLORS = (
     *(figures.BLUE, figures.ORANGE, figures.SKY, figures.BLACK, figures.PURPLE),
     *(figures.VERMILLION, figures.GREEN, "#999999", figures.YELLOW),
@@ -42,7 +42,7 @@ MIN_RUNS = 2  # algorithms with fewer trainings in common are not compared over 
 N_LAST = 5  # evaluations at the end of a training whose mean is reported
 TARGETS = (0.25, 0.5, 0.75, 1.0)  # scores of the returns whose time is reported
 
-# What makes out a training
+# What identifies a training
 TRAINING = ["env", "algo", "seed"]
 # What all trainings of an algorithm in an environment should have in common
 SETTINGS = ("hyperparams_sha256", "steps", "eval_freq", "n_eval_episodes")
@@ -63,25 +63,25 @@ def own_version(algo: str, metadata: dict[str, Any]) -> str | None:
 
 
 def label(algo: str) -> str:
-    """What an algorithm of a suite is called in reports."""
+    """Return what an algorithm of a suite is called in reports."""
     base, _, variant = algo.partition("_")
     return LABELS.get(algo) or (f"{label(base)}, {variant}" if variant else algo.upper())
 
 
 def styles(labels: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Colours and dashes by label; the algorithms in ``LABELS`` look the same in all figures."""
+    """Return colours and dashes by label; the algorithms in ``LABELS`` look the same in all figures."""
     names = list(dict.fromkeys([*LABELS.values(), *labels]))
     return dict(zip(names, cycle(COLORS), strict=False)), dict(zip(names, cycle(DASHES), strict=False))
 
 
 def load_published(path: Path = FOLDER / "published.yml") -> tuple[pd.DataFrame, str]:
-    """What others have published, one row per algorithm, environment and number of steps; and its source."""
+    """Load what others have published, one row per algorithm, environment and number of steps; and its source."""
     contents = yaml.safe_load(path.read_text())
     return pd.DataFrame(contents["rows"], columns=contents["columns"]), contents["source"]
 
 
 def write_report(suite: Suite, folder: Path) -> Path:
-    """Write the report of a suite, a Markdown file, and its figures to the folder of its results."""
+    """Write the report of a suite (a Markdown file) and its figures to the folder of its results."""
     published, source = load_published()
     published = published[published["env"].isin(suite.envs)]
     curves, finals = load_results(suite, folder)
@@ -94,7 +94,7 @@ def write_report(suite: Suite, folder: Path) -> Path:
     if not published.empty:
         text.append(f"Published: {source}. A number in brackets after a name: gradient steps per environment step.")
     if not finals.empty:
-        curves = curves.merge(finals[TRAINING])  # from here on, trainings that are complete
+        curves = curves.merge(finals[TRAINING])  # from here on, only complete trainings
         text += final_section(curves, finals, published) + time_section(suite, curves)
         text += aggregate_section(finals, folder) + stability_section(curves, finals, published, folder)
     report = folder / "report.md"
@@ -103,18 +103,18 @@ def write_report(suite: Suite, folder: Path) -> Path:
 
 
 def section(heading: str, **values: Any) -> str:
-    """A section of the report, with its values filled in."""
+    """Return a section of the report, with its values filled in."""
     return f"## {TEXTS[heading].format(**values)}"
 
 
 def by_env(table: pd.DataFrame) -> Iterator[str]:
-    """A heading and a table for each environment, from rows whose index is environment and name."""
+    """Yield a heading and a table for each environment, from rows whose index is environment and name."""
     for env_id, rows in table.groupby(level=0, sort=False):
         yield from (f"### {env_id}", text_table(rows.droplevel(0)))
 
 
 def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluations during the trainings, and final evaluations of those that are complete; one row each."""
+    """Load evaluations during the trainings, and final evaluations of complete ones; one row each."""
     rows: list[dict[str, Any]] = []
     for (env_id, env), algo in product(suite.envs.items(), suite.algos):
         found = [Results.read(path) for path in (folder / file_name(env_id) / algo).glob("seed_*.csv")]
@@ -144,7 +144,7 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
 
 
 def summary(suite: Suite, finals: pd.DataFrame) -> str:
-    """How much there is, and whether it belongs together."""
+    """Say how many trainings there are, and whether they can be compared."""
     lines = [f"{len(finals)} complete trainings."]
     groups = finals.groupby(["env", "algo"], sort=False)
     n_settings, n_done = groups["settings"].nunique(), groups.size()
@@ -164,7 +164,7 @@ def summary(suite: Suite, finals: pd.DataFrame) -> str:
 
 
 def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: str, x_label: str) -> Figure:
-    """One panel per environment: mean return over ``x``, with bands over the seeds, and published returns."""
+    """Plot one panel per environment: mean return over ``x``, with bands over the seeds, and published returns."""
     algos = [label(algo) for algo in suite.algos if label(algo) in set(curves["algo"])]
     colors, dashes = styles(algos)
     grid = sns.relplot(
@@ -212,12 +212,12 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: 
 
 
 def each(values: pd.Series) -> str:
-    """The numbers of a group, one by one."""
+    """Format the numbers of a group, one by one."""
     return ", ".join(map("{:,.1f}".format, values))
 
 
 def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame) -> list[str]:
-    """What the trained policies reach: one table of all, and one per environment with its seeds."""
+    """Report what the trained policies reach: one table of all, and one per environment with its seeds."""
     number = "{:,.1f}".format
     means = finals.pivot_table("return", "algo", "env", sort=False)
     lowest = finals.pivot_table("return", "algo", "env", aggfunc="min", sort=False)
@@ -260,7 +260,7 @@ def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.Data
 
 
 def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
-    """How long the trainings take to some returns, one table per environment where the processor's time is known."""
+    """Report how long the trainings take to reach some returns, one table per environment with known CPU times."""
     text = [section("Time to a return", targets=", ".join(map(str, TARGETS)))]
     for env_id, of_env in curves.dropna(subset="cpu_seconds").groupby("env", sort=False):
         env = suite.envs[env_id]
@@ -278,14 +278,14 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
 
 
 def median_of_those_that_reach_it(minutes: pd.Series) -> str:
-    """The median if it is finite, and how many are finite if not all."""
+    """Format the median if it is finite, and how many values are finite if not all are."""
     n_reached, median = np.isfinite(minutes).sum(), minutes.median()
     share = f" ({n_reached} of {len(minutes)})" if n_reached < len(minutes) else ""
     return (f"{median:,.1f}" if np.isfinite(median) else "") + share
 
 
 def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
-    """Interquartile means and performance profiles over all environments that all algorithms were trained on."""
+    """Report interquartile means and performance profiles over all environments, see :func:`score_matrices`."""
     scores = score_matrices(finals)
     if not scores:
         return []
@@ -332,9 +332,9 @@ def aggregate_section(finals: pd.DataFrame, folder: Path) -> list[str]:
 
 def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
     """
-    Scores, shape (seeds, environments), of the algorithms with ``MIN_RUNS`` complete seeds in all environments.
+    Return scores, shape (seeds, environments), of the algorithms with ``MIN_RUNS`` complete seeds in all environments.
 
-    An environment with fewer seeds of every algorithm is only a first look, and left out.
+    Environments with fewer seeds, of all algorithms together, are only a first look, and left out.
     """
     finals = finals[finals.groupby("env")["seed"].transform("nunique") >= MIN_RUNS]
     scores = {}
@@ -346,7 +346,7 @@ def score_matrices(finals: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame, folder: Path) -> list[str]:
-    """The measures of stability, one table per environment."""
+    """Report the measures of stability, one table per environment."""
     measures = stability_measures(curves, finals)
     save(plot_stability(measures), folder / "stability.png")
     asked = finals.groupby("env")["asked"].max()
@@ -369,7 +369,7 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.
 
 
 def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
-    """The measures of stability, one row per environment and algorithm, with the number of seeds."""
+    """Compute the measures of stability, one row per environment and algorithm, with the number of seeds."""
     rows = []
     for (env_id, algo), group in finals.groupby(["env", "algo"], sort=False):
         own = curves[(curves["env"] == env_id) & (curves["algo"] == algo)]
@@ -383,7 +383,7 @@ def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFra
 
 def stability(scores: np.ndarray, gains: np.ndarray, episodes: list[np.ndarray]) -> dict[str, Any]:
     """
-    The measures in ``STABILITY``, and those of each training where they are medians.
+    Compute the measures in ``STABILITY``, and those of each training where they are medians.
 
     :param scores: scores of the evaluations, shape (number of trainings, number of evaluations)
     :param gains: their returns, counted from the return that is worth nothing
@@ -401,7 +401,7 @@ def stability(scores: np.ndarray, gains: np.ndarray, episodes: list[np.ndarray])
 
 
 def plot_stability(measures: pd.DataFrame) -> Figure:
-    """One panel per measure that there are values of, with all environments and algorithms."""
+    """Plot one panel per measure that has values, with all environments and algorithms."""
     names = [name for name in STABILITY if measures[name].notna().any()]
     algos = list(measures["algo"].unique())
     height = 1.4 + 0.2 * measures["env"].nunique() * len(algos)

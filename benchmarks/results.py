@@ -1,4 +1,4 @@
-"""The result file of a cell: one row per evaluation below a commented header, small enough to be kept for good."""
+"""The result file of a cell: one row per evaluation below a commented header, small enough to keep for good."""
 
 import csv
 import io
@@ -19,8 +19,8 @@ class Evaluation:
     """The returns of a policy."""
 
     step: int  # environment steps of training so far
-    seconds: float  # of the wall clock so far, without evaluations and checkpoints
-    cpu_seconds: float  # likewise of the processor, which do not count what other programs took; NaN if not known
+    seconds: float  # wall-clock time so far, without evaluations and checkpoints
+    cpu_seconds: float  # CPU time likewise, which excludes what other programs took; NaN if not known
     returns: list[float]  # of each episode
     final: bool = False  # whether it is the long evaluation after the training
 
@@ -32,7 +32,7 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """What one cell has yielded so far."""
+    """The results of one cell so far."""
 
     metadata: dict[str, Any]  # the cell, its settings, versions; anything that JSON can hold
     evaluations: list[Evaluation] = field(default_factory=list)  # in the order of their steps, the final one last
@@ -59,7 +59,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """The results that were written to a file."""
+        """Read results from a file."""
         lines = path.read_text().splitlines()
         header = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
         evaluations = [

@@ -1,4 +1,4 @@
-"""Runs cells side by side and shows how far they are; on this machine, each in a process of its own."""
+"""Run cells in parallel and show their progress; on this machine, each in its own process."""
 
 import multiprocessing as mp
 import os
@@ -20,26 +20,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.results import Results
 from benchmarks.suites import Cell
 
-# One thread a run, also outside PyTorch
+# One thread per run, also outside PyTorch
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STATES = ("done", "running", "waiting", "failed", "outdated")
-# On a terminal there is a bar for each cell that runs
+# On a terminal, there is a bar for each running cell
 BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @dataclass
 class Job:
-    """A cell and what is known of it."""
+    """A cell and what is known about it."""
 
     cell: Cell
     state: str = "waiting"  # one of STATES
     step: int = 0  # environment steps so far
     seconds: float = 0.0  # wall-clock seconds of training so far
     last_return: float | None = None  # mean return of the last evaluation
-    error: str = ""  # the traceback of a failed cell, or what else has to be said
+    error: str = ""  # the traceback of a failed cell, or another message
 
     def show(self, results: Results) -> None:
-        """Take in where the training stands."""
+        """Take over the progress from the results."""
         if results.evaluations:
             last = results.evaluations[-1]
             self.step, self.seconds, self.last_return = last.step, last.seconds, last.mean
@@ -57,7 +57,7 @@ class Job:
 
 
 def look_up(cell: Cell, fresh: bool) -> Job:
-    """The job of a cell: waiting, done, outdated (deleted if ``fresh``), or failed if its settings cannot be read."""
+    """Return a cell's job: waiting, done, outdated (deleted if ``fresh``), or failed if its settings are unreadable."""
     job = Job(cell)
     if not cell.results_file.exists():
         return job
@@ -69,7 +69,7 @@ def look_up(cell: Cell, fresh: bool) -> Job:
         return job
     different = [key for key in settings if results.metadata[key] != settings[key]]
     if different and fresh:
-        # The results last: as long as they are there, the cell is known as outdated
+        # The results last: as long as they exist, the cell still counts as outdated
         shutil.rmtree(cell.working_folder, ignore_errors=True)
         cell.results_file.unlink()
         return job
@@ -82,7 +82,7 @@ def look_up(cell: Cell, fresh: bool) -> Job:
 
 
 def _work(cell: Cell, connection: Connection) -> None:
-    """What the process of a cell does: training, with all that is printed in a file, and reports through the pipe."""
+    """Train a cell in its process, with all output in a file, and reports through the pipe."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     cell.working_folder.mkdir(parents=True, exist_ok=True)
     log = os.open(cell.working_folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -100,7 +100,7 @@ def _work(cell: Cell, connection: Connection) -> None:
 
 
 def _die_with_parent() -> None:
-    """A parent that is killed cannot stop its processes, and whoever starts again must not meet the old ones."""
+    """End with the parent: if killed, it cannot stop its processes, and the next run must not meet them."""
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
@@ -112,7 +112,7 @@ Train = Callable[[list[Job]], Generator[None, None, None]]
 
 
 def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
-    """Train cells on this machine, ``n_jobs`` at a time. They end with this function, whatever ends it."""
+    """Train cells on this machine, ``n_jobs`` at a time. Their processes end with this function, whatever ends it."""
     os.environ.update(ONE_THREAD)
     context = mp.get_context("spawn")
     waiting = list(reversed(jobs))
@@ -124,7 +124,7 @@ def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
                 parent_end, child_end = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job.cell, child_end))
                 process.start()
-                child_end.close()  # so that the end of the process is the end of the pipe
+                child_end.close()  # so that the pipe ends with the process
                 job.state, running[parent_end] = "running", (job, process)
             for connection in wait(list(running), timeout=1.0):
                 if _receive(*running[connection], connection) != "running":
@@ -136,10 +136,10 @@ def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
 
 
 def _receive(job: Job, process: Any, connection: Any) -> str:
-    """Take in what the process of a cell reports; gives the state of the cell."""
+    """Receive a report from the process of a cell, and return the state of the cell."""
     try:
         state, *report = connection.recv()
-    except EOFError:  # no last word: the process was killed
+    except EOFError:  # no last message: the process was killed
         process.join()
         state, report = "failed", [f"The process ended with exit code {process.exitcode}"]
     if state == "running":
@@ -155,7 +155,7 @@ def run_cells(cells: list[Cell], train: Train, fresh: bool = False) -> bool:
     Run all cells that are not done, with a line for each new state and evaluation, and bars on a terminal.
 
     :param cells: the cells
-    :param train: trains those that are not done
+    :param train: function that trains those that are not done
     :param fresh: whether to replace results of other settings
     :return: whether all cells are done in the end
     """

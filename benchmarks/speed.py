@@ -1,9 +1,9 @@
 """
-How fast StaQ is, in ratios that one run measures: ``python -m benchmarks.speed --folder FOLDER``.
+How fast StaQ is, as ratios measured within one run: ``python -m benchmarks.speed --folder FOLDER``.
 
-Each measure runs in a process of its own, on one thread, in turn with what it is compared to, so that a drift of the
-machine's speed hits both alike; times are those of the processor. Variants are the package with all special ways of its
-kernels turned off, or one of them, and another version of it (``--against CLONE``).
+Each measure runs in its own process, on one thread, in turn with what it is compared to, so that a drift of the
+machine's speed affects both alike; times are CPU times. Variants are the package with all fast paths of its kernels
+turned off, or one of them, and another version of it (``--against CLONE``).
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch.utils.benchmark import Timer
 from sb3_staq import StaQ, kernels
 
 HERE = Path(__file__).resolve()
-# Does something so many times: environment steps, gradient steps or actions
+# Does something that many times: environment steps, gradient steps or actions
 Work = Callable[[int], Any]
 
 
@@ -47,24 +47,24 @@ def full_stack(env_id: str, n_envs: int = 1, **kwargs: Any) -> Any:
 
 
 def steps(model: Any) -> Work:
-    """Environment steps with the gradient steps and policy updates that are due."""
+    """Prepare environment steps with the gradient steps and policy updates that are due."""
     return lambda n: model.learn(n, reset_num_timesteps=False)
 
 
 def gradient_steps(model: Any, batch_size: int, n_networks: int) -> Work:
-    """Gradient steps alone, per network."""
+    """Prepare gradient steps alone, per network."""
     model.policy_update_interval = 10**9
     return lambda n: model.train(n // n_networks, batch_size)
 
 
 def iteration(memory_size: int, n_envs: int) -> Work:
-    """What lies between two policy updates, with a long time between them."""
+    """Prepare iterations: a policy update, and the 1000 environment steps before it."""
     settings = dict(buffer_size=50_000, kl_coef=20.0, ent_coef=0.4, policy_update_interval=1000, logit_cache=True)
     return steps(full_stack("CartPole-v1", n_envs, memory_size=memory_size, train_freq=4, **settings))
 
 
 def actions(n_rows: int, memory_size: int, eval_policy: str) -> Work:
-    """Greedy actions at ``n_rows`` observations at once."""
+    """Prepare greedy actions at ``n_rows`` observations at once."""
     policy = full_stack("CartPole-v1", memory_size=memory_size, kl_coef=20.0, ent_coef=0.4).policy
     policy.eval_policy, policy.frozen_critics.average_window = eval_policy, 1.0
     obs = np.random.default_rng(0).normal(size=(n_rows, 4)).astype(np.float32)
@@ -72,22 +72,22 @@ def actions(n_rows: int, memory_size: int, eval_policy: str) -> Work:
 
 
 def dqn() -> Work:
-    """Gradient steps of SB3's DQN."""
+    """Prepare gradient steps of SB3's DQN."""
     model = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[256, 256]), learning_starts=1000, seed=0)
     return gradient_steps(model.learn(1000), 256, 1)
 
 
 def sac() -> Work:
-    """Environment steps of SB3's SAC."""
+    """Prepare environment steps of SB3's SAC."""
     return steps(SAC("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
 
 
 def crossq() -> Work:
-    """Environment steps of sb3-contrib's CrossQ."""
+    """Prepare environment steps of sb3-contrib's CrossQ."""
     return steps(CrossQ("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
 
 
-# How to prepare it, how often it is done, and what it is
+# By name: how to prepare the work, how often it is done, and what it is
 MEASURES: dict[str, tuple[Callable[[], Work], int, str]] = {
     "dqn gradient step": (dqn, 500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network"),
     "gradient step": (
@@ -137,7 +137,7 @@ RATIOS = [
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
-# Beside this version: (module, name, value) of what is replaced
+# Variants of this version: (module, name, value) of what they replace
 VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "this version": [],
     "plain kernels": [],  # by the environment variable
@@ -149,7 +149,7 @@ VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
 
 
 def measure(name: str, variant: str, scale: float) -> float:
-    """Do one measurement in this process; gives seconds of the processor."""
+    """Do one measurement in this process, and return CPU seconds."""
     th.set_num_threads(1)
     for module, attribute, value in VARIANTS[variant]:
         setattr(module, attribute, value)
@@ -163,7 +163,7 @@ def measure(name: str, variant: str, scale: float) -> float:
 def run(
     folder: Path, repetitions: int, scale: float, names: list[str], variants: list[str], against: Path | None = None
 ) -> Path:
-    """Measure this version, ``variants`` of it and the clone ``against`` in turn; gives the report in ``folder``."""
+    """Measure this version, ``variants`` of it and the clone ``against`` in turn; return the report's path."""
     variants = ["this version", *variants, *(["other version"] if against else [])]
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -187,7 +187,7 @@ def run(
 
 
 def report(data: pd.DataFrame, variants: list[str]) -> str:
-    """Compare the measurements, one row of ``data`` for each."""
+    """Write a report that compares the measurements, the rows of ``data``."""
     times = data.pivot(index=["measure", "repetition"], columns="variant", values="seconds")[variants]
     table = 1000 * times.groupby("measure").median()
     ratios = times.div(times["this version"], axis=0).groupby("measure").median().drop(columns="this version")

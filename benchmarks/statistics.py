@@ -1,10 +1,10 @@
 """
-Statistics of the report: how high returns are, how sure that is, and how steady a training was.
+Statistics of the report: how high returns are, how certain that is, and how steady a training was.
 
 The measures of stability are those of Chan et al. 2020, "Measuring the Reliability of Reinforcement Learning
 Algorithms", https://arxiv.org/abs/1912.05663, for a few dozen evaluations per training: each is taken over the whole
-training, not over windows of it, and nothing is smoothed. They are losses, 0 is best, in units of their input; the
-report gives them scores, see :func:`normalise`. The relative drawdown and the low share have no unit.
+training, not over windows of it, and nothing is smoothed. They are losses (0 is best) in units of their input; the
+report passes them scores, see :func:`normalise`. The relative drawdown and the low share have no unit.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,41 +19,41 @@ Returns = TypeVar("Returns", float, np.ndarray)
 
 
 def normalise(returns: Returns, random: float, reference: float) -> Returns:
-    """Returns as scores, comparable between environments: 0 is random actions, 1 the environment's reference."""
+    """Turn returns into scores that are comparable between environments: 0 is random actions, 1 the reference."""
     return (returns - random) / (reference - random)
 
 
 def conditional_value_at_risk(losses: np.ndarray, alpha: float) -> float:
-    """Mean of the worst ``alpha`` of the losses, at least of the worst one."""
+    """Compute the mean of the worst ``alpha`` of the losses, at least of the worst one."""
     n_worst = max(1, ceil(alpha * len(losses)))
     return float(np.sort(losses)[-n_worst:].mean())
 
 
 def dispersion_across_time(curve: np.ndarray) -> float:
-    """Interquartile range of the changes between successive evaluations: 0 for steady progress of any speed."""
+    """Compute the interquartile range of changes between successive evaluations: 0 for steady progress of any speed."""
     return float(iqr(np.diff(curve)))
 
 
 def short_term_risk(curve: np.ndarray, alpha: float = 0.05) -> float:
-    """CVaR of the drops from one evaluation to the next; a rise is a drop of 0."""
+    """Compute the CVaR of the drops from one evaluation to the next; a rise is a drop of 0."""
     return conditional_value_at_risk(np.maximum(-np.diff(curve), 0.0), alpha)
 
 
 def drawdowns(curve: np.ndarray) -> np.ndarray:
-    """How far each evaluation lies below the best so far."""
+    """Compute how far each evaluation lies below the best so far."""
     return np.maximum.accumulate(curve) - curve
 
 
 def long_term_risk(curve: np.ndarray, alpha: float = 0.05) -> float:
-    """CVaR of the drawdowns."""
+    """Compute the CVaR of the drawdowns."""
     return conditional_value_at_risk(drawdowns(curve), alpha)
 
 
 def relative_drawdown(curve: np.ndarray) -> float:
     """
-    Largest drawdown as a share of the best evaluation of the whole training.
+    Compute the largest drawdown as a share of the best evaluation of the whole training.
 
-    The evaluations are counted from the return that is worth nothing. The share is above 1 if the training falls below
+    Evaluations are counted from the return that is worth nothing. The share is above 1 if the training falls below
     that return, and NaN if it never rises above it.
     """
     best = curve.max()
@@ -61,24 +61,24 @@ def relative_drawdown(curve: np.ndarray) -> float:
 
 
 def low_share(curve: np.ndarray, level: float = 0.75) -> float:
-    """Share of the second half's evaluations below ``level`` of the best of the whole training, counted likewise."""
+    """Compute the share of second-half evaluations below ``level`` of the overall best, counted from the same zero."""
     best = curve.max()
     return float(np.mean(curve[len(curve) // 2 :] < level * best)) if best > 0 else float("nan")
 
 
 def time_to_return(times: ArrayLike, returns: ArrayLike, target: float) -> float:
-    """Time of the first evaluation that is not below a given return, infinity if there is none."""
+    """Find the time of the first evaluation that is not below a given return, infinity if there is none."""
     reached = np.asarray(returns) >= target
     return float(np.asarray(times)[reached.argmax()]) if reached.any() else float("inf")
 
 
 def dispersion_across_runs(curves: np.ndarray) -> float:
-    """Interquartile range between trainings (rows) at each evaluation (columns), averaged over the evaluations."""
+    """Compute the interquartile range between trainings (rows), averaged over the evaluations (columns)."""
     return float(np.mean(iqr(curves, axis=0)))
 
 
 def dispersion_across_episodes(returns: np.ndarray) -> float:
-    """Interquartile range of the returns of one trained policy."""
+    """Compute the interquartile range of the returns of one trained policy."""
     return float(iqr(returns))
 
 
@@ -86,11 +86,11 @@ def bootstrap(
     scores: Mapping[str, np.ndarray], function: Callable[[np.ndarray], np.ndarray], n_resamples: int = 2000
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """
-    Statistics with 95% confidence intervals: a percentile bootstrap that draws runs anew within each environment.
+    Compute statistics with 95% confidence intervals: a percentile bootstrap that resamples runs per environment.
 
-    :param scores: by algorithm, scores of shape (number of runs, number of environments)
-    :param function: gives a vector of statistics of such scores
-    :param n_resamples: number of draws
+    :param scores: scores by algorithm, of shape (number of runs, number of environments)
+    :param function: computes a vector of statistics from such scores
+    :param n_resamples: number of resamples
     :return: statistics by algorithm, and their intervals, of shape (2, number of statistics)
     """
     from rliable.library import get_interval_estimates  # takes seconds

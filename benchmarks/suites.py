@@ -40,12 +40,12 @@ class Suite:
     seeds_by_algo: dict[str, list[int]] = field(default_factory=dict)  # of the algorithms that have others
 
     def seeds_of(self, algo: str) -> list[int]:
-        """Seeds of an algorithm's trainings."""
+        """Return the seeds of an algorithm's trainings."""
         return self.seeds_by_algo.get(algo, self.seeds)
 
 
 def load_suites(path: Path = SUITES_FILE) -> dict[str, Suite]:
-    """Suites by name, from their file."""
+    """Load the suites from their file, by name."""
     suites = {}
     for name, entries in yaml.safe_load(path.read_text()).items():
         envs = {env_id: Environment(**env) for env_id, env in entries.pop("envs").items()}
@@ -54,7 +54,7 @@ def load_suites(path: Path = SUITES_FILE) -> dict[str, Suite]:
 
 
 def file_name(env_id: str) -> str:
-    """The id of an environment without the slash of its namespace."""
+    """Return the id of an environment without the slash of its namespace."""
     return env_id.replace("/", "-")
 
 
@@ -69,7 +69,7 @@ class Cell:
     steps: int
     eval_freq: int
     n_eval_episodes: int
-    hyperparams: dict[str, Any] = field(default_factory=dict)  # what replaces entries of RL Zoo3's
+    hyperparams: dict[str, Any] = field(default_factory=dict)  # these replace entries of RL Zoo3's
     folder: Path = FOLDER  # where results and working files go
 
     def __str__(self) -> str:
@@ -77,23 +77,23 @@ class Cell:
 
     @property
     def zoo_algo(self) -> str:
-        """Name of the algorithm in RL Zoo3, some of which have an underscore themselves."""
+        """Name of the algorithm in RL Zoo3; some names have an underscore themselves."""
         from rl_zoo3.utils import ALGOS  # takes seconds
 
         return self.algo if self.algo in ALGOS else self.algo.partition("_")[0]
 
     @property
     def results_file(self) -> Path:
-        """What the report is made from."""
+        """The file that the report is made from."""
         return self.folder / "results" / self.suite / file_name(self.env_id) / self.algo / f"seed_{self.seed}.csv"
 
     @property
     def working_folder(self) -> Path:
-        """Where checkpoints, logs and the trained model are."""
+        """The folder of checkpoints, logs and the trained model."""
         return self.folder / "runs" / self.suite / file_name(self.env_id) / self.algo / f"seed_{self.seed}"
 
     def manager(self) -> Any:
-        """RL Zoo3's ``ExperimentManager`` of this run."""
+        """Make RL Zoo3's ``ExperimentManager`` for this run."""
         from rl_zoo3.exp_manager import ExperimentManager  # takes seconds
 
         import sb3_staq.zoo  # noqa: F401, registers StaQ
@@ -112,7 +112,7 @@ class Cell:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What two runs must have in common for one to continue the other."""
+        """Return what two runs must have in common for one to continue the other."""
         with contextlib.redirect_stdout(io.StringIO()):  # the zoo prints what it reads
             hyperparams, _ = self.manager().read_hyperparameters()
         return {
@@ -132,7 +132,7 @@ def make_cells(
     steps: int | None = None,
     folder: Path = FOLDER,
 ) -> list[Cell]:
-    """The cells of a suite, or a selection, seed by seed: whoever stops early has whole comparisons."""
+    """Make a suite's cells, or a selection, seed by seed, so that stopping early leaves complete comparisons."""
     seeds_of = {algo: suite.seeds_of(algo) if seeds is None else seeds for algo in algos or suite.algos}
     return [
         Cell(

@@ -1,17 +1,17 @@
 """
 The theory of StaQ on tabular MDPs: ``python -m benchmarks.tabular``.
 
-Policy evaluation is exact here (a linear system), so that what is left is the policy update: the same code of
+Policy evaluation is exact here (a linear system), so only the policy update matters: the same code of
 ``sb3_staq.mirror_descent`` that the deep algorithm runs. Distances are sup norms relative to that of the optimal soft
-Q-function, which soft value iteration finds. Near the optimum a policy loses value by the square of its logits' error.
+Q-function, found by soft value iteration. Near the optimum, a policy loses value with the square of its logits' error.
 
-*Why the average over a long memory is a better policy than the last one if the evaluation errs.* Mirror descent under
-errors bounds the regret, which is about the average over the updates; it promises nothing about the last policy. The
-logits are weighted sums of Q-functions, so their average over a window is, but for its ends, the plain average of the
-Q-functions times the sum of the weights. The last policy averages as well, but over no more than about
-``(1+beta)/(1-beta)`` updates. So its error does not shrink, however long the run is. The average of ``W`` Q-functions
-keeps a W-th of the variance of independent errors, and about as much of the value that they cost. Errors that the
-Q-functions share remain, among them that they are values of policies below the optimum.
+*Why the average over a long memory is a better policy than the last one if the evaluation has errors.* Under errors,
+mirror descent bounds the regret, which is about the average over the updates; it promises nothing about the last
+policy. The logits are weighted sums of Q-functions, so their average over a window is, except at its ends, the plain
+average of the Q-functions times the sum of the weights. The last policy averages as well, but over at most about
+``(1+beta)/(1-beta)`` updates, so its error does not shrink, however long the run. The average of ``W`` Q-functions
+keeps 1/W of the variance of independent errors, and about as much of the value that they cost. Errors that the
+Q-functions share remain, for instance that they are values of policies below the optimum.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from sb3_staq.mirror_descent import LogitRule, StackWeights, decay_rate, kl_dive
 
 FOLDER = Path(__file__).parent / "results" / "tabular"
 TEMPLATE = Path(__file__).parent / "tabular.md"  # of the report; it also takes the constants below
-RESOLUTION = 1e-12  # double precision ends here: what is smaller counts as converged
+RESOLUTION = 1e-12  # limit of double precision: anything smaller counts as converged
 MEMORY_SIZES = (2, 5, 10, 50, 300)
 FINITE_RULES = ("weight_corrected", "truncated")
 VARIANTS = [("exact", 0)] + [(rule, memory_size) for rule in FINITE_RULES for memory_size in MEMORY_SIZES]
@@ -76,30 +76,30 @@ class TabularStaQ:
 
     @property
     def scaled_logits(self) -> th.Tensor:
-        """``ent_coef * xi_k``, which is to become the optimal soft Q-function, shape (..., states, actions)."""
+        """``ent_coef * xi_k``, which should converge to the optimal soft Q-function, shape (..., states, actions)."""
         return self.ent_coef * self.weights.scale * self.total
 
     @property
     def noise_gain(self) -> float:
-        """By what factor the standard deviation of noise in the Q-functions is less in :attr:`scaled_logits`."""
+        """Standard deviation of noise in :attr:`scaled_logits`, relative to that in the Q-functions."""
         return self.ent_coef * self.weights.scale * math.hypot(*self.weights.values)
 
     def evaluate(self) -> th.Tensor:
-        """The soft Q-function of the policy, shape (..., states, actions)."""
+        """Compute the soft Q-function of the policy, shape (..., states, actions)."""
         return self.mdp.evaluate(self.log_pi, self.ent_coef)
 
     def noisy_evaluations(self, n: int, seed: int) -> Iterator[tuple[th.Tensor, th.Tensor]]:
-        """``n`` times the soft Q-function of the policy, without and with new Gaussian noise in every entry."""
+        """Yield ``n`` times the policy's soft Q-function, without and with new Gaussian noise in every entry."""
         generator = th.Generator().manual_seed(seed)
         for _ in range(n):
             q_values = self.evaluate()
             yield q_values, q_values + NOISE * th.randn(q_values.shape, generator=generator, dtype=th.float64)
 
     def update(self, q_values: th.Tensor) -> None:
-        """Take ``Q_k``, shape (..., states, actions), into the policy."""
+        """Update the policy with ``Q_k``, shape (..., states, actions)."""
         update = self.weights.push(self.kl_coef, self.ent_coef)
         deleted = [self.stack.popleft() for _ in update.deleted_weights]
-        if self.weights.logit_rule != "exact":  # which would keep all of them, and needs none
+        if self.weights.logit_rule != "exact":  # that rule would keep all of them, and needs none
             self.stack.append(q_values)
         if self.weights.recursive:
             self.total = update.apply(self.total, q_values, deleted)
@@ -108,21 +108,21 @@ class TabularStaQ:
             self.total = th.stack(products).sum(dim=0)
 
     def averaged(self, q_values: Sequence[th.Tensor]) -> th.Tensor:
-        """Log-probabilities if the logits are the mean of these Q-functions times the sum of the rule's weights."""
+        """Compute log-probabilities with the mean of these Q-functions times the rule's sum of weights as logits."""
         mean = th.stack(list(q_values)).mean(dim=0)
         return log_policy(self.weights.scale * self.weights.total * mean, (self.mdp.n_actions,))
 
 
 def sup_norm(q_values: th.Tensor) -> np.ndarray:
-    """The largest absolute value of each MDP: shape (..., states, actions) -> (...)."""
+    """Find the largest absolute value of each MDP: shape (..., states, actions) -> (...)."""
     return q_values.abs().amax(dim=(-2, -1)).numpy()
 
 
 def convergence(staq: TabularStaQ, n_iterations: int) -> np.ndarray:
     """
-    The distances of ``Q_k`` and of ``ent_coef * xi_k`` to the optimum before each update, relative to its norm.
+    Compute the distances of ``Q_k`` and ``ent_coef * xi_k`` to the optimum before each update, relative to its norm.
 
-    From the present iteration of ``staq`` on; shape (2, number of iterations, ...).
+    From the current iteration of ``staq`` on; shape (2, number of iterations, ...).
     """
     optimum = staq.mdp.optimal_q_values(staq.ent_coef)
     distances = []
@@ -134,21 +134,21 @@ def convergence(staq: TabularStaQ, n_iterations: int) -> np.ndarray:
 
 
 def floor(staq: TabularStaQ, n_iterations: int) -> np.ndarray:
-    """The two distances of :func:`convergence` that are left after so many updates, the mean over the MDPs."""
+    """Compute the two distances of :func:`convergence` left after ``n_iterations`` updates, mean over the MDPs."""
     return convergence(staq, n_iterations + 1)[:, -1].reshape(2, -1).mean(axis=1)
 
 
 def linear_rate(kl_coef: float, ent_coef: float, gamma: float) -> float:
-    """``d = beta + gamma (1 - beta)``, the proven rate of convergence."""
+    """Return ``d = beta + gamma (1 - beta)``, the proven rate of convergence."""
     beta = decay_rate(kl_coef, ent_coef)
     return beta + gamma * (1 - beta)
 
 
 def bound(mdp: TabularMDP, kl_coef: float, ent_coef: float, n_iterations: int) -> np.ndarray:
     """
-    ``C d^k`` for the distance of ``ent_coef * xi_k`` under the exact rule from ``xi_0 = 0``; ``gamma`` times it for Q.
+    Compute ``C d^k``, the bound on the distance of ``ent_coef * xi_k`` for the exact rule; ``gamma`` times it for Q.
 
-    With ``e_k = |Q* - ent_coef xi_k|`` and ``D = |Q_0|``, the policy improves at every iteration, from which
+    With ``xi_0 = 0``, ``e_k = |Q* - ent_coef xi_k|`` and ``D = |Q_0|``: the policy improves at every iteration, so
     ``|Q* - Q_k| <= gamma (e_k + beta^k D)``; the recursion gives ``e_{k+1} <= beta e_k + (1 - beta) |Q* - Q_k|``.
     Together ``e_k <= d^k (e_0 + D)``, hence ``C = |Q*| + |Q_0|``. Relative to ``|Q*|``, shape (n_iterations, ...).
     """
@@ -159,9 +159,9 @@ def bound(mdp: TabularMDP, kl_coef: float, ent_coef: float, n_iterations: int) -
 
 def measured_rate(distances: np.ndarray, end: float = 1e-10) -> float:
     """
-    The factor per iteration, from a straight line through the logarithms of the distances down to ``end``.
+    Fit the factor per iteration, by a straight line through the logarithms of the distances down to ``end``.
 
-    Shape (iterations,) -> a number; NaN if ``end`` is not reached. Below it rounding matters.
+    Shape (iterations,) -> a number; NaN if ``end`` is not reached. Below it, rounding matters.
     """
     below = np.flatnonzero(distances < end)
     if len(below) == 0:
@@ -172,9 +172,9 @@ def measured_rate(distances: np.ndarray, end: float = 1e-10) -> float:
 
 def fitted_slope(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series, largest: float = 0.1) -> float:
     """
-    The slope on log axes.
+    Fit the slope on log axes.
 
-    Abscissas above ``largest`` are left out, as the proportionality is one of small numbers; so is what rounding lost.
+    Abscissas above ``largest`` are left out, as proportionality is for small numbers; so are those lost to rounding.
     """
     x, y = np.asarray(x), np.asarray(y)
     used = (x <= largest) & (y > 10 * RESOLUTION)
@@ -182,7 +182,7 @@ def fitted_slope(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series, largest: 
 
 
 def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Distances over the iterations, the worst of the MDPs; and the rates."""
+    """Measure distances over the iterations, those of the worst MDP, and rates."""
     curves, rates = [], []
     for name, (mdp, kl_coef, ent_coef) in CONVERGENCE_SETTINGS.items():
         limit = bound(mdp, kl_coef, ent_coef, N_ITERATIONS).reshape(N_ITERATIONS, -1)
@@ -193,7 +193,7 @@ def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
             distances = distances.reshape(2, N_ITERATIONS, -1)
             for quantity, runs, factor in zip(("Q", "logits"), distances, (mdp.gamma, 1.0), strict=True):
                 row[f"rate, {quantity}"] = np.max([measured_rate(run) for run in runs.T])
-                # Rounding is no violation
+                # Rounding errors are not violations
                 row[f"over bound, {quantity}"] = ((runs - RESOLUTION) / (factor * limit)).max()
                 row[f"left, {quantity}"] = runs[-1].max()
             q_worst, logits_worst = distances.max(axis=2)
@@ -205,7 +205,7 @@ def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def run_floors() -> pd.DataFrame:
-    """Distances after convergence by rule, ``beta`` and ``M``."""
+    """Measure distances after convergence by rule, ``beta`` and ``M``."""
     rows = []
     for kl_coef in (0.1, 0.4, 0.9):
         beta = decay_rate(kl_coef, ENT_COEF)
@@ -218,7 +218,7 @@ def run_floors() -> pd.DataFrame:
 
 
 def run_small_entropy() -> pd.DataFrame:
-    """How the corrected rule fares with little entropy, where the theorem asks for a large ``M``."""
+    """Measure how the corrected rule fares with little entropy, where the theorem asks for a large ``M``."""
     rows = []
     mdp = garnet(range(N_SMALL_MDPS), **SMALL_GARNET)
     for memory_size in (1, 2, 5, 10):
@@ -230,7 +230,7 @@ def run_small_entropy() -> pd.DataFrame:
 
 
 def run_noise() -> pd.DataFrame:
-    """What noise in every evaluation does by rule, ``M`` and ``kl_coef``: means over 200 iterations and the MDPs."""
+    """Measure effects of noise in each evaluation by rule, ``M`` and ``kl_coef``: mean over 200 iterations and MDPs."""
     rows = []
     optimum = MDPS.optimal_q_values(ENT_COEF)
     for rule, memory_size in VARIANTS:
@@ -246,7 +246,7 @@ def run_noise() -> pd.DataFrame:
                 kl = kl_divergence(staq.log_pi, log_pi)
                 measured.append([x.mean().item() for x in (squares, optimum - q_values, kl)])
             variance, loss, kl = np.mean(measured[n_burn_in:], axis=0)
-            # Taking the mean off leaves all but one of the actions' degrees of freedom
+            # Subtracting the mean leaves all but one of the actions' degrees of freedom
             expected = NOISE * staq.noise_gain * math.sqrt(1 - 1 / MDPS.n_actions)
             rows.append([rule, memory_size or math.inf, kl_coef, math.sqrt(variance), loss, kl, expected])
     columns = ["rule", "M", "kl_coef", "logit_error", "value_loss", "successive_kl", "expected_logit_error"]
@@ -255,11 +255,11 @@ def run_noise() -> pd.DataFrame:
 
 def run_average(seeds: Sequence[int] = range(20), windows: Sequence[int] = (1, 5, 20, 60, 180, 540)) -> pd.DataFrame:
     """
-    What the averaged and the last policy lose under noise, by ``kl_coef``, window and seed.
+    Measure what the averaged and the last policy lose under noise, by ``kl_coef``, window and seed.
 
-    The averaged policy is that of the mean of the last ``W`` noisy Q-functions; the last one is of the same run at the
-    same time. Lost is ``V* - V``, exact soft values, averaged over the states. Each seed has a random MDP and noise of
-    its own.
+    The averaged policy is that of the mean of the last ``W`` noisy Q-functions; the last policy is from the same time
+    of the same run. The loss is ``V* - V``, in exact soft values, averaged over the states. Each seed has its own
+    random MDP and noise.
     """
     tables = []
     for kl_coef in (0.05, 0.9):
@@ -281,7 +281,7 @@ def run_average(seeds: Sequence[int] = range(20), windows: Sequence[int] = (1, 5
 
 
 def rule_panels(table: pd.DataFrame, x: str, measures: dict[str, str], x_label: str, markevery: int = 1) -> Figure:
-    """One row per finite rule, one column per measure (label by name): a line per ``M``, and the exact rule."""
+    """Plot one row per finite rule, one column per measure (label by name): a line per ``M``, and the exact rule."""
     n = len(measures)
     figure, axes = plt.subplots(2, n, figsize=(2 + 4.3 * n, 7.5), sharex=True, sharey="col", squeeze=False)
     for ax, (rule, (column, label)) in zip(axes.flat, product(FINITE_RULES, measures.items()), strict=True):
@@ -297,7 +297,7 @@ def rule_panels(table: pd.DataFrame, x: str, measures: dict[str, str], x_label: 
 
 
 def plot_convergence(curves: pd.DataFrame, name: str) -> Figure:
-    """Distances over the iterations on one kind of MDP."""
+    """Plot distances over the iterations on one kind of MDP."""
     mdp, kl_coef, ent_coef = CONVERGENCE_SETTINGS[name]
     curves = curves[curves["MDPs"] == name]
     measures = {"Q": "$Q_k$: relative distance to $Q^*$", "logits": "ent_coef $\\xi_k$: relative distance to $Q^*$"}
@@ -306,13 +306,13 @@ def plot_convergence(curves: pd.DataFrame, name: str) -> Figure:
     label = f"bound, falls as $d^k$, d = {linear_rate(kl_coef, ent_coef, mdp.gamma):.3f}"
     for ax, factor in zip(figure.axes, (mdp.gamma, 1.0) * 2, strict=True):
         ax.plot(factor * limit, label=label, **REFERENCE)
-        ax.set(ylim=(1e-14, 30), xlim=(0, N_ITERATIONS))  # what is below is rounding
+        ax.set(ylim=(1e-14, 30), xlim=(0, N_ITERATIONS))  # below this is rounding
         ax.set_title(f"{TITLES[name]}, {ax.get_title()}")
     return share_legend(figure, ncols=7)
 
 
 def plot_floors(floors: pd.DataFrame) -> Figure:
-    """Distances after convergence: logits on the left, soft Q-function on the right."""
+    """Plot distances after convergence: logits on the left, soft Q-function on the right."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True)
     x = np.geomspace(1e-11, 1, 2)
     for ax, quantity, slope, line in zip(axes, ("logits", "Q"), (1, 2), ("--", ":"), strict=True):
@@ -331,7 +331,7 @@ def plot_floors(floors: pd.DataFrame) -> Figure:
 
 
 def plot_noise(noise: pd.DataFrame) -> Figure:
-    """What noise does: error of the logits, loss of value, change of the policy per update."""
+    """Plot effects of noise: error of the logits, loss of value, change of the policy per update."""
     measures = {"logit_error": "RMS error of ent_coef $\\xi_k$", "value_loss": "mean of $Q^* - Q_k$"}
     measures["successive_kl"] = "KL($\\pi_{k+1}$ || $\\pi_k$) in nats"
     figure = rule_panels(noise, "kl_coef", measures, "kl_coef (reward per nat)")
@@ -343,7 +343,7 @@ def plot_noise(noise: pd.DataFrame) -> Figure:
 
 
 def plot_average(losses: pd.DataFrame) -> Figure:
-    """Loss of the averaged and of the last policy over the window: the mean, and the middle 80% of the seeds."""
+    """Plot losses of the averaged and the last policy over the window: the mean, and the middle 80% of the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     for ax, (kl_coef, rows) in zip(axes, losses.groupby("kl_coef"), strict=True):
         groups, beta = rows.groupby("W"), decay_rate(kl_coef, ENT_COEF)
@@ -366,13 +366,13 @@ def plot_average(losses: pd.DataFrame) -> Figure:
 
 
 def markdown(table: pd.DataFrame, *formats: str) -> str:
-    """A table in Markdown: one format per column, the last one also for the rest; "–" where there is no number."""
+    """Write a Markdown table: one format per column, the last one also for the rest; "–" where there is no number."""
     formats += formats[-1:] * (table.shape[1] - len(formats))
     return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=formats, missingval="–")
 
 
 def settings_table() -> str:
-    """What :func:`run_convergence` ran on."""
+    """Tabulate what :func:`run_convergence` ran on."""
     rows = []
     for name, (mdp, kl, ent) in CONVERGENCE_SETTINGS.items():
         theory = decay_rate(kl, ent), linear_rate(kl, ent, mdp.gamma), memory_bound(mdp.gamma, kl, ent)
@@ -382,7 +382,7 @@ def settings_table() -> str:
 
 
 def floor_tables(floors: pd.DataFrame) -> tuple[str, str]:
-    """Fitted slopes by ``beta``; and the numbers of the truncated rule with the largest one."""
+    """Tabulate fitted slopes by ``beta``, and the numbers of the truncated rule with the largest ``beta``."""
     rows = []
     for beta, group in floors.groupby("beta"):
         truncated, corrected = (group[group["rule"] == rule] for rule in ("truncated", "weight_corrected"))
@@ -394,20 +394,20 @@ def floor_tables(floors: pd.DataFrame) -> tuple[str, str]:
 
 
 def noise_table(noise: pd.DataFrame, column: str) -> str:
-    """One measure of :func:`run_noise`: variants down, ``kl_coef`` across."""
+    """Tabulate one measure of :func:`run_noise`: variants down, ``kl_coef`` across."""
     table = noise.pivot(index=["rule", "M"], columns="kl_coef", values=column)
     return markdown(table.rename(columns="kl_coef = {:g}".format).reset_index(), "", ".0f", ".3f")
 
 
 def average_table(average: pd.DataFrame) -> str:
-    """Mean and standard deviation over the seeds of the losses of :func:`run_average`."""
+    """Tabulate the losses of :func:`run_average`: mean and standard deviation over the seeds."""
     table = average.groupby(["kl_coef", "M", "W"])[["averaged", "last"]].agg(["mean", "std"]).reset_index()
     table.columns = ["kl_coef", "M", "W", "averaged, mean", "averaged, std", "last, mean", "last, std"]
     return markdown(table, "g", "g", "g", ".3f")
 
 
 def main() -> int:
-    """Run everything, write the report, and give the exit status."""
+    """Run everything, write the report, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabular", description="The theory on tabular MDPs.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the report goes")
     folder = parser.parse_args().folder

@@ -1,4 +1,4 @@
-"""Markov decision processes small enough for exact soft policy evaluation, and a batch of them at a time."""
+"""Batches of Markov decision processes that are small enough for exact soft policy evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 @dataclass(frozen=True)
 class TabularMDP:
     """
-    A batch of MDPs of one size (the batch may have any shape, also none), in double precision.
+    A batch of MDPs of one size (the batch may have any shape, even none), in double precision.
 
     :param reward: expected reward of each action, shape (..., states, actions)
     :param transition: probabilities of the next states, shape (..., states, actions, states)
@@ -39,24 +39,24 @@ class TabularMDP:
         return self.reward.shape[-1]
 
     def look_ahead(self, values: th.Tensor) -> th.Tensor:
-        """``r(s,a) + gamma E[V(s')]`` of the next states' values: (..., states) -> (..., states, actions)."""
+        """Compute ``r(s,a) + gamma E[V(s')]`` from the values of states: (..., states) -> (..., states, actions)."""
         return self.reward + self.gamma * (self.transition @ values[..., None, :, None]).squeeze(-1)
 
     def soft_values(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
-        """The exact soft values of a policy, from a linear system: shape (..., states, actions) -> (..., states)."""
+        """Compute a policy's exact soft values from a linear system: shape (..., states, actions) -> (..., states)."""
         transition = (log_pi.exp()[..., None] * self.transition).sum(dim=-2)
         system = th.eye(transition.shape[-1], dtype=transition.dtype) - self.gamma * transition
         # Reward and entropy of one step are together the soft value of the reward
         return th.linalg.solve(system, soft_value(log_pi, expected_value(log_pi, self.reward), ent_coef))
 
     def evaluate(self, log_pi: th.Tensor, ent_coef: float) -> th.Tensor:
-        """The soft Q-function of a policy, see :meth:`soft_values`: shape (..., states, actions) -> the same."""
+        """Compute a policy's soft Q-function, see :meth:`soft_values`: shape (..., states, actions) -> the same."""
         return self.look_ahead(self.soft_values(log_pi, ent_coef))
 
     def optimal_q_values(self, ent_coef: float) -> th.Tensor:
-        """The optimal soft Q-function by soft value iteration, without policies: shape (..., states, actions)."""
+        """Find the optimal soft Q-function by soft value iteration, without policies: shape (..., states, actions)."""
         q_values = th.zeros_like(self.reward)
-        # Each sweep shrinks the error by gamma: as many as it takes to double precision
+        # Each sweep shrinks the error by gamma: do as many as double precision takes
         for _ in range(math.ceil(math.log(1e-17) / math.log(self.gamma))):
             q_values = self.look_ahead(ent_coef * th.logsumexp(q_values / ent_coef, dim=-1))
         return q_values
@@ -64,7 +64,7 @@ class TabularMDP:
 
 def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, gamma: float) -> TabularMDP:
     """
-    Random MDPs after Archibald et al. 1995, one per seed: a batch of shape (number of seeds,).
+    Make random MDPs after Archibald et al. 1995, one per seed: a batch of shape (number of seeds,).
 
     From every state, each action leads to ``branching`` random states with random probabilities. Rewards are uniform in
     [0, 1].
@@ -84,16 +84,16 @@ def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, 
 
 
 def grid_cells(grid: str = GRID) -> list[tuple[int, int]]:
-    """Row and column of each state of a map, in which ``#`` is a wall."""
+    """List row and column of each state of a map, in which ``#`` is a wall."""
     rows = grid.strip().splitlines()
     return [(i, j) for i, row in enumerate(rows) for j, symbol in enumerate(row) if symbol != "#"]
 
 
 def grid_world(gamma: float, slip: float = 0.0, grid: str = GRID) -> TabularMDP:
     """
-    A maze with reward -1 for every step until the goal ``G``: one MDP, a batch of no dimensions.
+    Make a maze with reward -1 for every step until the goal ``G``: one MDP, a batch of no dimensions.
 
-    The states are in the order of :func:`grid_cells`, the actions in that of ``MOVES``; with probability ``slip`` a
+    The states are in the order of :func:`grid_cells`, the actions in that of ``MOVES``; with probability ``slip``, a
     random move is made instead of the chosen one.
     """
     rows = grid.strip().splitlines()

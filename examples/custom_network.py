@@ -1,4 +1,4 @@
-"""A network of your own: a features extractor, two hidden layers, another activation function."""
+"""A custom network: a features extractor, two hidden layers, another activation function."""
 
 import sys
 
@@ -16,7 +16,7 @@ class FourierFeatures(BaseFeaturesExtractor):
     """
     Sines and cosines of learnt projections.
 
-    :param observation_space: of the environment
+    :param observation_space: observation space of the environment
     :param n_frequencies: number of projections
     """
 

@@ -1,4 +1,4 @@
-"""Policy updates of your own: weights of the critics by age, and coefficients as functions of the progress."""
+"""Custom policy updates: weights of the critics by age, and coefficients as functions of the progress."""
 
 import sys
 
@@ -12,7 +12,7 @@ shared = dict(
     seed=0,
 )
 
-# The policy is softmax(sum_age w(age) Q_{k-age}), newest first, whatever kl_coef is
+# The policy is softmax(sum_age w(age) Q_{k-age}), with weights newest first; kl_coef has no effect
 three_weights = StaQ(memory_size=3, logit_rule=[10.0, 5.0, -1.0], **shared)
 three_weights.learn(steps)
 

@@ -16,16 +16,16 @@ from examples.record import load_agent, record
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EVAL_SEED = 1_000_000  # far from that of the training
+EVAL_SEED = 1_000_000  # far from the seed of the training
 BLUE = "#0072B2"
 
 
 def plot_learning_curve(folder: Path, title: str) -> Path:
     """
-    Draw the returns over the steps.
+    Plot the returns over the steps.
 
-    :param folder: has the training episodes (monitor.csv) and the evaluations (evaluations.npz)
-    :param title: of the figure
+    :param folder: folder with the training episodes (monitor.csv) and the evaluations (evaluations.npz)
+    :param title: title of the figure
     :return: the figure's path
     """
     episodes = load_results(str(folder))
@@ -44,7 +44,7 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
 
 
 def main() -> None:
-    """Train, evaluate and film an agent."""
+    """Train, evaluate and record an agent."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="CartPole-v1", help="any id of Gymnasium")
     parser.add_argument("--steps", type=int, help="environment steps; those of the hyperparameter file by default")
@@ -84,7 +84,7 @@ def main() -> None:
     try:
         video = folder / "video.gif"
         record(*load_agent(args.folder, args.env, seed=EVAL_SEED, render=True), video)
-    except Exception as error:  # of many kinds: the libraries that draw are optional
+    except Exception as error:  # of many kinds: the rendering libraries are optional
         video = f'none: {error!r} (drawing needs pip install ".[all]", and for MuJoCo without a screen libegl1)'
     print(f"Model:          {folder / manager.env_name}.zip ({len(model.policy.frozen_critics)} frozen critics)")
     print(f"Learning curve: {figure}")

@@ -15,12 +15,12 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 # Train
 model = StaQ("MlpPolicy", gym.make("CartPole-v1"), seed=0).learn(steps)
 
-# Distil: `student` is a policy as any other, `report` says what was lost
+# Distil: `student` is a policy like any other, `report` says what was lost
 student, report = model.distill(max_kl=0.01, max_steps=max(1000, steps // 5), progress_bar=True)
 print(report)
 student.save("student.pth")
 
-# Export the student; or the stack, by export_policy(model, "policy.onnx")
+# Export the student; or the stack, with export_policy(model, "policy.onnx")
 export_policy(student, "policy.onnx")
 
 # On the robot: greedy actions, and the probabilities of the bins
@@ -28,7 +28,7 @@ session = onnxruntime.InferenceSession("policy.onnx")
 action, prob = session.run(["action", "prob"], {"obs": np.zeros((1, 4), np.float32)})
 print(f"Greedy action: {action[0]}, probabilities: {prob[0]}")
 
-# Draw an action with random numbers of your own: bins[d] are the values of branch d
+# Sample an action with your own random numbers: bins[d] has the values of branch d
 meta = session.get_modelmeta().custom_metadata_map
 bins, sizes = json.loads(meta["bins"]), json.loads(meta["branch_sizes"])
 rng = np.random.default_rng()

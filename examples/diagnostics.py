@@ -1,4 +1,4 @@
-"""Write down what each policy update does, evaluate on the way, and draw the result."""
+"""Record what each policy update does, evaluate along the way, and plot the result."""
 
 import sys
 

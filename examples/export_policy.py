@@ -13,7 +13,7 @@ class Actor(th.nn.Module):
     """
     Observations in, greedy actions out.
 
-    :param policy: of a trained model
+    :param policy: the policy of a trained model
     """
 
     def __init__(self, policy: th.nn.Module):
@@ -21,7 +21,7 @@ class Actor(th.nn.Module):
         self.policy = policy
 
     def forward(self, observation: th.Tensor) -> th.Tensor:
-        """Give the greedy actions for observations."""
+        """Return the greedy actions for observations."""
         return self.policy(observation, deterministic=True)
 
 

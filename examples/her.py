@@ -1,4 +1,4 @@
-"""Hindsight experience replay, on SB3's bit-flipping task."""
+"""Hindsight experience replay on SB3's bit-flipping task."""
 
 import sys
 

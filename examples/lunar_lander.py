@@ -1,4 +1,4 @@
-"""LunarLander-v3 with the tuned settings: four environments, and an entropy weight that falls."""
+"""LunarLander-v3 with the tuned settings: four environments, and an entropy coefficient that falls."""
 
 import sys
 
@@ -19,7 +19,7 @@ model = StaQ(
     tau=0.01,
     policy_update_interval=400,
     memory_size=50,
-    ent_coef="lin_0.5_0.02_0.6",  # from 0.5 to 0.02 in the first 60% of the training
+    ent_coef="lin_0.5_0.02_0.6",  # from 0.5 to 0.02 over the first 60% of the training
     exploration_initial_eps=0.1,
     exploration_final_eps=0.1,
     policy_kwargs=dict(net_arch=[128, 128]),

@@ -9,7 +9,7 @@ from sb3_staq.minatar import MinAtarPolicy, MinAtarWrapper, register_envs
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 
-register_envs()  # "-v1" has the actions that do something in the game, "-v0" all six
+register_envs()  # "-v1" has the actions that have an effect in the game, "-v0" all six
 model = StaQ(
     MinAtarPolicy,
     MinAtarWrapper(gym.make("MinAtar/Breakout-v1")),

@@ -1,4 +1,4 @@
-"""HalfCheetah-v5: continuous actions need no arguments of their own."""
+"""HalfCheetah-v5: continuous actions need no special arguments."""
 
 import sys
 

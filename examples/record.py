@@ -1,4 +1,4 @@
-"""Record a moving picture (GIF) of a trained agent in the RL Zoo's layout. Needs no screen."""
+"""Record a GIF of a trained agent that is stored in the RL Zoo's layout. Needs no screen."""
 
 import argparse
 import os
@@ -22,10 +22,10 @@ def load_agent(folder: str | Path, env_id: str, seed: int = 0, render: bool = Fa
     """
     Load the newest agent of an environment, and the environment with the wrappers of its training.
 
-    :param folder: has the agent in ``staq/ENV_1``
+    :param folder: folder with the agent in ``staq/ENV_1``
     :param env_id: id of the environment
-    :param seed: of the environment
-    :param render: whether ``env.render()`` is to give pictures
+    :param seed: seed of the environment
+    :param render: whether ``env.render()`` is to return images
     :return: model and environment
     """
     name = EnvironmentName(env_id)
@@ -42,14 +42,14 @@ def record(
     model: StaQ, env: VecEnv, path: Path, seconds: float = 6.0, width: int = 300, max_bytes: int = 2_000_000
 ) -> None:
     """
-    Record greedy actions. Frames are made smaller until the file is.
+    Record greedy actions. Frames are shrunk until the file is small enough.
 
-    :param model: acts
-    :param env: has ``render_mode="rgb_array"``
-    :param path: of the GIF
+    :param model: the agent
+    :param env: its environment, with ``render_mode="rgb_array"``
+    :param path: path of the GIF
     :param seconds: length, in the time of the environment
-    :param width: of a frame, in pixels
-    :param max_bytes: size of the file at most
+    :param width: width of a frame, in pixels
+    :param max_bytes: largest size of the file
     """
     fps = env.metadata.get("render_fps") or 10
     stride = max(1, round(fps / 20))
@@ -60,7 +60,7 @@ def record(
         obs, *_ = env.step(model.predict(obs, deterministic=True)[0])
     while True:
         size = (width, round(width * frames[0].height / frames[0].width))
-        # Enlarged squares of a grid keep their edges
+        # NEAREST keeps the edges when the squares of a grid are enlarged
         method = Image.Resampling.NEAREST if frames[0].width < width else Image.Resampling.LANCZOS
         first, *rest = [frame.resize(size, method).quantize(64, dither=Image.Dither.NONE) for frame in frames]
         first.save(path, save_all=True, append_images=rest, duration=round(1000 * stride / fps), loop=0, optimize=True)
@@ -70,7 +70,7 @@ def record(
 
 
 def main() -> None:
-    """Film the agent of the command line."""
+    """Record the agent given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("-f", "--folder", default="trained_agents", help="where the RL Zoo keeps the agents")

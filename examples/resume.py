@@ -1,4 +1,4 @@
-"""Save everything now and then, and go on exactly where the process was killed: run it again, and it continues."""
+"""Save checkpoints regularly. If the process is killed, run the script again: it continues as if nothing happened."""
 
 import sys
 

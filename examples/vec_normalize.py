@@ -1,4 +1,4 @@
-"""Running normalisation of observations, and how to carry it over to the evaluation."""
+"""Running normalisation of observations, and how to use it in the evaluation."""
 
 import sys
 
@@ -17,6 +17,6 @@ model.save("staq_pendulum.zip")
 env.save("staq_pendulum_statistics.pkl")
 
 env = VecNormalize.load("staq_pendulum_statistics.pkl", make_vec_env("Pendulum-v1", seed=1))
-env.training = False  # do not update the statistics by the evaluation
+env.training = False  # do not update the statistics during the evaluation
 model = StaQ.load("staq_pendulum.zip", env=env)
 print(evaluate_policy(model, env, n_eval_episodes=10))

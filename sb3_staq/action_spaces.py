@@ -1,10 +1,10 @@
 """
-Any Gymnasium action space as a product of categoricals: the form in which mirror descent is closed-form.
+Gymnasium action spaces as products of categoricals, the form in which mirror descent has a closed form.
 
-Each action dimension is a *branch* with a number of *bins*. A policy is the product of one softmax per branch, an
-additive critic is a sum of one value per branch. Logits and Q-values have one column per bin, branch after branch;
+Each action dimension is a *branch* with a number of *bins*. A policy is the product of one softmax per branch, and an
+additive critic is the sum of one value per branch. Logits and Q-values have one column per bin, branch after branch;
 ``bins`` are the indices chosen within each branch, shape (batch, number of branches). *Stored* actions are what SB3's
-replay buffers hold, shape (batch, action_dim): the actions themselves, but scaled to [-1, 1] for a Box.
+replay buffers hold, shape (batch, action_dim): the actions themselves, scaled to [-1, 1] for a Box.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from torch import nn
 SUPPORTED_ACTION_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 ACTION_GRIDS = ("factored", "axis", "joint")
 MAX_JOINT_BINS = 4096
-# A second peak of a policy over the values of a Box counts if it rises by more than this probability
+# A second peak of a policy over the values of a Box counts if it rises above the valley by more than this probability
 MIN_PEAK = 0.1
 
 
 def _sample(log_prob: th.Tensor) -> th.Tensor:
-    """Draw bins, shape (..., n_bins) -> (...), by inverting the distribution function."""
+    """Draw bins, shape (..., n_bins) -> (...), by inverting the cumulative distribution function."""
     cumulative = log_prob.exp().cumsum(dim=-1)
     threshold = th.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
     return (cumulative[..., :-1] <= threshold).sum(dim=-1)
@@ -33,12 +33,12 @@ def _sample(log_prob: th.Tensor) -> th.Tensor:
 
 class Branches(nn.Module):
     """
-    The branches of an action space. A module, so that its constants move with the policy; nothing of it is saved.
+    The branches of an action space, as a module whose constants move with the policy but are not saved.
 
     :param sizes: number of bins of each branch
     """
 
-    # Number of components of a Box action; 0 for the spaces whose actions are names, not quantities
+    # Number of components of a Box action; 0 for spaces whose actions are labels, not quantities
     box_dim = 0
 
     offsets: th.Tensor
@@ -75,7 +75,7 @@ class Branches(nn.Module):
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
         """
-        Find the nearest bins of the stored actions of any agent.
+        Find the bins nearest to stored actions, which may be those of any agent.
 
         :param actions: shape (batch, action_dim)
         :return: shape (batch, number of branches)
@@ -83,7 +83,7 @@ class Branches(nn.Module):
         raise NotImplementedError
 
     def columns(self, bins: th.Tensor) -> th.Tensor:
-        """Find the columns of bins in logits and Q-values, both of shape (batch, number of branches)."""
+        """Map bins to their columns in logits and Q-values, both of shape (batch, number of branches)."""
         return bins + self.offsets
 
     def sample(self, log_prob: th.Tensor) -> th.Tensor:
@@ -96,7 +96,7 @@ class Branches(nn.Module):
 
     def deterministic(self, logits: th.Tensor) -> th.Tensor:
         """
-        Give the stored actions of the policy where nothing is left to chance: the most probable ones.
+        Return the stored actions of the deterministic policy: the most probable ones.
 
         :param logits: shape (batch, n_bins)
         :return: shape (batch, action_dim)
@@ -104,14 +104,14 @@ class Branches(nn.Module):
         return self.decode(self.mode(logits))
 
     def _choose(self, rule: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
-        """Apply a rule, from the columns of a branch to one number, to each branch."""
-        if len(set(self.sizes)) == 1:  # all of them at once
+        """Apply to each branch a rule that maps its columns to one number."""
+        if len(set(self.sizes)) == 1:  # all branches at once
             return rule(x.unflatten(1, (-1, self.sizes[0])))
         return th.stack([rule(branch) for branch in x.split(self.sizes, dim=1)], dim=1)
 
     def one_hot(self, bins: th.Tensor) -> th.Tensor:
         """
-        Mark the columns of bins.
+        Encode bins as one-hot vectors, one per branch.
 
         :param bins: shape (batch, number of branches)
         :return: 1 in their columns and 0 elsewhere, shape (batch, n_bins)
@@ -121,7 +121,7 @@ class Branches(nn.Module):
 
     def inputs(self, actions: th.Tensor) -> th.Tensor:
         """
-        Give what a network that takes whole actions is given: those of a Box as they are, others one-hot encoded.
+        Return the input of a network of whole actions: those of a Box as they are, others one-hot encoded.
 
         :param actions: stored actions, shape (batch, action_dim)
         :return: shape (batch, n_inputs)
@@ -134,7 +134,7 @@ class Branches(nn.Module):
 
     def distribution(self, logits: th.Tensor) -> Distribution:
         """
-        Give the policy as SB3's distribution over bins.
+        Return the policy as an SB3 distribution over bins.
 
         :param logits: shape (batch, n_bins)
         :return: the distribution
@@ -146,9 +146,9 @@ class Branches(nn.Module):
 
 def _mean_or_mode(logits: th.Tensor) -> th.Tensor:
     """
-    Give the mean of the bins' numbers under a softmax that is one hill, else the number of the best bin.
+    Return the mean of the bins' numbers if the softmax has a single peak, else the number of the best bin.
 
-    The mean of a policy with two peaks may be the one value that it avoids.
+    The mean of a policy with two peaks may be the very value that it avoids.
 
     :param logits: shape (..., n_bins)
     :return: shape (...)
@@ -166,13 +166,13 @@ class EvenlySpacedBranches(Branches):
     """
     One branch for each component of the action, whose bins are evenly spaced numbers.
 
-    Those of a Box are quantities: its deterministic action is the mean of the policy, as that of SB3's Gaussian
-    policies is, and may lie between them; but the best bin where the policy has two peaks.
+    The bins of a Box are quantities. Its deterministic action is the mean of the policy, as with SB3's Gaussian
+    policies, and may lie between bins; where the policy has two peaks, it is the best bin.
 
     :param sizes: number of bins of each component
     :param lowest: first bin of each component
-    :param spacing: difference of successive bins of each component
-    :param dtype: of the stored actions, integers or floats
+    :param spacing: difference between successive bins of each component
+    :param dtype: type of the stored actions, integers or floats
     """
 
     lowest: th.Tensor
@@ -189,12 +189,12 @@ class EvenlySpacedBranches(Branches):
         return self.lowest + self.spacing * bins
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
-        """Find the nearest bins of stored actions."""
+        """Find the bins nearest to stored actions."""
         steps = (actions - self.lowest) / self.spacing
         return steps.round().long().clamp(min=0).minimum(self.last)
 
     def deterministic(self, logits: th.Tensor) -> th.Tensor:
-        """Give the mean of a Box, or the best bins."""
+        """Return the mean or, if not a Box, the best bins."""
         return self.decode(self._choose(_mean_or_mode, logits)) if self.box_dim else super().deterministic(logits)
 
 
@@ -219,17 +219,17 @@ class ListedBranch(Branches):
         return self.actions[bins.squeeze(1)]
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
-        """Find the nearest bins of stored actions."""
-        # |a - c|^2 / 2 = |a|^2 / 2 - (a . c - |c|^2 / 2), at a tenth of the time that th.cdist takes
+        """Find the bins nearest to stored actions."""
+        # |a - c|^2 / 2 = |a|^2 / 2 - (a . c - |c|^2 / 2), in a tenth of the time of th.cdist
         return (actions.float() @ self.actions.T - self.half_norms).argmax(dim=1, keepdim=True)
 
 
 def flatten_action_space(space: spaces.Space) -> spaces.Space:
     """
-    Give the space of the same actions as vectors, which SB3's replay buffers need.
+    Return the space of the same actions as vectors, which SB3's replay buffers need.
 
     :param space: an action space
-    :return: a flat MultiDiscrete or MultiBinary for one of several dimensions, other spaces as they are
+    :return: a flat space for a MultiDiscrete or MultiBinary of several dimensions, other spaces as they are
     """
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
         return spaces.MultiDiscrete(space.nvec.flatten(), dtype=space.dtype, start=space.start.flatten())  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def make_branches(space: spaces.Space, action_grid: str = "factored", action_bin
 
     :param space: the action space
     :param action_grid: for a Box with d dimensions: "factored" (d branches of ``action_bins`` evenly spaced values),
-        "axis" (one branch: the middle, and either bound of each dimension) or "joint" (one of ``action_bins**d``)
+        "axis" (one branch: the middle, and each dimension at either bound) or "joint" (one of ``action_bins**d`` bins)
     :param action_bins: number of values per dimension of a Box for "factored" and "joint"
     :return: its branches
     :raise ValueError: if the space is not supported, or has too many joint bins

@@ -1,4 +1,4 @@
-"""What the arguments of StaQ may be, and what those stand for that are None. Each stands here once."""
+"""The accepted values of StaQ's arguments, and what None stands for: the only place that defines them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Argument:
     :param valid: tells whether a value is accepted
     :param expected: what is accepted, in words
     :param default: what None stands for; None if the signature has the default
-    :param box_default: ... for a Box with ``action_grid="factored"``: the settings of the MuJoCo tasks, which follow
-        the scale of the rewards
+    :param box_default: the same for a Box with ``action_grid="factored"``: the settings of the MuJoCo tasks, which
+        adapt to the scale of the rewards
     """
 
     valid: Callable[[Any], bool]
@@ -67,7 +67,7 @@ def _is_train_freq(value: Any) -> bool:
     return _is_integer(freq, 1) and unit in ("step", "episode")
 
 
-ANY = Argument(lambda _: True, "anything")  # of what is checked elsewhere
+ANY = Argument(lambda _: True, "anything")  # for arguments that are checked elsewhere
 ARGUMENTS = {
     "learning_rate": Argument(
         lambda x: callable(x) or (is_number(x) and x >= 0),
@@ -105,7 +105,7 @@ ARGUMENTS = {
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
 }
-# What `train` reads anew each time
+# Arguments that `train` reads at each call
 CHANGEABLE_ARGUMENTS = (
     "batch_size",
     "tau",
@@ -116,7 +116,7 @@ CHANGEABLE_ARGUMENTS = (
     "average_share",
     "reward_scale",
 )
-# Those of `distill`
+# Arguments of `distill`
 DISTILL_ARGUMENTS = {
     "max_kl": Argument(lambda x: is_number(x) and x >= 0, "a finite number >= 0"),
     "max_steps": _integer(1),
@@ -128,9 +128,9 @@ DISTILL_ARGUMENTS = {
 
 def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:
     """
-    Give what arguments that are None stand for.
+    Return what None stands for, for the arguments that may be None.
 
-    :param action_space: the action space; None if it is not known yet, as while loading
+    :param action_space: the action space; None if it is not known yet, as during loading
     :param action_grid: which actions of a Box are bins
     :return: values by name
     """
@@ -148,12 +148,12 @@ def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUM
 
     :param name: its name
     :param value: its value
-    :param arguments: the table that it is in
+    :param arguments: the table that lists it
     :raise ValueError: if the value is not accepted
     """
     try:
         valid = bool(arguments[name].valid(value))
-    except (TypeError, ValueError):  # an array where a number is expected
+    except (TypeError, ValueError):  # such as an array where a number is expected
         valid = False
     if not valid:
         limit = f", at most {LARGEST_INTEGER}" if isinstance(value, int) and value > LARGEST_INTEGER else ""
@@ -189,7 +189,7 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
 
 def check_arguments(model: Any) -> None:
     """
-    Check all arguments of an algorithm, which has them as attributes.
+    Check all arguments of an algorithm, which holds them as attributes.
 
     :param model: the algorithm
     :raise ValueError: for the first that is not accepted
@@ -209,7 +209,7 @@ def check_arguments(model: Any) -> None:
 
 def check_custom_weights(model: Any) -> None:
     """
-    Check what does not go with custom weights.
+    Refuse arguments that are incompatible with custom weights.
 
     :param model: the algorithm
     :raise ValueError: for the first that is not accepted
@@ -230,7 +230,7 @@ def check_custom_weights(model: Any) -> None:
 
 def check_changed_arguments(model: Any) -> None:
     """
-    Check the arguments that the training reads anew, and that those of the policy are still what it was built with.
+    Check the arguments that may change during training, and that those of the policy have not changed.
 
     :param model: the algorithm
     :raise ValueError: for the first that is not accepted, or whose change would have no effect

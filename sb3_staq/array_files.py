@@ -1,4 +1,4 @@
-"""Replay buffers and the statistics of ``VecNormalize`` as ``.npz`` files, of which nothing is run."""
+"""Replay buffers and the statistics of ``VecNormalize`` as ``.npz`` files, which run no code when loaded."""
 
 import json
 import os
@@ -23,27 +23,27 @@ NORMALIZE_ARGUMENTS = (
 
 
 def _save(path: PathOrFile, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Save arrays of numbers, and beside them some plain values. ``np.load`` reads the file, too."""
+    """Save arrays of numbers together with some plain values. ``np.load`` can read the file, too."""
     with atomic_write(path, "npz") as file:
         np.savez(file, header=np.array(json.dumps(to_json(dict(header)))), **arrays)  # type: ignore[arg-type]
 
 
 def _load(path: PathOrFile, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Load the values, in plain JSON, and the arrays; mapped ones stay in the file, and changes of them in memory."""
+    """Load the values, as plain JSON, and the arrays; mapped arrays stay in the file, and changes to them in memory."""
     with open_archive(path, "npz") as file:
         try:
             with np.load(file, allow_pickle=False) as npz:
                 header = json.loads(str(npz["header"]))
                 read = _map if mmap else lambda npz, name: npz[name]
                 return header, {name: np.asarray(read(npz, name)) for name in npz.files if name != "header"}
-        except Exception as error:  # of many kinds, for anything may stand there
+        except Exception as error:  # of many kinds, since the file may contain anything
             raise ValueError(f"{file_name(path)} is damaged, or not of sb3_staq: {error!r}") from error
 
 
 def _map(npz: Any, name: str) -> np.ndarray:
-    """Leave an array in the file where it is."""
+    """Map an array into memory, leaving it in the file."""
     file, info = npz.zip.fp, npz.zip.getinfo(f"{name}.npy")
-    file.seek(info.header_offset + 26)  # a member begins with 30 bytes, its name, and what else the last 4 tell
+    file.seek(info.header_offset + 26)  # the last 4 of a member's 30 bytes: lengths of its name and extra field
     file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
     version = np.lib.format.read_magic(file)
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -54,7 +54,7 @@ def _map(npz: Any, name: str) -> np.ndarray:
 
 def is_npz(path: Any) -> bool:
     """
-    Tell whether something is a path that ends in ".npz".
+    Return whether something is a path that ends in ".npz".
 
     :param path: a path, or anything else
     :return: whether it is
@@ -68,7 +68,7 @@ def save_buffer(path: PathOrFile, buffer: ReplayBuffer) -> None:
 
     :param path: the file
     :param buffer: any replay buffer
-    :raise ValueError: if it has more than numbers, as HER's with ``copy_info_dict``
+    :raise ValueError: if it holds more than numbers, as HER's does with ``copy_info_dict``
     """
     arrays = dict(buffer_arrays(buffer))
     for name, array in arrays.items():
@@ -83,9 +83,9 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     Load a replay buffer.
 
     :param path: the file
-    :param own: a buffer of the same kind, which stays as it is
+    :param own: a buffer of the same kind, which is not changed
     :param mmap: whether the arrays stay in the file until they are used
-    :return: a copy of it with what was saved
+    :return: a copy of ``own`` with the saved contents
     :raise ValueError: if the file is damaged, or its buffer is of another kind
     """
     header, arrays = _load(path, mmap)
@@ -114,7 +114,7 @@ def _spaces(buffer: ReplayBuffer) -> dict[str, Any]:
 
 def buffer_arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
     """
-    Give the arrays of a replay buffer, and those in its dictionaries.
+    Yield the arrays of a replay buffer, including those in its dictionaries.
 
     :param buffer: any replay buffer
     :return: pairs of name and array; the name is "dictionary/key" for those in a dictionary
@@ -127,9 +127,9 @@ def buffer_arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
 
 def save_vec_normalize(path: PathOrFile, vec_normalize: VecNormalize) -> None:
     """
-    Save arguments and statistics of a ``VecNormalize``, as its own ``save`` does, but without a pickle.
+    Save the arguments and statistics of a ``VecNormalize``, like its own ``save`` but without a pickle.
 
-    :param path: the file, "npz" if it has no suffix
+    :param path: the file; ".npz" is added if it has no suffix
     :param vec_normalize: the wrapper
     """
     arrays = {f"{name}/{key}": value for name, rms in _statistics(vec_normalize) for key, value in vars(rms).items()}
@@ -138,17 +138,17 @@ def save_vec_normalize(path: PathOrFile, vec_normalize: VecNormalize) -> None:
 
 def load_vec_normalize(path: PathOrFile, venv: VecEnv) -> VecNormalize:
     """
-    Wrap environments as the saved ``VecNormalize`` did. Nothing of the file is run.
+    Wrap environments as the saved ``VecNormalize`` did, without running any code from its file.
 
     :param path: the file
-    :param venv: the environments, not normalised
+    :param venv: the environments, not yet normalised
     :return: the wrapper
-    :raise ValueError: if the file is damaged, or the observations are others
+    :raise ValueError: if the file is damaged, or was saved for other observations
     """
     header, arrays = _load(path)
     try:
         arguments = {name: from_json(header[name]) for name in NORMALIZE_ARGUMENTS}
-        # Switched off for an evaluation, perhaps
+        # Perhaps norm_obs was only switched off for an evaluation
         has_obs = any(name.startswith("obs_rms") for name in arrays)
         vec_normalize = VecNormalize(venv, **{**arguments, "norm_obs": has_obs})
         vec_normalize.norm_obs = arguments["norm_obs"]

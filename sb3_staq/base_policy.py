@@ -1,4 +1,4 @@
-"""The policy but for how it is built and acts: what the training asks of its critics, and SB3's conventions."""
+"""The base of the policy: what training needs from its critics, and SB3's conventions, but not how it acts."""
 
 import io
 import pathlib
@@ -30,7 +30,7 @@ SelfPolicy = TypeVar("SelfPolicy", bound="CriticPolicy")
 
 
 class CriticPolicy(BasePolicy):
-    """A policy of SB3 with critics that are trained, and a stack of those that were frozen."""
+    """An SB3 policy with critics that are trained and a stack of frozen ones."""
 
     branches: Branches
     critic_reduction: str
@@ -44,7 +44,7 @@ class CriticPolicy(BasePolicy):
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
-        Make the critics' input of observations.
+        Convert observations to the critics' input.
 
         :param obs: observations as environments and replay buffers give them (images channel-first)
         :return: floats, images scaled, discrete observations one-hot encoded
@@ -54,10 +54,10 @@ class CriticPolicy(BasePolicy):
     @property
     def additive_critics(self) -> CriticEnsemble:
         """
-        What a policy update pushes on the stack: the critics, or the Polyak average of the main effects.
+        The critics that a policy update freezes: the online critics, or the Polyak average of the main effects.
 
-        Main effects are small beside the values that they are learnt from: successive policies would differ by the
-        noise of the gradient steps.
+        Main effects are small compared with the values that they are learnt from: without the average, successive
+        policies would differ by the noise of the gradient steps.
         """
         critics = self.critics if self.main_effects_target is None else self.main_effects_target
         assert isinstance(critics, CriticEnsemble)
@@ -68,16 +68,16 @@ class CriticPolicy(BasePolicy):
         """
         Compute the Q-values of an ensemble.
 
-        :param critics: targets, an entry of the stack, ...
+        :param critics: an ensemble, such as the targets or an entry of the stack
         :param obs: observations
         :return: mean of its members, shape (batch, n_bins)
         """
-        with th.autocast(self.device.type, enabled=False):  # the policy keeps its precision
+        with th.autocast(self.device.type, enabled=False):  # the policy keeps its full precision
             return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
 
     def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
-        Compute the Q-values of stored actions by the critics that are trained.
+        Compute the Q-values of stored actions with the online critics.
 
         :param obs: observations
         :param actions: stored actions, shape (batch, action_dim)
@@ -95,13 +95,13 @@ class CriticPolicy(BasePolicy):
         self, obs: PyTorchObs, log_prob: th.Tensor, actions: SampledActions | None
     ) -> tuple[th.Tensor, Sweep | None]:
         """
-        Compute ``E_{a~pi}[Q(s,a)]`` by the target critics, reduced to one.
+        Compute ``E_{a~pi}[Q(s,a)]`` with the target critics, reduced to one value per state.
 
         :param obs: observations
-        :param log_prob: the policy there, shape (batch, n_bins)
-        :param actions: drawn from it, for state-action critics
-        :return: the expectation, shape (batch,): exact for additive critics; and what state-action critics, which are
-            evaluated at the drawn actions, were swept over
+        :param log_prob: log-probabilities of the policy there, shape (batch, n_bins)
+        :param actions: actions drawn from the policy, for state-action critics
+        :return: the expectation, shape (batch,), exact for additive critics; and the sweep of state-action critics,
+            which are evaluated at the drawn actions, else None
         """
         obs = self.preprocess(obs)
         reduce = CRITIC_REDUCTIONS[self.critic_reduction]
@@ -113,7 +113,7 @@ class CriticPolicy(BasePolicy):
 
     def update_targets(self, tau: float) -> None:
         """
-        Move the targets, and the average of the main effects, towards the networks that are trained.
+        Move the target critics, and the average of the main effects, towards the online networks.
 
         :param tau: the Polyak coefficient, between 0 and 1
         """
@@ -125,14 +125,14 @@ class CriticPolicy(BasePolicy):
     # Conventions of SB3
 
     def obs_to_tensor(self, observation: Any) -> tuple[PyTorchObs, bool]:
-        """As SB3's, but of nested lists also where they are images."""
+        """Convert as SB3 does, but accept nested lists for images, too."""
         if isinstance(observation, dict):
             return super().obs_to_tensor({key: np.asarray(value) for key, value in observation.items()})
         return super().obs_to_tensor(np.asarray(observation))
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
-        Scale actions of a Box as they are stored: from [low, high] to [-1, 1], -1 where the bounds are equal.
+        Scale actions of a Box to stored actions: from [low, high] to [-1, 1], -1 where the bounds are equal.
 
         :param action: actions
         :return: stored actions
@@ -142,7 +142,7 @@ class CriticPolicy(BasePolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Scale stored actions of a Box to its bounds, where rounding errors are cut off.
+        Scale stored actions of a Box to its bounds, and clip rounding errors.
 
         :param scaled_action: stored actions
         :return: actions
@@ -152,17 +152,17 @@ class CriticPolicy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Note the mode. It changes nothing.
+        Record the mode, which changes nothing.
 
-        Only frozen critics act, and they and the targets stay in evaluation mode, those that are trained in training
-        mode; whatever mode is set here, or by ``train()`` and ``eval()``.
+        Only frozen critics act. They and the targets stay in evaluation mode, and the online critics in training mode,
+        whatever is set here or by ``train()`` and ``eval()``.
 
-        :param mode: as of any SB3 policy
+        :param mode: as for any SB3 policy
         """
         self.training = mode
 
     def train(self: SelfPolicy, mode: bool = True) -> SelfPolicy:
-        """Note the mode, see :meth:`set_training_mode`."""
+        """Record the mode, see :meth:`set_training_mode`."""
         self.set_training_mode(mode)
         return self
 
@@ -179,7 +179,7 @@ class CriticPolicy(BasePolicy):
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
         """
-        Save the policy, the whole stack included. An existing file is replaced once the new one is complete.
+        Save the policy with its whole stack. An existing file is replaced once the new one is complete.
 
         :param path: where to save it
         """
@@ -198,10 +198,10 @@ class CriticPolicy(BasePolicy):
 
         :param path: the file
         :param device: the device to put it on
-        :param custom_objects: arguments of the policy that are taken instead of those of the file
-        :param weights_only: for files from others: run nothing of the file, as in ``StaQ.load``
+        :param custom_objects: arguments of the policy that replace those in the file
+        :param weights_only: for files from others: run no code from the file, as in ``StaQ.load``
         :return: the policy
-        :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
+        :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments have to be given
         """
         state_dict, arguments = load_policy(path, device, custom_objects or {}, weights_only)
         policy = cls(**arguments)

@@ -1,4 +1,4 @@
-"""StaQ but for its arguments and what it learns: how it acts, when policy updates are due, SB3's conventions, files."""
+"""The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
 import io
 import pathlib
@@ -56,7 +56,7 @@ class BaseStaQ(AverageTrials):
 
     @property
     def eval_policy(self) -> str:
-        """The policy that acts outside of the training, see the argument. The policy object holds the choice."""
+        """The policy that acts outside training, see the argument. The policy object holds the choice."""
         policy = self.__dict__.get("policy")
         return self.__dict__["eval_policy"] if policy is None else policy.eval_policy
 
@@ -75,7 +75,7 @@ class BaseStaQ(AverageTrials):
         if self._replay is None or not self._replay.is_made_of(*parts):
             use_cache, old = self.logit_cache, self._replay
             if use_cache == "auto" and old is not None and old.is_made_of(old.buffer, *parts[1:]):
-                use_cache = old.cache is not None  # as before, for a buffer that was loaded
+                use_cache = old.cache is not None  # as before, if a buffer was loaded
             elif use_cache == "auto":
                 use_cache = cache_pays(*parts, self._samples_per_policy_update)
             self._replay = PolicyReplay(*parts, bool(use_cache))
@@ -89,16 +89,16 @@ class BaseStaQ(AverageTrials):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Get the actions of the policy that is delivered, see ``eval_policy``, including exploration.
+        Return the actions of the delivered policy, see ``eval_policy``, including exploration.
 
-        Actions are uniformly random with probability ``exploration_rate``, unless deterministic.
-        ``model.policy.predict`` is without.
+        Unless ``deterministic``, actions are uniformly random with probability ``exploration_rate``.
+        ``model.policy.predict`` does not explore.
 
         :param observation: one observation, or one for each environment
         :param state: returned as it is; the policy has no memory
         :param episode_start: not used
-        :param deterministic: Whether to return the most probable actions, or the mean ones where a Box is factored,
-            instead of sampled ones
+        :param deterministic: whether to return the most probable actions (the mean ones for a factored Box) instead of
+            sampled ones
         :return: actions and ``state``
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
@@ -108,7 +108,7 @@ class BaseStaQ(AverageTrials):
         return self._explore(actions.reshape(-1, *self.action_space.shape)).reshape(shape), state  # type: ignore[misc]
 
     def _explore(self, actions: np.ndarray) -> np.ndarray:
-        """Replace each of a batch of actions by a uniformly random one with probability ``exploration_rate``."""
+        """Replace each action of a batch by a uniformly random one with probability ``exploration_rate``."""
         explores = np.random.rand(len(actions)) < self.exploration_rate
         if explores.any():
             actions[explores] = self.policy.random_actions(int(explores.sum()))
@@ -136,7 +136,7 @@ class BaseStaQ(AverageTrials):
             self._try_average(dones, infos)
 
     def _on_step(self) -> None:
-        """Count the step, and follow the schedule of the exploration."""
+        """Count the step, and update the exploration rate."""
         super()._on_step()
         for name in ("exploration_initial_eps", "exploration_final_eps", "exploration_fraction"):
             check_argument(name, getattr(self, name))
@@ -153,9 +153,9 @@ class BaseStaQ(AverageTrials):
     # When policy updates are due
 
     def _phases(self, gradient_steps: int) -> Iterator[tuple[int, bool]]:
-        """Spread the policy updates that are due over the gradient steps, at most one for each."""
+        """Spread the policy updates that are due over the gradient steps, at most one per step."""
         new_steps: float = self._steps_since_train
-        if not self._learns:  # some steps may be left of a rollout that was stopped
+        if not self._learns:  # a rollout that was stopped may have left some steps
             new_steps = max(new_steps, gradient_steps / self._gradient_steps_per_env_step)
         self._steps_since_train = 0
         n_due, left = divmod(self._steps_since_policy_update + new_steps, self.policy_update_interval)
@@ -168,7 +168,7 @@ class BaseStaQ(AverageTrials):
 
     @property
     def _gradient_steps_per_env_step(self) -> float:
-        """In ``learn``; 1 where it is not known beforehand."""
+        """The ratio in ``learn``; 1 where it is not known beforehand."""
         assert isinstance(self.train_freq, TrainFreq)
         if self.gradient_steps <= 0 or self.train_freq.unit != TrainFrequencyUnit.STEP:
             return 1.0
@@ -176,7 +176,7 @@ class BaseStaQ(AverageTrials):
 
     @property
     def _samples_per_policy_update(self) -> float | None:
-        """None where it is not known: a number of gradient steps after each episode."""
+        """None where it is not known: with a fixed number of gradient steps per episode."""
         if self.gradient_steps >= 0 and self.train_freq.unit != TrainFrequencyUnit.STEP:  # type: ignore[union-attr]
             return None
         return self._gradient_steps_per_env_step * self.policy_update_interval * self.batch_size
@@ -186,10 +186,10 @@ class BaseStaQ(AverageTrials):
     @contextmanager
     def _as_sb3_needs_them(self, memory_size: int) -> Iterator[None]:
         """
-        Let SB3 make policy and replay buffer: of actions that are vectors, with the algorithm's arguments.
+        Let SB3 build the policy and the replay buffer, for flat actions and with the algorithm's arguments.
 
-        Afterwards users find the action space of their environment, and the arguments that they gave. So a model that
-        is loaded with other ``n_steps`` or ``gamma`` gets the replay buffer that suits these.
+        Afterwards, the attributes are again the environment's action space and the arguments that users gave. So a
+        model that is loaded with another ``n_steps`` or ``gamma`` gets a replay buffer that suits it.
         """
         names = ("action_space", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
         given = {name: getattr(self, name) for name in names}
@@ -205,7 +205,7 @@ class BaseStaQ(AverageTrials):
     # Files
 
     def _on_save(self) -> None:
-        self.eval_policy = self.policy.eval_policy  # where it may have been changed
+        self.eval_policy = self.policy.eval_policy  # it may have been changed there
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -214,11 +214,11 @@ class BaseStaQ(AverageTrials):
             given = arguments.get(argument, data.get(argument))
             if given != data.get(argument, given):
                 raise ValueError(f"Invalid {argument}={given!r}: {name} is of a model with {data[argument]!r}")
-        return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had the last policy only
+        return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had only the last policy
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer, with what the logit cache remembers, as a pickle file with a checksum or as ".npz".
+        Save the replay buffer with the logit cache, as a pickle file with a checksum or as ".npz".
 
         :param path: the file
         """
@@ -232,7 +232,7 @@ class BaseStaQ(AverageTrials):
     def load_replay_buffer(
         self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
     ) -> None:
-        """Load a replay buffer, and what the cache remembers of its states if that was saved with it."""
+        """Load a replay buffer, and the logit cache if it was saved with it."""
         super().load_replay_buffer(path, truncate_last_traj, mmap)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})
         if remembered and self.replay.cache is not None:

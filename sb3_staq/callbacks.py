@@ -1,4 +1,4 @@
-"""Callbacks: what each policy update does, written to a file for researchers."""
+"""Callbacks for researchers: what each policy update does, written to a file."""
 
 import copy
 from pathlib import Path
@@ -19,11 +19,11 @@ DIAGNOSTICS_HEADER = "policy_update,step,kl,lost_kl,entropy,action_gap,kl_coef,e
 
 class PolicyUpdateDiagnostics(BaseCallback):
     """
-    Write one line of a CSV file per policy update. Nothing of the training depends on it: random numbers are not used.
+    Write one line to a CSV file per policy update. It does not affect the training: it draws no random numbers.
 
-    All numbers are means over the same stored states, evenly spaced over the replay buffer. ``pi_{k+1}`` is the policy
-    after the update, ``xi_{k+1} = sum_i w_i Q_i`` its logits, with the actual weights ``w_i`` (scale included) of the
-    critics ``Q_i`` in the stack.
+    All numbers of a line are means over the same stored states, evenly spaced over the replay buffer. ``pi_{k+1}`` is
+    the policy after the update and ``xi_{k+1} = sum_i w_i Q_i`` its logits, with the actual weights ``w_i`` (scale
+    included) of the critics ``Q_i`` in the stack.
 
     ``policy_update``
         ``k + 1``, the number of policy updates so far
@@ -34,29 +34,29 @@ class PolicyUpdateDiagnostics(BaseCallback):
     ``lost_kl``
         ``KL(pi_{k+1} || pi')`` in nats, what was lost with the critic that the update deleted: ``pi'`` is what the same
         rule with ``memory_size + 1`` makes of the same critics and the deleted one. For "weight_corrected" and constant
-        coefficients its logits are ``alpha / (1 - beta^(M+1)) * sum_{i=0}^M beta^i Q_{k-i}``. If ``memory_size``
-        was lowered, of all that were deleted. 0 if nothing was deleted; NaN for custom weights, which say nothing of a
-        critic of that age.
+        coefficients its logits are ``alpha / (1 - beta^(M+1)) * sum_{i=0}^M beta^i Q_{k-i}``. If ``memory_size`` was
+        lowered, all deleted critics count. It is 0 if nothing was deleted, and NaN for custom weights, which define no
+        weight for a critic of that age.
     ``entropy``
-        entropy of ``pi_{k+1}`` over that of the uniform policy, from 0 to 1 (0 if there is but one bin)
+        entropy of ``pi_{k+1}`` over that of the uniform policy, from 0 to 1 (0 if there is only one bin)
     ``action_gap``
         difference between the best and the second-best bin in ``xi_{k+1} / sum_i |w_i|``, the mean Q-function that
-        the policy is made of: in units of (scaled) reward. Mean over the branches with at least two bins.
+        the policy is made of, in units of (scaled) reward: a mean over the branches with at least two bins
     ``kl_coef``, ``ent_coef``
         the coefficients in force
     ``shares``
         how much of the logits comes from the critics of each age, newest first, separated by spaces: ``|w_i|`` times
-        the mean of ``|Q_i(s,a) - mean_b Q_i(s,b)|`` (over the bins b of a's branch), normalised to the sum 1
+        the mean of ``|Q_i(s,a) - mean_b Q_i(s,b)|`` (over the bins b of a's branch), normalised to sum to 1
 
-    The file can be read at any time, see :func:`sb3_staq.plotting.read_diagnostics`. A training that goes on from a
-    checkpoint goes on with its file; lines of policy updates that the model does not have yet are dropped, so a new
-    model starts anew.
+    The file can be read at any time, see :func:`sb3_staq.plotting.read_diagnostics`. A training that resumes from a
+    checkpoint continues its file. Lines of policy updates that the model has not done yet are dropped, so a new model
+    starts a new file.
 
     :param path: the CSV file
     :param n_states: number of states; all that are stored if there are fewer. The cost per policy update is one
-        evaluation of the whole stack at so many states.
+        evaluation of the whole stack at these states.
     :param verbose: Verbosity level, see ``BaseCallback``
-    :raise ValueError: if ``n_states`` is out of range, the algorithm is not StaQ, or the file is another kind of file
+    :raise ValueError: if ``n_states`` is out of range, the algorithm is not StaQ, or the file is of another kind
     """
 
     model: StaQ
@@ -77,12 +77,12 @@ class PolicyUpdateDiagnostics(BaseCallback):
         self.model.policy_update_hooks.append(self._on_first_update)
 
     def _known_lines(self) -> list[str]:
-        """The lines of the file that are of earlier policy updates of this training."""
+        """Return the lines of the file for earlier policy updates of this training."""
         lines = complete_lines(self.path) if self.path.exists() and self.path.stat().st_size > 0 else []
         return [line for line in lines if int(line.split(",")[0]) < self.model.n_policy_updates]
 
     def _on_first_update(self, info: PolicyUpdateInfo) -> None:
-        """Begin the file, or go on with it. Not before: a ResumeCallback behind this one brings the updates so far."""
+        """Start or continue the file: by now, a later ResumeCallback has restored the number of updates."""
         with atomic_write(self.path) as file:
             file.write("".join([DIAGNOSTICS_HEADER, *self._known_lines()]).encode())
         hooks = self.model.policy_update_hooks
@@ -97,7 +97,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
         row = [str(self.model.n_policy_updates), str(self.model.num_timesteps)]
         row += [f"{number:.8g}" for number in (*scalars, info.kl_coef, info.ent_coef)]
         row.append(" ".join(f"{share:.6g}" for share in shares))
-        # Opened anew for each line: none waits in memory when the training is killed
+        # Reopened for each line, so that none waits in memory when the training is killed
         with open(self.path, "a") as file:
             file.write(",".join(row) + "\n")
 
@@ -143,7 +143,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
         ], contributions / (contributions.sum() or 1.0)
 
     def _observations(self) -> PyTorchObs:
-        """Stored observations, evenly spaced in each environment, as the critics get to see them in the training."""
+        """Return stored observations, evenly spaced in each environment, as the critics see them during training."""
         buffer = self.model.replay_buffer
         assert buffer is not None
         n_stored = buffer.size() * buffer.n_envs
@@ -159,13 +159,13 @@ class PolicyUpdateDiagnostics(BaseCallback):
 
 
 def _logit_weights(weights: StackWeights) -> list[float]:
-    """The factors of the critics in the logits, oldest first."""
+    """Return the factors of the critics in the logits, oldest first."""
     return [weights.scale * value for value in weights.values]
 
 
 def complete_lines(path: str | Path) -> list[str]:
     """
-    Read the lines below the header, less a last one that was cut short when the training was killed.
+    Read the lines below the header, except a last one that was cut short when the training was killed.
 
     :param path: a file of :class:`PolicyUpdateDiagnostics`
     :return: the lines

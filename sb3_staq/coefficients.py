@@ -14,27 +14,27 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from sb3_staq.memory_bounds import auto_memory_size
 from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
 
-# Of ent_coef="auto": it is found within few updates from anywhere
+# The first value for ent_coef="auto": from anywhere, a few updates find the right one
 FIRST_ENT_COEF = 0.1
-# An automatic ent_coef changes by this factor per policy update at most
+# An automatic ent_coef changes by at most this factor per policy update
 MAX_ENT_COEF_CHANGE = 1.3
-# ... and falls to this share of its first value at most: where all values are equal, none gives the entropy wanted
+# ... and never falls below this share of its first value: where all Q-values are equal, none gives the target entropy
 MIN_ENT_COEF = 1e-6
-# Mean entropy of the policy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end
+# Mean entropy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end of training
 TARGET_ENTROPY = (0.6, 0.2)
-# ... of a Box with so many values per dimension
+# ... for a Box with this many values per dimension
 TARGET_ENTROPY_BINS = 5
 
 EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether this is a finite real number (of Python or NumPy; booleans are none)."""
+    """Return whether this is a finite real number (of Python or NumPy; booleans are not)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that is no float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -52,7 +52,7 @@ def _parse_linear(text: str) -> Schedule | None:
 
 def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -> float:
     """
-    Evaluate a number or schedule as users write it.
+    Evaluate a number or schedule, in any form that users may write.
 
     :param name: name of the argument, for error messages
     :param value: a number; a callable of the remaining progress (from 1 to 0); or a string as in rl_zoo3's files:
@@ -88,7 +88,7 @@ def parse_auto(ent_coef: Any) -> float | None:
     Parse an automatic ``ent_coef``.
 
     :param ent_coef: the argument
-    :return: its first value, for "auto" or "auto_FIRST"; None if it is another one
+    :return: its first value, for "auto" or "auto_FIRST"; None if it is not automatic
     :raise ValueError: if FIRST is not a number above 0
     """
     if not (isinstance(ent_coef, str) and ent_coef.startswith("auto")):
@@ -107,8 +107,8 @@ def parse_relative(kl_coef: Any) -> float | None:
     Parse a ``kl_coef`` that is a multiple of ``ent_coef``.
 
     :param kl_coef: the argument
-    :return: the factor of "rel_FACTOR"; None if it is another one
-    :raise ValueError: if FACTOR is not a number of at least 0
+    :return: the factor of "rel_FACTOR"; None if it is not of that form
+    :raise ValueError: if FACTOR is not a number >= 0
     """
     if not (isinstance(kl_coef, str) and kl_coef.startswith("rel")):
         return None
@@ -123,11 +123,11 @@ def parse_relative(kl_coef: Any) -> float | None:
 
 def default_target_entropy(action_space: spaces.Space, action_grid: str, action_bins: int) -> Schedule:
     """
-    Make the schedule of ``target_entropy="auto"``.
+    Make the schedule for ``target_entropy="auto"``.
 
-    The finer the grid, the larger is the share of the largest entropy that equally spread actions have: what they keep
-    is the distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid has not so
-    much room, and keeps the share.
+    On a finer grid, equally spread actions have a larger share of the largest entropy. What stays the same is their
+    distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid does not have that
+    much room, so it keeps the share.
 
     :param action_space: the action space
     :param action_grid: which actions of a Box are bins
@@ -144,12 +144,12 @@ def default_target_entropy(action_space: spaces.Space, action_grid: str, action_
 @dataclass(frozen=True)
 class Coefficients:
     """
-    The coefficients at one moment of the training.
+    The coefficients that the arguments describe at one moment of the training.
 
     :param kl_coef: a number, a schedule or "rel_FACTOR", a multiple of ``ent_coef``
     :param ent_coef: a number, a schedule or "auto_FIRST"
     :param target_entropy: a number or a schedule, for an automatic ``ent_coef``
-    :param logit_rule: of the stack; "weight_corrected" divides by ``ent_coef``, which then does not fall to 0
+    :param logit_rule: rule of the stack; "weight_corrected" divides by ``ent_coef``, which then does not fall to 0
     :param memory_size: an integer, or "auto" for what the coefficients ask for
     :param gamma: discount factor
     """
@@ -178,7 +178,7 @@ class Coefficients:
 
     def at(self, progress: float) -> tuple[float, float]:
         """
-        Evaluate the schedules; of an automatic ``ent_coef`` this is the first value.
+        Evaluate the schedules; an automatic ``ent_coef`` has its first value.
 
         :param progress: the remaining progress, from 1 to 0
         :return: ``(kl_coef, ent_coef)``
@@ -213,7 +213,7 @@ class Coefficients:
 
         :param progress: the remaining progress, from 1 to 0
         :return: a share of the largest entropy, in (0, 1)
-        :raise ValueError: if it is not
+        :raise ValueError: if it is not in this range
         """
         target = value_at("target_entropy", self.target_entropy, progress)
         if not 0 < target < 1:
@@ -225,7 +225,7 @@ class Coefficients:
 
     def memory_size_for(self, kl_coef: float, ent_coef: float) -> int:
         """
-        Give the number of critics that the stack keeps under some coefficients.
+        Return the number of critics that the stack keeps under the given coefficients.
 
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
@@ -235,24 +235,24 @@ class Coefficients:
         if not isinstance(self.memory_size, str):
             return int(self.memory_size)
         if self.rule == "exact":
-            return 1  # it has no effect
+            return 1  # memory_size has no effect
         if self.rule is None and isinstance(self.logit_rule, Sized):
             return len(self.logit_rule)
         return auto_memory_size(self.gamma, kl_coef, ent_coef)
 
     def check(self) -> int:
         """
-        Evaluate everything at the start and the end of the training.
+        Check all schedules, by evaluating them at the start and the end of the training.
 
         :return: the number of critics that the stack keeps at the start
-        :raise ValueError: for the first that is invalid
+        :raise ValueError: for the first value that is invalid
         """
         if self.first_ent_coef is not None and self.rule is None:
             raise ValueError(
                 f"Invalid ent_coef={self.ent_coef!r}: it has no influence on custom weights, "
                 f"logit_rule={self.logit_rule!r}; expected a number or schedule, or another logit_rule"
             )
-        # "auto" would fail in the last policy update where ent_coef falls to 0
+        # Otherwise, "auto" would fail only in the last policy update, if ent_coef falls to 0
         memory_sizes = []
         for progress in (1.0, 0.0):
             self.target_entropy_at(progress)
@@ -263,19 +263,19 @@ class Coefficients:
         self, progress: float, weights: StackWeights, logit_sums: th.Tensor, q_new: th.Tensor, branch_sizes: Any
     ) -> tuple[float, float]:
         """
-        Give the coefficients of the policy update that is due.
+        Compute the coefficients of the policy update that is due.
 
         :param progress: the remaining progress, from 1 to 0
-        :param weights: of the stack before the update
+        :param weights: weights of the stack before the update
         :param logit_sums: the weighted sums before the update at replayed states, shape (batch, n_bins)
-        :param q_new: what will be pushed, at the same states, same shape
+        :param q_new: Q-values of the critics to be pushed, at the same states, same shape
         :param branch_sizes: number of bins of each branch
         :return: ``(kl_coef, ent_coef)``
         :raise ValueError: if a schedule gives an invalid number
         """
         if self.first_ent_coef is None:
             return self.at(progress)
-        # The logits tend to the stack's weighted average over ent_coef: take the value that gives these the entropy
+        # The logits tend to the stack's weighted average / ent_coef: find the ent_coef that gives them the entropy
         least = MIN_ENT_COEF * self.first_ent_coef
         ent_coef = max(self.first_ent_coef if weights.ent_coef is None else weights.ent_coef, least)
         beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)

@@ -1,8 +1,8 @@
 """
-From the stack to one small network: regress it on the logits of the policy that is delivered.
+Distillation of the stack into one small network, by regression on the logits of the delivered policy.
 
-The student is a policy whose stack holds one critic, so it predicts, saves, loads and evaluates as any other. It learns
-from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from those that it visits itself.
+The student is a policy whose stack holds one critic, so it predicts, saves, loads and evaluates like any other. It
+learns from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from states it visits itself.
 """
 
 import copy
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
-TAU = 0.005  # of the Polyak average, which is what becomes the student
+TAU = 0.005  # of the Polyak average, which becomes the student
 
 
 def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
@@ -47,7 +47,7 @@ def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.
 
 @contextmanager
 def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]:
-    """Leave the random numbers and the statistics of the training as they are."""
+    """Leave the random numbers and the statistics of the training unchanged."""
     normalize: Any = None if env is None else unwrap_vec_normalize(env)
     settings = normalize and (normalize.training, normalize.norm_reward)
     numpy_state = np.random.get_state()
@@ -67,7 +67,7 @@ def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]
 
 
 def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
-    """Wrap an environment as the model's own is."""
+    """Wrap an environment like the model's own."""
     if env is None:
         return model.get_env()
     own, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
@@ -81,7 +81,7 @@ def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
 
 
 class _States:
-    """New states: entries of the replay buffer, each once, and what a policy visits in the environment."""
+    """A source of new states: those of the replay buffer, each once, and those a policy visits in the environment."""
 
     def __init__(self, model: "StaQ", env: VecEnv | None):
         self.model, self.env, self.buffer = model, env, model.replay_buffer
@@ -92,7 +92,7 @@ class _States:
         self.obs: Any = None if env is None else env.reset()
 
     def collect(self, actor: StaQPolicy, n: int, deterministic: bool) -> Any:
-        """Give up to n states of each kind, as tensors; None if all are used up."""
+        """Return up to n states of each kind, as tensors; None if all are used up."""
         parts: list[Any] = []
         rows, self.order = self.order[:n], self.order[n:]
         if self.buffer is not None and len(rows):
@@ -108,7 +108,7 @@ class _States:
 
 
 def _make_student(policy: StaQPolicy, policy_kwargs: dict[str, Any]) -> StaQPolicy:
-    """Make a policy of the same class whose stack takes one critic, by default as one of the stack."""
+    """Make a policy of the same class whose stack holds one critic, by default like those of its stack."""
     arguments = policy._get_constructor_parameters()
     arguments.update(
         net_arch=policy.net_arch["pi"] if isinstance(policy.net_arch, dict) else policy.net_arch,
@@ -132,22 +132,22 @@ def distill(
     progress_bar: bool = False,
 ) -> tuple[StaQPolicy, DistillReport]:
     """
-    Regress one network on the logits of the policy that is delivered, see ``eval_policy``.
+    Distil the delivered policy, see ``eval_policy``, into one network by regression on its logits.
 
-    Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; sampled
-    and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is the
-    squared error of the logits, up to a constant of each branch, plus the KL divergence. The training's random numbers
-    and statistics stay as they are; the model's own environment, if it is used, is reset.
+    Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; with
+    sampled and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is
+    the squared error of the logits, up to a constant per branch, plus the KL divergence. The training's random numbers
+    and statistics stay as they are; the model's own environment, if used, is reset.
 
     :param model: the model, with a replay buffer or an environment
     :param max_kl: stop once the mean of ``KL(stack || student)`` over the held-out states is at most this
-    :param max_steps: stop after so many gradient steps at the latest
-    :param policy_kwargs: the student's architecture, as of :class:`StaQPolicy` (``dict(net_arch=[64, 64])``), by
+    :param max_steps: largest number of gradient steps
+    :param policy_kwargs: the student's architecture, as for :class:`StaQPolicy` (``dict(net_arch=[64, 64])``), by
         default that of one critic of the stack
     :param env: the environment to visit states and to compare returns in, by default the model's
     :param states_per_round: number of states of each kind that a round adds
-    :param n_eval_episodes: number of episodes of each policy, with deterministic actions and on the same seeds
-    :param seed: of all random numbers
+    :param n_eval_episodes: number of evaluation episodes per policy, with deterministic actions and the same seeds
+    :param seed: seed of all random numbers
     :param progress_bar: whether to show a progress bar
     :return: the student and a report, which says whether ``max_kl`` was reached
     """

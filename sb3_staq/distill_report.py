@@ -1,4 +1,4 @@
-"""What distillation is judged by: how close the student is, and what both policies are worth and cost."""
+"""The report of a distillation: how close the student is, and what both policies achieve and cost."""
 
 import io
 import time
@@ -14,7 +14,7 @@ from sb3_staq.policies import StaQPolicy
 
 @dataclass
 class PolicyNumbers:
-    """What a policy is worth and costs."""
+    """What a policy achieves and costs."""
 
     returns: list[float]  # of the episodes; none without an environment
     n_parameters: int  # of the networks that act
@@ -58,11 +58,11 @@ class DistillReport:
 
 def measure_policy(policy: StaQPolicy, obs: Any, env: VecEnv | None, n_episodes: int, seed: int) -> PolicyNumbers:
     """
-    Find out what a policy is worth and costs.
+    Measure what a policy achieves and costs.
 
     :param policy: the policy
     :param obs: observations, a tensor or a dictionary of tensors; the time is measured at the first
-    :param env: where it acts deterministically, each episode on a seed of its own; None for no returns
+    :param env: where it acts deterministically, each episode with its own seed; None for no returns
     :param n_episodes: number of episodes
     :param seed: the first seed
     :return: the numbers

@@ -1,4 +1,4 @@
-"""The states of environments: what a training that goes on exactly needs beside the model."""
+"""The states of environments: what a training needs besides the model to continue exactly."""
 
 import os
 import pickle
@@ -11,9 +11,9 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-# Whose state is all in their attributes
+# Modules whose environments hold all of their state in attributes
 KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.mujoco")
-# Attributes that belong to the process, and those that belong to the script
+# Attributes that are not a part of the state, and handles of other processes
 NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
 MONITOR_FILE = "contents of the monitor's file"
@@ -21,7 +21,7 @@ MONITOR_FILE = "contents of the monitor's file"
 
 def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
     """
-    Give the attributes that can be pickled, and of a monitor what its file holds.
+    Copy the attributes that can be pickled, and the contents of a monitor's file.
 
     :param owner: any object
     :param skip: names to leave out
@@ -33,7 +33,7 @@ def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, A
             continue
         try:
             state[name] = pickle.loads(pickle.dumps(value))
-        except Exception:  # whatever the reason: it is nothing that a file can hold
+        except Exception:  # whatever the reason, a file cannot hold it
             continue
     writer = vars(owner).get("results_writer")
     if isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name):
@@ -43,9 +43,9 @@ def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, A
 
 def set_attributes(owner: Any, state: dict[str, Any]) -> None:
     """
-    Set attributes, and fill the file of a monitor: without the rows since then, with those that a new start has erased.
+    Set attributes, and restore a monitor's file: without rows written since, with those that a new start has erased.
 
-    :param owner: an object of the same making
+    :param owner: an object that was made in the same way
     :param state: from :func:`get_attributes`
     """
     vars(owner).update({name: value for name, value in state.items() if name != MONITOR_FILE})
@@ -58,7 +58,7 @@ def set_attributes(owner: Any, state: dict[str, Any]) -> None:
 
 
 def _layers(env: gym.Env) -> Iterator[Any]:
-    """The wrappers of an environment, and the environment itself."""
+    """Yield the wrappers of an environment, and the environment itself."""
     while env is not env.unwrapped:
         yield env
         env = env.env  # type: ignore[attr-defined]
@@ -67,10 +67,10 @@ def _layers(env: gym.Env) -> Iterator[Any]:
 
 def get_env_state(env: gym.Env) -> list[Any]:
     """
-    Give the state of an environment, with its wrappers and random numbers.
+    Return the state of an environment, with its wrappers and random numbers.
 
     :param env: the environment
-    :return: the states of its wrappers and its own, which is None if it has no way to give it
+    :return: the states of its wrappers, and its own, which is None if it cannot provide it
     """
     *wrappers, unwrapped = _layers(env)
     own: Any = None
@@ -83,9 +83,9 @@ def get_env_state(env: gym.Env) -> list[Any]:
 
 def set_env_state(env: gym.Env, state: list[Any]) -> bool:
     """
-    Put an environment into a state. If it could not give its own, its monitors go on, and nothing else.
+    Restore the state of an environment. If it could not provide its own, only its monitors are restored.
 
-    :param env: an environment of the same making
+    :param env: an environment that was made in the same way
     :param state: from :func:`get_env_state`
     :return: whether it is in that state
     """
@@ -105,17 +105,17 @@ def set_env_state(env: gym.Env, state: list[Any]) -> bool:
 
 class TrainingState(gym.Wrapper):
     """
-    Let an environment in another process, as those of ``SubprocVecEnv`` are, give and take its state.
+    Let an environment in another process, as in ``SubprocVecEnv``, give and take its state.
 
     :param env: the environment, with all of its other wrappers
     """
 
     def get_training_state(self) -> list[Any]:
-        """Give the state, see :func:`get_env_state`."""
+        """Return the state, see :func:`get_env_state`."""
         return get_env_state(self.env)
 
     def set_training_state(self, state: list[Any]) -> bool:
-        """Take a state, see :func:`set_env_state`."""
+        """Restore a state, see :func:`set_env_state`."""
         return set_env_state(self.env, state)
 
 
@@ -128,7 +128,7 @@ def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
 
 def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
     """
-    Give the state of a vectorised environment.
+    Return the state of a vectorised environment.
 
     :param env: the environment
     :return: the attributes of its wrappers, and the states of its environments, None for those out of reach
@@ -144,9 +144,9 @@ def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
 
 def set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]) -> bool:
     """
-    Put a vectorised environment into a state.
+    Restore the state of a vectorised environment.
 
-    :param env: an environment of the same making
+    :param env: an environment that was made in the same way
     :param state: from :func:`get_vec_env_state`
     :return: whether all of its environments are in that state
     """

@@ -1,11 +1,11 @@
 """
-The policy in a file that runs without this package: ONNX, TorchScript or ``torch.export``.
+Export of the policy to a file that runs without this package: ONNX, TorchScript or ``torch.export``.
 
 ``python -m sb3_staq.export model.zip policy.onnx``, or :func:`export_policy`. The file takes a batch of observations as
-environments give them (statistics of ``VecNormalize`` are folded in; images channel-first), one input for each key of a
-Dict. It gives ``action``, the deterministic actions of ``predict``, and ``prob``, the probabilities of the bins, branch
-after branch. To sample, draw a bin ``i`` of each branch ``d`` by its ``branch_sizes[d]`` probabilities, and look up
-``bins[d][i]``: both lists are in the metadata of the file.
+environments return them (statistics of ``VecNormalize`` are folded in; images channel-first), one input per key of a
+Dict. It returns ``action``, the deterministic actions of ``predict``, and ``prob``, the probabilities of the bins,
+branch after branch. To sample, draw a bin ``i`` of each branch ``d`` from its ``branch_sizes[d]`` probabilities, and
+look up ``bins[d][i]``; ``branch_sizes`` and ``bins`` are in the file's metadata.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from sb3_staq.staq import StaQ
 
 OUTPUTS = ["action", "prob"]
 SUFFIXES = (".onnx", ".pt", ".pt2")
-N_CHECKED = 64  # observations at which a file must do what `predict` does
+N_CHECKED = 64  # observations at which a file must match `predict`
 TOLERANCE = 1e-3  # of probabilities, and of actions as a share of their range
 TIES = 0.05  # share of the observations where rounding may decide between equally good actions
 
@@ -68,7 +68,7 @@ def _run(data: bytes, suffix: str, arrays: list[np.ndarray]) -> list[np.ndarray]
 
 
 def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
-    """Compare outputs with what the policy does at the (normalised) observations, one at a time."""
+    """Compare outputs with those of the policy at the (normalised) observations, one at a time."""
     singles = [select(obs, slice(i, i + 1)) for i in range(len(outputs[0]))]
     actions = np.concatenate([policy.predict(single, deterministic=True)[0] for single in singles])
     with th.no_grad():
@@ -101,11 +101,11 @@ def export_policy(
     eval_policy: str | None = None,
 ) -> pathlib.Path:
     """
-    Write the policy that is delivered into a file, once it does what ``predict`` does. A failure leaves an old file.
+    Write the delivered policy to a file, once it is sure to match ``predict``. On failure, an old file is kept.
 
-    :param model: the model; or its policy, or a student of :func:`sb3_staq.distill.distill`
+    :param model: the model, its policy, or a student of :func:`sb3_staq.distill.distill`
     :param path: the file: .onnx, .pt (TorchScript) or .pt2 (``torch.export``)
-    :param vec_normalize: statistics to normalise observations with, or the file of them (an ".npz", or a pickle of your
+    :param vec_normalize: statistics to normalise observations with, or a file of them (an ".npz", or a pickle of your
         own); by default those of the model's environment
     :param eval_policy: "average", "best" or "last", by default that of the policy
     :return: the path
@@ -139,7 +139,7 @@ def export_policy(
         "bins": json.dumps(module.bins()),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: the check says what matters
+        warnings.simplefilter("ignore")  # of tracing: the check below covers what matters
         data = _write(module, obs, path.suffix, metadata)
     batches = [_run(data, path.suffix, [x[rows] for x in obs]) for rows in (slice(1), slice(1, None))]
     _check(policy, module.normalise(obs), [np.concatenate(outputs) for outputs in zip(*batches, strict=True)])

@@ -1,4 +1,4 @@
-"""The policy as one module of tensors only, from observations to actions, as it is exported."""
+"""The form in which the policy is exported: one module of tensors only, from observations to actions."""
 
 import copy
 from typing import Any
@@ -17,10 +17,10 @@ from sb3_staq.q_networks import batched_forward
 
 class ExportedPolicy(nn.Module):
     """
-    What is exported: the critics that act, in one batched pass, between raw observations and actions.
+    The exported policy: from raw observations to actions, with one batched pass of the critics that act.
 
     :param policy: the policy, on the CPU
-    :param vec_normalize: the statistics that its observations are normalised with, if any
+    :param vec_normalize: the statistics that normalise its observations, if any
     """
 
     def __init__(self, policy: StaQPolicy, vec_normalize: VecNormalize | None):
@@ -45,7 +45,7 @@ class ExportedPolicy(nn.Module):
 
     def to_env(self, stored: th.Tensor) -> th.Tensor:
         """
-        Scale stored actions as the environment takes them.
+        Scale stored actions to actions of the environment.
 
         :param stored: shape (batch, action_dim)
         :return: shape (batch, *action_space.shape)
@@ -57,7 +57,7 @@ class ExportedPolicy(nn.Module):
 
     def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Act.
+        Compute actions and probabilities.
 
         :param inputs: observations, one tensor for each key
         :return: deterministic actions, and the probabilities of the bins
@@ -72,7 +72,7 @@ class ExportedPolicy(nn.Module):
 
     def bins(self) -> list[Any]:
         """
-        List what the bins mean.
+        List the actions that the bins stand for.
 
         :return: the actions of the bins of each branch: numbers, or vectors if there is one branch of whole actions
         """
@@ -85,7 +85,7 @@ class ExportedPolicy(nn.Module):
 
     def draw_observations(self, n: int) -> list[np.ndarray]:
         """
-        Draw observations as environments give them, from the space or around the statistics.
+        Draw observations as environments return them, from the space or around the statistics.
 
         :param n: how many
         :return: one array for each input
@@ -104,7 +104,7 @@ class ExportedPolicy(nn.Module):
 
     def normalise(self, arrays: list[np.ndarray]) -> Any:
         """
-        Normalise observations by SB3's own code.
+        Normalise observations with SB3's own code.
 
         :param arrays: one for each input
         :return: as the policy takes them

@@ -1,10 +1,10 @@
-"""The only file that knows processors: two functions, each beside its plain reference.
+"""The only file with code for particular processors: two functions, each next to its plain reference.
 
-A special way is admitted if it equals the reference to 2e-6 and makes a shipped configuration at least 10% faster from
-end to end. ``SB3_STAQ_PLAIN_KERNELS=1`` in the environment turns all of them off.
+A fast path is admitted if it matches the reference to 2e-6 and makes a shipped configuration at least 10% faster end to
+end. ``SB3_STAQ_PLAIN_KERNELS=1`` in the environment turns all of them off.
 
-Time of the processor for an environment step with all that is due, without a special way over with it (``python -m
-benchmarks.speed --variants``; AMD EPYC, one thread of a busy machine, one turn, of CartPole two):
+CPU time without a fast path divided by that with it, for an environment step with all that is due (``python -m
+benchmarks.speed --variants``; AMD EPYC, one thread of a busy machine, one turn each, two for CartPole):
 
 ==================  =================  ====================  =====================  ====================
 without             CartPole defaults  CartPole, M=300       the same, 8 envs       Box defaults, 8 envs
@@ -15,8 +15,8 @@ few rows            1.22               1.36                  1.01               
 all                 1.58               1.89                  1.14                   0.90
 ==================  =================  ====================  =====================  ====================
 
-A special weighted sum, worth 1.04 at most, was in force and has been deleted since. An action with M=300 takes 1.20
-times as long without large pages (median of 12 turns within one process), which is 1.1 of the whole step.
+A fast path for the weighted sum, worth 1.04 at most, was in use then and has since been deleted. With M=300, an action
+takes 1.20 times as long without large pages (median of 12 turns within one process), and the whole step 1.1 times.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from pathlib import Path
 
 import torch as th
 
-# MKL, PyTorch's library for products on CPUs, is up to three times slower on AMD's processors with so few rows unless
-# the weights are the left operand
+# Up to this many rows, MKL, PyTorch's library for matrix products on CPUs, is up to three times slower on AMD's
+# processors unless the weights are the left operand
 FEW_ROWS = 4
-# On AMD's processors, weights that come from memory are used in parts of so many bytes, each read once beforehand
+# On AMD's processors, weights that come from memory are used in parts of this many bytes, each read once beforehand
 READ_AHEAD_BYTES = 2**20
-# Linux gives pages of this size where it is asked to, and a processor reads them faster
+# Linux provides pages of this size on request, and processors read them faster
 LARGE_PAGE_BYTES = 2**21
 
 
@@ -45,7 +45,7 @@ def _special() -> bool:
 
 @functools.cache
 def _on_amd() -> bool:
-    """Whether the processor is one of AMD's, by what Linux or else the platform says."""
+    """Return whether this is an AMD processor, according to Linux or else the platform."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return "AuthenticAMD" in platform.processor()
@@ -54,7 +54,7 @@ def _on_amd() -> bool:
 
 
 def exporting() -> bool:
-    """Whether somebody traces, compiles or exports the model: what depends on the batch size would be wrong there."""
+    """Return whether the model is being traced, compiled or exported: nothing may depend on the batch size then."""
     compiler = th.compiler
     return th.jit.is_tracing() or compiler.is_compiling() or compiler.is_exporting() or th.onnx.is_in_onnx_export()
 
@@ -81,14 +81,14 @@ def batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tenso
         return plain_batched_linear(x, weight, bias)
     x = x.expand(len(weight), -1, -1)
     if x.shape[1] <= FEW_ROWS:
-        # Rows that lie apart, or a single one with strides that leave open how it lies, would make it slow
+        # Rows that are not contiguous, or a single row with ambiguous strides, would make it slow
         return th.baddbmm(bias.unsqueeze(2), weight, x.flatten(1).unflatten(1, x.shape[1:]).mT).mT
     n = max(1, READ_AHEAD_BYTES // (weight[0].numel() * weight.element_size()))
     if th.is_grad_enabled() or len(weight) <= n:
         return plain_batched_linear(x, weight, bias)
     outputs = x.new_empty(*x.shape[:2], weight.shape[1])
     for out, b, part, w in zip(outputs.split(n), bias.split(n), x.split(n), weight.split(n), strict=True):
-        w.sum()  # reads it
+        w.sum()  # reads it ahead
         th.baddbmm(b.unsqueeze(1), part, w.mT, out=out)
     return outputs
 
@@ -100,11 +100,11 @@ def plain_allocate(like: th.Tensor, n: int) -> th.Tensor:
 
 def allocate(like: th.Tensor, n: int) -> th.Tensor:
     """
-    Get memory for the parameters of n critics. Acting takes about as long as it takes to read them.
+    Allocate memory for the parameters of n critics, since acting takes about as long as reading them.
 
     :param like: a tensor of the same type and device, shape ``(any, *shape)``
     :param n: number of critics
-    :return: uninitialised, shape ``(n, *shape)``
+    :return: an uninitialised tensor, shape ``(n, *shape)``
     """
     shape = (n, *like.shape[1:])
     n_bytes = math.prod(shape) * like.element_size()

@@ -1,8 +1,8 @@
-"""The weighted sums of the stack at replayed states, remembered by the content of the states.
+"""A cache of the stack's weighted sums at replayed states, keyed by the content of the states.
 
-Between two policy updates the policy is fixed, and an update changes a sum by the newest and the deleted critic only
-(see :mod:`sb3_staq.mirror_descent`), so what is remembered follows for two passes instead of M: M does not cost M. A
-state that was edited, relabelled or added by others has other content, and is evaluated anew.
+Between two policy updates the policy is fixed, and an update changes a sum only by the newest and the deleted critic
+(see :mod:`sb3_staq.mirror_descent`). So updating the cache takes two passes, not M: a larger M costs no more. A state
+that was edited, relabelled or added by other code has different content, and is evaluated by the whole stack.
 """
 
 import hashlib
@@ -20,24 +20,24 @@ from sb3_staq.observations import map_fields, select
 from sb3_staq.policies import StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 
-# Remembered states that follow a policy update at a time
+# Number of cached states updated at a time after a policy update
 FOLLOW_ROWS = 4096
-# With logit_cache="auto", the cache takes at most so many bytes more than half of the replay buffer
+# With logit_cache="auto", the cache takes at most this many bytes more than half of the replay buffer
 CACHE_BYTES = 2**28
-# What Python's dictionary takes for one state
+# Memory that Python's dictionary takes per state
 BYTES_PER_KEY = 150
-# Spreads the bits of a word over 64: 2^64 over the golden ratio
+# Spreads the bits of a word over 64: 2^64 divided by the golden ratio
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @cache
 def _multipliers(n_words: int) -> np.ndarray:
-    """Odd numbers for a multilinear hash, the same in every process."""
+    """Return odd numbers for a multilinear hash, the same in every process."""
     return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
 
 
 def _words(tensor: th.Tensor) -> np.ndarray:
-    """The bytes of each row as unsigned integers."""
+    """Return the bytes of each row as unsigned 32-bit integers."""
     rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
     if rows.shape[1] % 4:
         rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
@@ -49,11 +49,11 @@ def fingerprints(obs: PyTorchObs) -> list[int]:
     Hash observations by their content.
 
     :param obs: a tensor or a dictionary of tensors
-    :return: 64 bits for each
+    :return: a 64-bit integer for each
     """
     parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
     words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    # Changes of high bits, such as signs, must reach the low ones, or only these few would tell the sums apart
+    # Changes of high bits, such as signs, must reach the low bits, or the sums would differ in their high bits only
     mixed = words * SPREAD
     mixed ^= mixed >> np.uint64(32)
     return (mixed @ _multipliers(words.shape[1])).tolist()
@@ -61,9 +61,9 @@ def fingerprints(obs: PyTorchObs) -> list[int]:
 
 class LogitCache:
     """
-    Remember the weighted sums ``S(s)`` of the stack by the content of the states.
+    A cache of the stack's weighted sums ``S(s)``, keyed by the content of the states.
 
-    :param policy: whose stack is evaluated
+    :param policy: the policy whose stack is evaluated
     :param capacity: number of states; the oldest are forgotten
     """
 
@@ -75,7 +75,7 @@ class LogitCache:
         self._next = 0  # the slot to write to
         self._obs: Any = None
         self._sums = th.zeros(0)
-        self._version: int | None = None  # of the stack that the sums are of
+        self._version: int | None = None  # of the stack that the sums belong to
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -86,10 +86,10 @@ class LogitCache:
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
-        Give the weighted sums, evaluating the stack where they are not known.
+        Return the weighted sums, evaluating the stack where they are not cached.
 
         :param obs: observations
-        :param remember: whether to remember what was evaluated
+        :param remember: whether to cache what was evaluated
         :return: shape (batch, n_bins)
         """
         if self._version != self.policy.frozen_critics.version:
@@ -128,7 +128,7 @@ class LogitCache:
 
     def follow(self, update: PolicyUpdate, newest: CriticEnsemble, deleted: Sequence[CriticEnsemble]) -> None:
         """
-        Bring all that is remembered up to date after a policy update. If it is interrupted, all is forgotten.
+        Bring the cache up to date after a policy update. If this is interrupted, everything is forgotten.
 
         :param update: what the update does to the weighted sums
         :param newest: the critics that it pushed
@@ -146,7 +146,7 @@ class LogitCache:
         self._version = policy.frozen_critics.version
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Give all that is remembered as arrays, with a digest of the stack that it belongs to."""
+        """Return the contents as arrays, with a digest of the stack that they belong to."""
         n = len(self._keys)
         obs = self._obs if isinstance(self._obs, dict) else {"": self._obs}
         if n == 0 or None in self._keys or self._version != self.policy.frozen_critics.version:
@@ -161,9 +161,9 @@ class LogitCache:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """
-        Take what :meth:`state_dict` gave, if it belongs to the policy's stack.
+        Restore what :meth:`state_dict` returned, if it belongs to the policy's stack.
 
-        :param state: arrays
+        :param state: the arrays
         """
         self.clear()
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
@@ -199,7 +199,7 @@ def stack_digest(policy: StaQPolicy) -> bytes:
 
 def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
     """
-    Tell whether ``logit_cache="auto"`` may take the memory that the cache needs.
+    Return whether ``logit_cache="auto"`` may take the memory that the cache needs.
 
     :param buffer: the replay buffer
     :param n_bins: number of columns of the logits

@@ -1,12 +1,12 @@
 """The extension to continuous actions: critics of whole actions, and a small network of their main effects.
 
-This is not in the paper. In an additive critic each dimension of an action counts by itself, which is what makes the
-policy update exact. For a Box that is too little: there the critics take state and action, as in SAC, and a small
-network learns their main effects under the policy,
+This is not in the paper. In an additive critic, each dimension of an action counts by itself, which makes the policy
+update exact. For a Box this is not enough: its critics take state and action, as in SAC, and a small network learns
+their main effects under the policy,
 
     A_d(s, a_d) = E_{a'~pi}[Q(s, a') | a'_d = a_d],
 
-the best additive approximation of Q(s, .) under pi. What is frozen at a policy update is the Polyak average of it.
+the best additive approximation of Q(s, .) under pi. A policy update freezes the Polyak average of this network.
 """
 
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class StateActionCritics(Ensemble[StateActionQNetwork]):
 
         :param obs: preprocessed observations
         :param actions: shape (n_actions, n_inputs)
-        :param rows: the index of each action's observation, shape (n_actions,); by default one action for each
+        :param rows: the index of each action's observation, shape (n_actions,); by default one action per observation
         :return: shape (n_critics, n_actions)
         """
         features = batched_forward(self.net, self.params, obs, end=1)
@@ -64,21 +64,21 @@ class StateActionCritics(Ensemble[StateActionQNetwork]):
 
 
 class SampledActions(NamedTuple):
-    """Actions drawn from the policy, and the same with one of their branches varied over all its bins."""
+    """Actions drawn from the policy, and copies of them with one branch varied over all its bins."""
 
     inputs: th.Tensor  # what the critics take, shape (batch, n_inputs)
     varied_inputs: th.Tensor  # shape (batch, n_varied, n_inputs)
     columns: th.Tensor  # of the varied bins, shape (batch, n_varied)
-    valid: th.Tensor  # whether the branch has so many bins, same shape
-    prob: th.Tensor  # of the varied bins, 0 where there is none, same shape
+    valid: th.Tensor  # whether the branch has that many bins, same shape
+    prob: th.Tensor  # of the varied bins, 0 where not valid, same shape
 
 
 class Sweep(NamedTuple):
-    """Q-values of actions of which one branch is varied over all its bins."""
+    """Q-values of actions with one branch varied over all its bins."""
 
     obs: PyTorchObs  # preprocessed, of n_swept states
     columns: th.Tensor  # of the varied bins, shape (n_swept, n_varied)
-    valid: th.Tensor  # whether the branch has so many bins, same shape
+    valid: th.Tensor  # whether the branch has that many bins, same shape
     q_values: th.Tensor  # same shape
 
 
@@ -87,9 +87,9 @@ def sample_actions(branches: Branches, log_prob: th.Tensor) -> SampledActions:
     """
     Draw actions for the expectations of state-action critics.
 
-    :param branches: of the action space
+    :param branches: the branches of the action space
     :param log_prob: the policy at some observations, shape (batch, n_bins)
-    :return: an action for each
+    :return: one action per observation
     """
     bins = branches.sample(log_prob)
     varied, columns, valid = vary_one_branch(branches, bins)
@@ -106,9 +106,9 @@ def vary_one_branch(branches: Branches, bins: th.Tensor) -> tuple[th.Tensor, th.
     """
     Vary one branch of each action over all its bins.
 
-    Pairs of successive actions take turns in which branch, from a random one on: of each pair one is swept.
+    Successive pairs of actions take the branches in turn, from a random one on; one action of each pair is swept.
 
-    :param branches: of the action space
+    :param branches: the branches of the action space
     :param bins: shape (batch, number of branches)
     :return: the varied bins, shape (batch, max(sizes), number of branches); the columns of the varied branch's bins and
         whether there are that many (a smaller branch repeats its last), both of shape (batch, max(sizes))
@@ -130,10 +130,10 @@ def expected_q_values(
     critics: StateActionCritics, obs: PyTorchObs, actions: SampledActions, n_branches: int
 ) -> tuple[th.Tensor, Sweep]:
     """
-    Estimate ``E_{a~pi}[Q(s,a)]`` by each critic.
+    Estimate ``E_{a~pi}[Q(s,a)]`` with each critic.
 
-    At every other state (all, if there is one branch only) one branch of the drawn action is swept: there the
-    expectation is exact in that branch. The others take the drawn action as it is.
+    At every other state (at all states if there is only one branch), one branch of the drawn action is swept, so the
+    expectation is exact in that branch. The other states take the drawn action as it is.
 
     :param critics: the target critics
     :param obs: preprocessed observations
@@ -141,7 +141,7 @@ def expected_q_values(
     :param n_branches: number of branches
     :return: the expectations, shape (n_critics, batch), and what was swept
     """
-    # Every other one, not half of the batch: replay buffers like HER's end a batch with transitions of another kind
+    # Every other one, not the first half: replay buffers like HER's end a batch with transitions of another kind
     swept, drawn = (slice(None), slice(0)) if n_branches == 1 else (slice(None, None, 2), slice(1, None, 2))
     columns, batch_size = actions.columns[swept], len(actions.inputs)
     rows = th.arange(batch_size, device=columns.device)
@@ -159,8 +159,8 @@ def main_effects_loss(main_effects: CriticEnsemble, sweep: Sweep) -> th.Tensor:
     """
     Compute the regression loss of the main effects, ``E[Q(s,a) | a_d]`` over the other branches under the policy.
 
-    Only differences within a branch matter to a softmax, so only these are fitted: states of high value do not drown
-    them.
+    Only differences within a branch matter to a softmax, so only these are fitted. Otherwise, states of high value
+    would drown them out.
 
     :param main_effects: the network
     :param sweep: values of varied actions

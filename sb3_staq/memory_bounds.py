@@ -5,7 +5,7 @@ import math
 
 def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
     """
-    Give the memory that the paper's theorem asks for, but no more than the weights' resolution needs.
+    Compute the memory that the paper's theorem asks for, but no more than single precision can resolve.
 
     :param gamma: discount factor
     :param kl_coef: weight of the KL term
@@ -25,12 +25,12 @@ def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
 
 def memory_bound(gamma: float, kl_coef: float, ent_coef: float) -> int:
     """
-    The smallest memory for which the paper guarantees linear convergence of the rule "weight_corrected".
+    Compute the smallest memory for which the paper guarantees that "weight_corrected" converges linearly.
 
     The least integer ``M > log[(1-gamma)^2 (1-beta) / (gamma^2 (3+beta) + 1 - beta)] / log(beta)``, the condition of
-    the theorem in https://arxiv.org/abs/2506.13862v1: 265 for beta 0.95 and gamma 0.99.
-    The fraction is at most 1, so the bound is at least 1. It is 1 if ``gamma`` is 0, where the first evaluation is
-    final, and if ``kl_coef`` is 0, where the newest Q-function is the only one with a weight.
+    the theorem in https://arxiv.org/abs/2506.13862v1: 265 for beta 0.95 and gamma 0.99. The fraction is at most 1, so
+    the bound is at least 1. It is 1 if ``gamma`` is 0, because the first evaluation is then final, and if ``kl_coef``
+    is 0, because only the newest Q-function then has a weight.
 
     :param gamma: discount factor, in [0, 1); with 1 no finite memory meets the condition
     :param kl_coef: weight of the KL term, at least 0
@@ -50,10 +50,10 @@ def memory_bound(gamma: float, kl_coef: float, ent_coef: float) -> int:
 
 def resolution_bound(kl_coef: float, ent_coef: float) -> int:
     """
-    The number of Q-functions beyond which single precision does not see any more of them.
+    Compute the number of Q-functions beyond which older ones are lost in single precision.
 
-    The least ``M`` with ``beta^M <= 2^-24``: that is the share which all Q-functions older than ``M`` updates have in
-    the sum of the weights ``beta^age``, and half of the distance from 1 to the next number in single precision.
+    The least ``M`` with ``beta^M <= 2^-24``. In the sum of the weights ``beta^age``, all Q-functions older than ``M``
+    updates have the share ``beta^M``; ``2^-24`` is half the distance from 1 to the next number in single precision.
 
     :param kl_coef: weight of the KL term, at least 0
     :param ent_coef: weight of the entropy term, above 0
@@ -64,7 +64,7 @@ def resolution_bound(kl_coef: float, ent_coef: float) -> int:
 
 
 def _log_decay_rate(kl_coef: float, ent_coef: float) -> float:
-    """Give ``log(beta)``, below 0, accurate for beta close to 1; minus infinity if ``kl_coef`` is 0."""
+    """Return ``log(beta)``, below 0, accurate for beta close to 1; minus infinity if ``kl_coef`` is 0."""
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"Invalid kl_coef={kl_coef}: expected a finite number >= 0")
     # With less entropy the bounds would overflow

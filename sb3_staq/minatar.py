@@ -24,7 +24,7 @@ def register_envs() -> None:
     Register the MinAtar games under the package's own ids, with a time limit.
 
     ``MinAtar/Breakout-v0`` has all six actions, ``MinAtar/Breakout-v1`` those that have an effect in the game. Does
-    nothing if MinAtar is missing.
+    nothing if MinAtar is not installed.
     """
     if importlib.util.find_spec("minatar") is None:
         return
@@ -37,7 +37,7 @@ def register_envs() -> None:
                     # Not imported before use, because MinAtar imports its plotting libraries
                     entry_point="minatar.gym:BaseEnv",
                     max_episode_steps=MAX_EPISODE_STEPS,
-                    # It would complain about MinAtar's frames, which MinAtarWrapper mends
+                    # It would complain about MinAtar's frames, which MinAtarWrapper fixes
                     disable_env_checker=True,
                     kwargs=dict(game=game, use_minimal_action_set=version == 1),
                 )
@@ -47,7 +47,7 @@ def register_envs() -> None:
 
 class MinAtarWrapper(gym.Wrapper):
     """
-    MinAtar as SB3 expects an environment.
+    A wrapper that makes MinAtar an environment as SB3 expects it.
 
     Observations are channel-first (still booleans, so that the replay buffer stays small), rewards are of type float,
     the same seed gives the same episode, and video encoders accept the frames.
@@ -65,18 +65,18 @@ class MinAtarWrapper(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode."""
         if seed is not None:
-            # The sticky action outlives the episode, hence also a new seed
+            # The sticky action outlives the episode, even if there is a new seed
             self.unwrapped.game.last_action = 0  # type: ignore[attr-defined]
         obs, info = self.env.reset(seed=seed, options=options)
         return self._channel_first(obs), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Act; the reward is a float."""
+        """Take a step; the reward is a float."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         return self._channel_first(obs), float(reward), terminated, truncated, info
 
     def render(self) -> Any:
-        """Give the frame, enlarged if it is an array."""
+        """Return the frame, enlarged if it is an array."""
         frame = self.env.render()
         if self.render_mode != "rgb_array":
             return frame

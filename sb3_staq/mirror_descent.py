@@ -8,10 +8,10 @@ After each policy evaluation ``Q_k`` the policy update
 
     S_{k+1} = beta_k * S_k + Q_k - w * Q_{k-M}
 
-where ``w`` is the weight that the deleted Q-function has left. The three logit rules differ only in ``scale_k`` and in
-whether anything is deleted. Custom weights by age, ``xi_{k+1} = sum_age w(age) Q_{k-age}``, take the place of all that:
-they follow no recursion, the sum is evaluated as it stands. Everything here works on plain tensors of any leading
-shape: the tabular testbed and the deep algorithm both call it.
+where ``w`` is the weight that the deleted Q-function still had. The three logit rules differ only in ``scale_k`` and in
+whether anything is deleted. Custom weights by age, ``xi_{k+1} = sum_age w(age) Q_{k-age}``, replace all of this: they
+follow no recursion, and the sum is evaluated directly. Everything here works on plain tensors of any leading shape, for
+the tabular testbed as well as the deep algorithm.
 
 Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https://arxiv.org/abs/2506.13862
 """
@@ -35,7 +35,7 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
         newest first: ``memory_size`` numbers, or a callable of the age (0 is the newest), which is evaluated here
     :param memory_size: ``M``, the number of Q-functions kept
     :return: the name of the rule, or the custom weights
-    :raise ValueError: if it is neither, with what is accepted; custom weights must be finite and not all 0
+    :raise ValueError: if it is neither; custom weights must be finite and not all 0. The message says what is accepted
     """
     expected = (
         f"expected {', '.join(map(repr, LOGIT_RULES))}, or custom weights by age: memory_size={memory_size} finite "
@@ -65,18 +65,18 @@ def make_logit_rule(logit_rule: LogitRule, memory_size: int) -> str | tuple[floa
 
 
 def step_size(kl_coef: float, ent_coef: float) -> float:
-    """``alpha = 1 / (kl_coef + ent_coef)``, the weight of the newest Q-function in an untruncated sum."""
+    """Return ``alpha = 1 / (kl_coef + ent_coef)``, the weight of the newest Q-function in an untruncated sum."""
     return 1.0 / (kl_coef + ent_coef)
 
 
 def decay_rate(kl_coef: float, ent_coef: float) -> float:
-    """``beta = kl_coef / (kl_coef + ent_coef)``, the factor by which one update shrinks all older weights."""
+    """Return ``beta = kl_coef / (kl_coef + ent_coef)``, the factor by which one update shrinks all older weights."""
     return kl_coef / (kl_coef + ent_coef)
 
 
 def logit_scale(logit_rule: str, kl_coef: float, ent_coef: float, memory_size: int) -> float:
     """
-    The factor between the weighted sum of Q-functions ``S`` and the logits ``xi``.
+    Return the factor that turns the weighted sum of Q-functions ``S`` into the logits ``xi``.
 
     ``alpha`` for "truncated" and "exact"; ``alpha / (1 - beta^M)`` for "weight_corrected", so that with a full stack
     and constant coefficients the weights sum to ``1 / ent_coef``, as in exact EPMD.
@@ -95,13 +95,13 @@ def logit_scale(logit_rule: str, kl_coef: float, ent_coef: float, memory_size: i
 
 class PolicyUpdate(NamedTuple):
     """
-    What one policy update does to the weighted sum: ``S <- decay * S + Q_new - sum_i w_i * Q_i`` over what it deletes.
+    The change of the weighted sum: ``S <- decay * S + Q_new - sum_i w_i * Q_i``, over the deleted Q-functions.
 
     The numbers are NaN for custom weights, which follow no such recursion.
     """
 
     decay: float
-    # The weights of the deleted Q-functions, oldest first: one for a full stack, more if it has been made smaller
+    # The weights of the deleted Q-functions, oldest first: one for a full stack, more if its size was reduced
     deleted_weights: tuple[float, ...] = ()
 
     def apply(self, total: th.Tensor, q_new: th.Tensor, q_deleted: Sequence[th.Tensor] = ()) -> th.Tensor:
@@ -125,8 +125,8 @@ class StackWeights:
     The EPMD weights of the stacked Q-functions, oldest first, and the scale of their sum.
 
     A Q-function enters with weight 1 and shrinks by the ``beta`` of each later update, so a weight is the product of
-    the betas that were in force since its push; custom weights depend on its age alone. Kept in double precision on the
-    host: M numbers.
+    the betas since its push; custom weights depend only on the age. The weights, M numbers, are kept in double
+    precision on the host.
 
     :param logit_rule: one of ``LOGIT_RULES``, or custom weights by age, see :func:`make_logit_rule`
     :param memory_size: ``M``, the number of Q-functions kept ("exact" keeps all)
@@ -164,11 +164,11 @@ class StackWeights:
 
     def push(self, kl_coef: float, ent_coef: float) -> PolicyUpdate:
         """
-        Make room for one more Q-function under the given coefficients.
+        Update the weights for one more Q-function under the given coefficients.
 
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
-        :return: what the update does to the weighted sum
+        :return: the change of the weighted sum
         """
         n_deleted = self.n_deleted
         self.ent_coef = ent_coef
@@ -186,10 +186,10 @@ class StackWeights:
 
 def averaged_updates(n_updates: int, window: float, size: int) -> range:
     """
-    Which policy updates the average over a growing window takes its Q-functions from.
+    Select the policy updates whose Q-functions enter the average over a growing window.
 
     They are evenly thinned: every ``stride``-th update, where the stride doubles as soon as there would be more than
-    ``size``. So one that is left out is never needed again.
+    ``size``. So an update that is left out is never needed again.
 
     :param n_updates: number of policy updates so far, counted from 1
     :param window: the share of them that the window covers, in (0, 1]
@@ -207,7 +207,7 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
 
 def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
     """
-    Log-probabilities of a product policy: one softmax per branch.
+    Compute the log-probabilities of a product policy: one softmax per branch.
 
     :param logits: shape (..., sum(branch_sizes))
     :param branch_sizes: the number of bins of each branch
@@ -219,23 +219,23 @@ def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
 
 
 def entropy(log_pi: th.Tensor) -> th.Tensor:
-    """Entropy in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
+    """Compute the entropy in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
     return -(log_pi.exp() * log_pi).sum(dim=-1)
 
 
 def max_entropy(branch_sizes: Sequence[int]) -> float:
-    """Entropy in nats of the uniform policy; its reciprocal normalises an entropy to [0, 1]."""
+    """Return the entropy in nats of the uniform policy; dividing by it normalises an entropy to [0, 1]."""
     return sum(math.log(size) for size in branch_sizes)
 
 
 def kl_divergence(log_pi: th.Tensor, log_other: th.Tensor) -> th.Tensor:
-    """``KL(pi || other)`` in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
-    return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1).clamp(min=0)  # rounding can leave less
+    """Compute ``KL(pi || other)`` in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
+    return (log_pi.exp() * (log_pi - log_other)).sum(dim=-1).clamp(min=0)  # rounding may go below 0
 
 
 def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     """
-    ``E_{a~pi}[Q(s,a)]``: exact, a sum over all bins.
+    Compute ``E_{a~pi}[Q(s,a)]`` exactly, as a sum over all bins.
 
     :param log_pi: log-probabilities, shape (..., sum(branch_sizes))
     :param q_values: (additive) Q-values of the bins, same shape
@@ -246,7 +246,7 @@ def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
 
 def soft_value(log_pi: th.Tensor, expected_q: th.Tensor, ent_coef: float) -> th.Tensor:
     """
-    ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``.
+    Compute ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``.
 
     :param log_pi: log-probabilities, shape (..., sum(branch_sizes))
     :param expected_q: ``E_{a~pi}[Q(s,a)]``, see :func:`expected_value`, shape (...)
@@ -260,14 +260,14 @@ def solve_ent_coef(
     q_values: th.Tensor, branch_sizes: Sequence[int], target_entropy: float, lowest: float, highest: float
 ) -> float:
     """
-    Find the ``ent_coef`` with which ``softmax(q_values / ent_coef)`` has the wanted mean entropy.
+    Find the ``ent_coef`` for which ``softmax(q_values / ent_coef)`` has the target entropy on average.
 
-    The entropy grows with ``ent_coef``, so its root is bracketed and halved down to 0.1%.
+    The entropy grows with ``ent_coef``, so the root is found by bisection on a log scale, to 0.1%.
 
     :param q_values: values of the bins at some states, shape (batch, sum(branch_sizes))
     :param branch_sizes: the number of bins of each branch
-    :param target_entropy: wanted mean over the states, as a share of the largest entropy, in (0, 1)
-    :param lowest: least value to return, above 0
+    :param target_entropy: target for the mean over the states, as a share of the largest entropy, in (0, 1)
+    :param lowest: smallest value to return, above 0
     :param highest: largest value to return
     """
     target = target_entropy * max_entropy(branch_sizes)

@@ -1,4 +1,4 @@
-"""Observations are tensors or dictionaries of tensors: the few functions that make no difference between them."""
+"""Functions that treat observations alike, whether they are tensors or dictionaries of tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_staq.kernels import exporting
 
-# Elements of the observations that are evaluated at a time: bounds the memory that images take
+# Elements of observations that are evaluated at a time, which bounds the memory for images
 OBS_ELEMENTS = 2**21
 
 
@@ -17,9 +17,9 @@ def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
     """
     Apply a function to fields of the same structure.
 
-    :param function: of as many tensors or arrays as there are fields
+    :param function: takes as many tensors or arrays as there are fields
     :param fields: tensors, arrays, or dictionaries or tuples of them; None stays None
-    :return: its values in the same structure
+    :return: the results in the same structure
     """
     first = fields[0]
     if isinstance(first, dict):
@@ -32,7 +32,7 @@ def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
 
 def select(fields: Any, rows: Any) -> Any:
     """
-    Take some rows.
+    Select rows of all fields.
 
     :param fields: tensors or arrays, or dictionaries or tuples of them
     :param rows: an index, a slice, a list or a mask
@@ -46,7 +46,7 @@ def join(parts: Sequence[Any]) -> Any:
     Concatenate observations.
 
     :param parts: tensors, or dictionaries of them
-    :return: one of the same structure
+    :return: their concatenation, in the same structure
     """
     return map_fields(lambda *tensors: th.cat(tensors), *parts)
 
@@ -69,10 +69,10 @@ def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor
 
 def finite_numbers(array: Any) -> np.ndarray:
     """
-    Tell which numbers are finite as single-precision floats.
+    Find out which numbers are finite as single-precision floats.
 
     :param array: numbers of any type
-    :return: booleans of the same shape; of integers, which always are, a single True
+    :return: booleans of the same shape; for integers, which always are finite, a single True
     """
     array = np.asarray(array)
     if not np.issubdtype(array.dtype, np.floating):
@@ -83,10 +83,10 @@ def finite_numbers(array: Any) -> np.ndarray:
 
 def place(key: str, index: Iterable[int]) -> str:
     """
-    Write the place of a number as Python would, for error messages.
+    Write the position of a number as a Python index, for error messages.
 
-    :param key: of a Dict observation, or ""
-    :param index: in the array
+    :param key: key of a Dict observation, or ""
+    :param index: index in the array
     :return: for instance "['image'][0][3]"
     """
     return "".join(f"[{part!r}]" for part in ([key] if key else []) + [int(i) for i in index])

@@ -1,6 +1,6 @@
-"""SB3's off-policy algorithms, less what they leave to chance. Nothing here is about StaQ.
+"""SB3's off-policy algorithms with stricter checks. Nothing here is specific to StaQ.
 
-Numbers that are not finite are refused before they get anywhere, and a file is whole or it is refused.
+Non-finite numbers are refused before they can spread, and so are files that are not complete.
 """
 
 import copy
@@ -72,8 +72,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Store a step of the environments, if all that it returned is finite."""
-        normalize = self._vec_normalize_env  # it clips: look at what the environments returned
+        """Store a step of the environments, if everything that it returned is finite."""
+        normalize = self._vec_normalize_env  # it clips: check what the environments returned
         self._check_finite("reward", reward if normalize is None else normalize.get_original_reward())
         self._check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
         for i in np.flatnonzero(dones):
@@ -89,9 +89,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
     ) -> None:
         """
-        Stop before a number that is not finite as a float gets anywhere.
+        Refuse numbers that are not finite in single precision, before they can spread.
 
-        :param what: what it is, for the error message
+        :param what: what the numbers are, for the error message
         :param values: of all environments, or of one
         :param env_index: the environment, if they are of one
         """
@@ -99,7 +99,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             if finite_numbers(array).all():
                 continue
             self._restore_statistics()
-            self._last_obs = None  # the environments are a step ahead of it: the next learn() resets them
+            self._last_obs = None  # the environments are a step ahead, so the next learn() resets them
             array = np.asarray(array)
             if env_index is None:
                 env_index = int(np.argmin(finite_numbers(array).reshape(len(array), -1).all(axis=1)))
@@ -120,11 +120,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save the model in a zip-file, without the replay buffer. An existing file is replaced once all is written.
+        Save the model in a zip file, without the replay buffer. An existing file is replaced once all is written.
 
-        :param path: the file, or where to write
+        :param path: the path, or an open file
         :param exclude: names of attributes to leave out, besides those that always are
-        :param include: names of attributes that are always left out, but not this time
+        :param include: names of attributes to save although they are normally left out
         """
         self._on_save()
         vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in LEFT_OUT})
@@ -132,7 +132,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             super().save(file, exclude, include)
 
     def _on_save(self) -> None:
-        """Do what precedes the saving of the model."""
+        """Hook: called before the model is saved."""
 
     @classmethod
     def load(  # type: ignore[override]
@@ -146,18 +146,18 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """
-        Load the model from a zip-file, which must be whole.
+        Load the model from a zip file, which must be complete.
 
-        :param path: the file, or where to read
-        :param env: the environment to go on with; None is enough to predict
+        :param path: the path, or an open file
+        :param env: the environment to continue with; None is enough to predict
         :param device: "cpu", "cuda", ...; "auto" is a GPU if there is one
-        :param custom_objects: what is taken instead of what the file has, by name
-        :param args: as of ``BaseAlgorithm.load``
-        :param weights_only: for files from others: run nothing of the file. What it has only as code (functions, your
-            own classes) must come by ``custom_objects`` or ``kwargs``
-        :param kwargs: as of ``BaseAlgorithm.load``; also arguments to change
+        :param custom_objects: objects by name that replace those in the file
+        :param args: as for ``BaseAlgorithm.load``
+        :param weights_only: for files from others: run no code from the file. What it holds only as code (functions,
+            your own classes) must be passed as ``custom_objects`` or ``kwargs``
+        :param kwargs: as for ``BaseAlgorithm.load``; also arguments to change
         :return: the model
-        :raise ValueError: if the file is damaged, of another algorithm, or names what ``weights_only`` needs
+        :raise ValueError: if the file is damaged or of another algorithm; names what ``weights_only`` needs to be given
         """
         with open_archive(path, "zip") as file:
             data, name = read_data(file), file_name(path)
@@ -169,17 +169,17 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Refuse files that are not meant, and give the arguments that an older version did not have."""
+        """Refuse unsuitable files, and return the arguments that an older version did not have."""
         return {}
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file with a checksum, or as arrays to a path that ends in ".npz".
+        Save the replay buffer as a pickle file with a checksum, or as arrays if the path ends in ".npz".
 
         An existing file is replaced once the new one is complete.
 
         :param path: the file
-        :raise ValueError: if arrays of numbers are not all that an ".npz" would need
+        :raise ValueError: if an ".npz" would need more than arrays of numbers
         """
         if is_npz(path):
             assert self.replay_buffer is not None
@@ -192,15 +192,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
     ) -> None:
         """
-        Load a replay buffer from a pickle file, or from an ".npz", of which nothing is run.
+        Load a replay buffer from a pickle file, or from an ".npz", which runs no code.
 
-        If that fails, the model keeps its own.
+        If that fails, the model keeps its own buffer.
 
         :param path: the file
-        :param truncate_last_traj: whether the last, unfinished episode of a ``HerReplayBuffer`` ends where it is
-        :param mmap: leave the arrays of an ".npz" in the file, which stays as it is, until they are used
-        :raise ValueError: if the file is damaged, its buffer is for other spaces or another number of environments, or
-            (without ``mmap``) has numbers that are not finite
+        :param truncate_last_traj: whether to end the last, unfinished episode of a ``HerReplayBuffer`` where it is
+        :param mmap: leave the arrays of an ".npz" in the file, which is not changed, until they are used
+        :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
+            or (without ``mmap``) has numbers that are not finite
         """
         own: Any = self.replay_buffer
         try:

@@ -1,7 +1,7 @@
-"""Plain JSON for what SB3 pickles, so that models and policies load without running anything from their files.
+"""Plain JSON for what SB3 pickles, so that models and policies load without running code from their files.
 
-SB3 saves arguments in JSON, and as a pickle each one that JSON does not know: spaces, classes, schedules. Beside these
-pickles stands here how to make the same objects from plain values and a short list of known classes.
+SB3 saves arguments as JSON, but pickles those that JSON cannot express: spaces, classes, schedules. Next to these
+pickles, files of this package describe how to make the same objects from plain values and a short list of classes.
 """
 
 import importlib
@@ -24,9 +24,9 @@ from stable_baselines3.her import GoalSelectionStrategy, her_replay_buffer
 
 from sb3_staq.save_util import PathOrFile, atomic_write, file_name, open_archive
 
-# Where this stands among a model's data
+# The key of this description in a model's data
 PLAIN = "_plain"
-# What a model's file from others does not decide: what is made anew in any case, what is imported by its name, and
+# What a model file from others must not decide: what is rebuilt in any case, what would be imported by its name, and
 # where files go
 LEFT_OUT = ("lr_schedule", "_last_obs", "_last_original_obs", "_last_episode_starts", "env", "tensorboard_log")
 
@@ -35,7 +35,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# Objects that are made anew, by the arguments that it takes
+# Classes whose objects are rebuilt, and how to get the arguments for this
 _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype),
     # Gymnasium < 1.2 takes no dtype here
@@ -70,10 +70,10 @@ _CLASSES = {
 
 def to_json(value: Any) -> Any:
     """
-    Describe a value in plain JSON: such that :func:`from_json` can make it, or by the name of its class.
+    Describe a value in plain JSON, so that :func:`from_json` can rebuild it, or else by the name of its class.
 
     :param value: any object
-    :return: what ``json.dumps`` takes
+    :return: what ``json.dumps`` accepts
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -88,7 +88,7 @@ def to_json(value: Any) -> Any:
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         flat = np.ravel(value)
-        is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # as the bounds of images
+        is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # like the bounds of images
         values = flat[:1].tolist() or [0] if is_constant else value.tolist()
         return {":array": value.dtype.str, "shape": list(value.shape), "values": values[0] if is_constant else values}
     if isinstance(value, np.dtype):
@@ -100,12 +100,12 @@ def to_json(value: Any) -> Any:
 
 def from_json(item: Any) -> Any:
     """
-    Make a value of what :func:`to_json` gave. Nothing in it is executed.
+    Rebuild a value from what :func:`to_json` returned, without running any code.
 
     :param item: plain JSON
     :return: the value
-    :raise ValueError: if it names other classes than policies of this package, extractors and replay buffers of SB3,
-        activations and optimizers of PyTorch; or an object that is none of these values
+    :raise ValueError: if it names classes other than policies of this package, extractors and replay buffers of SB3,
+        activations and optimizers of PyTorch; or if only the class of an object was saved
     """
     if isinstance(item, list):
         return [from_json(each) for each in item]
@@ -132,7 +132,7 @@ def _known_class(name: str, known: Iterable[str]) -> type:
 
 def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Describe what SB3 would pickle.
+    Describe in plain JSON what SB3 would pickle.
 
     :param data: a model's data, or the arguments of a policy
     :return: plain JSON, to be saved with the data under the name ``PLAIN``
@@ -142,13 +142,13 @@ def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
-    Make everything that SB3 has pickled in a file without its pickles.
+    Rebuild everything that SB3 has pickled in a file, without using its pickles.
 
     :param data: the data in JSON, as SB3 saves it
-    :param given: what is taken instead of anything saved
-    :param name: of the file, for the error
+    :param given: objects by name that replace saved ones
+    :param name: name of the file, for the error message
     :return: ``custom_objects`` with which SB3 unpickles nothing
-    :raise ValueError: names everything that has to be given
+    :raise ValueError: if objects have to be given; the message lists all of them
     """
     objects, missing = dict(given), []
     for key, value in data.items():
@@ -157,7 +157,7 @@ def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], n
         item = data.get(PLAIN, {}).get(key, {":code": value.get(":type:")})
         try:
             objects[key] = from_json(item)
-        except Exception as error:  # of many kinds, for anything may stand there
+        except Exception as error:  # of many kinds, since the data may be anything
             missing.append(f"{key} ({error})")
     if missing:
         example = f"custom_objects={{{missing[0].split(' ')[0]!r}: ...}}"
@@ -174,7 +174,7 @@ def save_policy(path: PathOrFile, state_dict: Mapping[str, Any], arguments: Mapp
 
     :param path: the file
     :param state_dict: its tensors
-    :param arguments: what its constructor takes
+    :param arguments: arguments of its constructor
     """
     data = data_to_json({**arguments, PLAIN: plain_values(arguments)})
     with atomic_write(path) as file:
@@ -185,14 +185,14 @@ def load_policy(
     path: PathOrFile, device: th.device | str, given: Mapping[str, Any], weights_only: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    Load what :func:`save_policy` has saved, or SB3's policies, as those of version 0.1.0 are.
+    Load what :func:`save_policy` has saved, or a policy in SB3's format, as version 0.1.0 used it.
 
     :param path: the file
     :param device: where the tensors go
-    :param given: arguments that are taken instead of those of the file
-    :param weights_only: whether to run nothing of the file
+    :param given: arguments that replace those in the file
+    :param weights_only: whether to run no code from the file
     :return: its tensors and the arguments
-    :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments must be given
+    :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments have to be given
     """
     device = get_device(device)
     with open_archive(path) as file:
@@ -207,7 +207,7 @@ def load_policy(
                     ) from error
                 file.seek(0)
                 saved = th.load(file, map_location=device, weights_only=False)
-        except (RuntimeError, pickle.UnpicklingError) as error:  # of PyTorch's own reader
+        except (RuntimeError, pickle.UnpicklingError) as error:  # from PyTorch's own reader
             raise ValueError(f"{file_name(path)} is damaged, or no policy: {error}") from error
     data = saved["data"]
     if isinstance(data, str):

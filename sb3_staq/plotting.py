@@ -13,7 +13,7 @@ import numpy as np
 
 from sb3_staq.callbacks import DIAGNOSTICS_HEADER, complete_lines
 
-# Needed to look at the file only, not to train
+# Needed only to look at the file, not to train
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Blue and orange differ for everybody, and dashes from lines in print as well
+    # Everybody can tell blue from orange, and dashes from lines in print as well
     blue, orange = "#0072B2", "#D55E00"
     figure = Figure(figsize=(11, 7), layout="constrained")
     kl, normalised_entropy, action_gap, by_age = axes = figure.subplots(2, 2, sharex=True).flat

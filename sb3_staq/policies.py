@@ -52,20 +52,20 @@ class StaQPolicy(CriticPolicy):
 
     :param observation_space: Observation space
     :param action_space: Action space
-    :param lr_schedule: Learning rate schedule (could be constant)
+    :param lr_schedule: Schedule of the learning rate
     :param net_arch: Sizes of the hidden layers of each critic, [256, 256] by default ([] after a ``NatureCNN``). For
         state-action critics also ``dict(pi=[...], qf=[...])`` as in SAC, ``pi`` ([128, 128] by default, [] after a
         ``NatureCNN``) for the main effects that the stack is made of and ``qf`` ([256, 256] by default) for the critics
     :param activation_fn: Activation function
-    :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default those of
-        state-action critics are (the network of main effects never is)
-    :param features_extractor_class: Features extractor to use; each critic has its own. By default the one of the
-        class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
-    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param layer_norm: Whether the critics' hidden layers are normalised before their activations; by default only those
+        of state-action critics are (the network of main effects never is)
+    :param features_extractor_class: Class of the features extractors, of which each critic has its own. The default
+        depends on the policy class (``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``)
+    :param features_extractor_kwargs: Keyword arguments of the features extractors
     :param normalize_images: Whether to divide images by 255.0
-    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
-    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
-        (``fused=True`` by default for Adam)
+    :param optimizer_class: Class of the optimizer, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Keyword arguments of the optimizer apart from the learning rate (``fused=True`` by default
+        for Adam)
 
     The other parameters are those of :class:`~sb3_staq.staq.StaQ`, which sets them.
     """
@@ -97,7 +97,7 @@ class StaQPolicy(CriticPolicy):
         average_size: int = 60,
     ):
         if optimizer_kwargs is None:
-            # The same numbers in one kernel instead of several per parameter
+            # The same results, in one kernel instead of several per parameter
             optimizer_kwargs = {"fused": True} if optimizer_class is th.optim.Adam else {}
         super().__init__(
             observation_space,
@@ -120,7 +120,7 @@ class StaQPolicy(CriticPolicy):
         self.n_critics = n_critics
         self.critic_reduction = critic_reduction
         self.memory_size = memory_size
-        self.logit_rule = make_logit_rule(logit_rule, memory_size)  # numbers, which can be saved
+        self.logit_rule = make_logit_rule(logit_rule, memory_size)  # a callable becomes numbers, to be saved
         self.action_grid = action_grid
         self.action_bins = action_bins
         self.branches = make_branches(action_space, action_grid, action_bins)
@@ -187,7 +187,7 @@ class StaQPolicy(CriticPolicy):
 
     def log_prob(self, logit_sums: th.Tensor) -> th.Tensor:
         """
-        Compute ``log pi(.|s)``, ``pi = softmax(xi)`` and ``xi = scale * S``.
+        Compute ``log pi(.|s)``, where ``pi = softmax(xi)`` and ``xi = scale * S``.
 
         :param logit_sums: weighted sums ``S``, shape (batch, n_bins)
         :return: same shape
@@ -197,9 +197,9 @@ class StaQPolicy(CriticPolicy):
     @contextmanager
     def acting_by(self, logit_sums: Callable[[PyTorchObs], th.Tensor]) -> Iterator[None]:
         """
-        Let :meth:`logits`, and so ``predict``, follow other weighted sums for a while.
+        Let :meth:`logits`, and so ``predict``, use other weighted sums inside the block.
 
-        :param logit_sums: gives them for observations, shape (batch, n_bins)
+        :param logit_sums: computes them from observations, shape (batch, n_bins)
         """
         self._acting_sums = logit_sums
         try:
@@ -209,7 +209,7 @@ class StaQPolicy(CriticPolicy):
 
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Compute the logits of the policy that is delivered, see ``eval_policy``.
+        Compute the logits of the delivered policy, see ``eval_policy``.
 
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
@@ -222,7 +222,7 @@ class StaQPolicy(CriticPolicy):
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """
-        Give the policy that is delivered, see ``eval_policy``.
+        Return the distribution of the delivered policy, see ``eval_policy``.
 
         :param obs: observations
         :return: a distribution over bins
@@ -230,7 +230,7 @@ class StaQPolicy(CriticPolicy):
         return self.branches.distribution(self.logits(obs))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        """Give stored actions of the policy that is delivered."""
+        """Return stored actions of the delivered policy."""
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
@@ -241,7 +241,7 @@ class StaQPolicy(CriticPolicy):
 
     def random_actions(self, n_actions: int) -> np.ndarray:
         """
-        Draw actions of uniformly random bins. A Box has others as well, which the policy never takes.
+        Draw actions of uniformly random bins, the only actions of a Box that the policy samples.
 
         :param n_actions: number of actions
         :return: actions of the environment, shape (n_actions, ...)
@@ -259,8 +259,8 @@ class StaQPolicy(CriticPolicy):
 
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
-        :param memory_size: the number of critics from now on, if it changes
-        :return: what this does to the weighted sum, and the critics that it deletes from it
+        :param memory_size: the largest number of critics from now on, if it changes
+        :return: the change of the weighted sum, and the critics that are deleted from it
         """
         if memory_size is not None:
             self.memory_size = self.frozen_critics.weights.memory_size = memory_size

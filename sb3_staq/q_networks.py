@@ -19,7 +19,7 @@ Params = Mapping[str, th.Tensor]
 
 class DuelingHead(nn.Module):
     """
-    Sum up a value and centred advantages: ``Q(s,a) = V(s) + sum_d A_d(s,a_d)``, as branching dueling Q-networks do.
+    Add up a value and centred advantages: ``Q(s,a) = V(s) + sum_d A_d(s,a_d)``, as branching dueling Q-networks do.
 
     Without centring, bins that are seldom taken keep stale values while V grows.
 
@@ -73,7 +73,7 @@ class Critic(nn.Module):
         self.q_net = nn.Sequential(*mlp)
         if head is not None:
             self.q_net.append(head)
-        # Layer by layer, with the names of its parameters: what a batched pass needs to know
+        # Each layer with the names of its parameters, which a batched pass needs
         layers = {"features_extractor": features_extractor, **{f"q_net.{i}": x for i, x in enumerate(self.q_net)}}
         self.layers = [(x, {leaf: f"{name}.{leaf}" for leaf, _ in x.named_parameters()}) for name, x in layers.items()]
         self.output_index = len(mlp)  # of the last layer with parameters
@@ -89,7 +89,7 @@ class Critic(nn.Module):
 
 
 def _check_extractor(features_extractor: nn.Module) -> None:
-    """Refuse what a stack of critics cannot hold."""
+    """Refuse a features extractor that a stack of critics cannot hold."""
     found = ""
     names = [name for name, _ in features_extractor.named_parameters(remove_duplicate=False)]
     if list(features_extractor.buffers()):
@@ -134,28 +134,28 @@ class QNetwork(Critic):
 
 def _batched_layer(layer: nn.Module, params: Params, x: Any, shared_input: bool) -> th.Tensor:
     """
-    Apply N copies of a layer, which differ in their parameters.
+    Apply N copies of a layer that differ only in their parameters.
 
     :param layer: gives the structure only
-    :param params: its parameters, each with a leading dimension N; none if the copies do not differ
+    :param params: its parameters, each with a leading dimension N; none if the layer has none
     :param x: input, shared by all copies or with a leading dimension N
-    :param shared_input: which of these
-    :return: output with a leading dimension N; that of the input for a layer without parameters
+    :param shared_input: whether it is shared
+    :return: output with a leading dimension N; for a layer without parameters, only if the input has it
     """
     if not params:
-        in_place = isinstance(layer, nn.ReLU) and not th.is_grad_enabled() and not exporting()  # spares fresh memory
+        in_place = isinstance(layer, nn.ReLU) and not th.is_grad_enabled() and not exporting()  # saves memory
         return th.relu_(x) if in_place else layer(x)
     if isinstance(layer, nn.Linear) and "bias" in params:
         return batched_linear(x, params["weight"], params["bias"])
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
         one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
-        x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without the two
+        x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without these two
         return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
     if not exporting():
         in_dims = (0, None if shared_input else 0)
         try:
             return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(dict(params), x)
-        except RuntimeError:  # recurrent layers, writing in place, branches on values
+        except RuntimeError:  # recurrent layers, in-place writes, branches on values
             pass
     n_copies = len(next(iter(params.values())))
     copies = [{name: param[i] for name, param in params.items()} for i in range(n_copies)]
@@ -164,7 +164,7 @@ def _batched_layer(layer: nn.Module, params: Params, x: Any, shared_input: bool)
 
 
 def _call_with(layer: nn.Module, params: dict[str, th.Tensor], args: tuple[Any, ...]) -> th.Tensor:
-    """Call a layer with other parameters in the place of its own."""
+    """Call a layer with other parameters in place of its own."""
     owners = [(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in params]
     own: list[Any] = [owner._parameters[leaf] for owner, leaf in owners]
     try:
@@ -194,7 +194,7 @@ def batched_forward(
     :param start: index of the first layer to apply
     :param end: index of the first layer not to apply
     :param shared_input: whether all critics have the same input, else it has a leading dimension N
-    :param coef: weights of the sum, shape (N,). From the output layer on a critic is linear, so the sum is taken there
+    :param coef: weights of the sum, shape (N,). Critics are linear from the output layer on, so it is taken there
     :return: shape (N, batch, n_outputs), or (batch, n_outputs) with ``coef``
     """
     for i, (layer, names) in enumerate(net.layers[start:end], start):
@@ -216,7 +216,7 @@ class Ensemble(nn.Module, Generic[Net]):
 
     def __init__(self, nets: list[Net]):
         super().__init__()
-        self.net = copy.deepcopy(nets[0])  # a features extractor may hold a module of the user's
+        self.net = copy.deepcopy(nets[0])  # a features extractor may hold one of the user's modules
         for name, param in self.net.named_parameters():
             param.data = th.stack([net.get_parameter(name).data for net in nets])
         self.params = dict(self.net.named_parameters())

@@ -19,22 +19,22 @@ from sb3_staq.kernels import allocate, exporting
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
 from sb3_staq.q_networks import CriticEnsemble, batched_forward
 
-# Activations per layer at a time: on a CPU 2 MB, which stay in its cache; a GPU needs much work at a time
+# Activations per layer and chunk: on a CPU 2 MB, which stay in its cache; a GPU needs larger chunks
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
-# Critics with at most this share of the weights are left out: for 256 of them, the resolution of a float, 2^-24
+# Critics with at most this share of the weights are skipped: 256 of them make 2^-24, the resolution of a float
 NEGLIGIBLE_WEIGHT = 2.0**-32
-# Rows of critics without weight that are evaluated rather than parted at: a pass of its own costs about as much
+# Shorter gaps of critics without weight are evaluated too: splitting the batched pass there costs about as much
 GAP = 4
 NEW = -1
 
 
 class FrozenCritics(nn.ModuleList):
     """
-    The stack of frozen critics: each entry is the ensemble that one policy update pushed.
+    The stack of frozen critics; each entry is the ensemble that one policy update pushed.
 
-    Times ``weights.scale``, the weighted sum ``S(s) = sum_i w_i Q_i(s)`` are logits. Entries of the logit rule come
-    first, then those of the average alone. ``state_dict`` loads into a stack of any size. Whoever changes parameters
-    in place calls :meth:`gather`.
+    The logits are ``weights.scale`` times the weighted sum ``S(s) = sum_i w_i Q_i(s)``. Entries that the logit rule
+    weights come first, then those that only the average needs. ``state_dict`` loads into a stack of any size. Code that
+    changes parameters in place must call :meth:`gather`.
 
     :param template: an ensemble with the architecture of the entries
     :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
@@ -60,7 +60,7 @@ class FrozenCritics(nn.ModuleList):
         self.marked = {"candidate": (0, 0.0), "best": (0, 0.0)}
         # The policy updates that pushed the entries
         self.updates: list[float] = []
-        # Changes with every push and load: what has been computed with the stack before is void
+        # Changes with every push and load, which make earlier results of the stack invalid
         self.version = 0
         self.n_bins = template.net.n_bins
         # The structure of an entry, without memory for its parameters; in a list, so that it is not a submodule
@@ -112,7 +112,7 @@ class FrozenCritics(nn.ModuleList):
         values = [value if abs(value) > threshold else 0.0 for value in values]
         while values and values[-1] == 0.0:
             values.pop()
-        # The mean of an ensemble is a sum as well: one factor for each network
+        # The mean of an ensemble is a weighted sum as well: each network gets a factor
         coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
         coefs = coefs.unsqueeze(1).repeat(1, block.shape[1])
         runs: list[range] = []
@@ -125,7 +125,7 @@ class FrozenCritics(nn.ModuleList):
         return coefs, runs
 
     def _rule_values(self) -> list[float]:
-        """The weights by the logit rule, in the order of the entries."""
+        """Return the weights of the logit rule, in the order of the entries."""
         weights = self.weights.values
         recent = self.updates[: len(weights)]
         of_update = dict(zip(sorted(recent), weights, strict=False))  # a damaged file may repeat an update
@@ -156,14 +156,14 @@ class FrozenCritics(nn.ModuleList):
         self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
     ) -> tuple[PolicyUpdate, list[CriticEnsemble]]:
         """
-        Freeze a copy of the critics on the stack: the policy update. It happens as a whole or not at all.
+        Freeze a copy of the critics on the stack (the policy update), as a whole or not at all.
 
         :param critics: the current critics
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
-        :return: what this does to the weighted sum of the logit rule, and the critics that it deletes from it
+        :return: the change of the logit rule's weighted sum, and the critics that are deleted from that sum
         """
-        # Prepare all that can fail ...
+        # Prepare everything that can fail ...
         new_params = {name: param.detach() for name, param in critics.net.named_parameters()}
         if {name: x.shape for name, x in new_params.items()} != {name: x.shape[1:] for name, x in self._blocks.items()}:
             raise ValueError("Invalid critics: expected the architecture of the stack")
@@ -204,7 +204,7 @@ class FrozenCritics(nn.ModuleList):
         return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
 
     def _reserved(self, n_entries: int) -> dict[str, th.Tensor]:
-        """Blocks with room for so many entries: larger ones grow by doubling, so that pushes cost constant time."""
+        """Return blocks with room for ``n_entries``: they grow by doubling, so that pushes take constant time."""
         capacity = len(next(iter(self._blocks.values())))
         if n_entries <= capacity:
             return self._blocks
@@ -217,16 +217,16 @@ class FrozenCritics(nn.ModuleList):
         return blocks
 
     def _link(self, start: int = 0) -> None:
-        """Make the parameters of the entries from ``start`` on views of the blocks."""
+        """Turn the parameters of the entries from ``start`` on into views of the blocks."""
         for i in range(start, len(self)):
             entry: Any = self[i]
             for name, param in entry.net.named_parameters():
                 param.data = self._blocks[name][i]
 
-    # Saving, loading, copying and moving: the blocks stay the one copy of the parameters
+    # Saving, loading, copying and moving: the blocks remain the only copy of the parameters
 
     def gather(self) -> None:
-        """Take over parameters that others have put in place of the entries' own, or have changed in place."""
+        """Take over parameters of the entries that other code has replaced or changed in place."""
         entry: Any
         for i, entry in enumerate(self):
             for name, param in entry.net.named_parameters():
@@ -240,7 +240,7 @@ class FrozenCritics(nn.ModuleList):
         destination.update({f"{prefix}{name}": value for name, value in tensors.items()})
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
-        """As of any module, but with copies: saving a view would save the whole block, unused rows included."""
+        """Return copies, unlike other modules: saving a view would save the whole block, unused rows included."""
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
         for key, value in state.items():
             if key.startswith(prefix) and not keep_vars:
@@ -293,7 +293,7 @@ class FrozenCritics(nn.ModuleList):
 
 
 def _arrange(sources: Sequence[int], start: int) -> list[int]:
-    """Place entries in the rows from ``start`` on, so that as few as possible change their row."""
+    """Assign entries to the rows from ``start`` on, so that as few as possible change their row."""
     rows = range(start, start + len(sources))
     free = iter(source for source in sources if source not in rows)
     return [row if row in sources else next(free) for row in rows]

@@ -1,6 +1,6 @@
-"""Batches of transitions with ``log pi(.|s')`` as a field, and the two ways to get it.
+"""Batches of transitions with ``log pi(.|s')`` as a field, and the two ways to compute it.
 
-*Direct*: the stack is evaluated at every sampled next state. *Cached*: its weighted sums are remembered, see
+*Direct*: the stack is evaluated at every sampled next state. *Cached*: its weighted sums are cached, see
 :mod:`sb3_staq.logit_cache`.
 """
 
@@ -20,14 +20,14 @@ from sb3_staq.observations import map_fields, select
 from sb3_staq.policies import StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 
-# Replayed states that a policy update is measured with; gradient steps draw at most so many at a time
+# Replayed states at which a policy update is measured; gradient steps draw at most this many at a time
 STATES_AT_ONCE = 1024
-# ... and at most so many elements of observations
+# ... and at most this many elements of observations
 SAMPLE_ELEMENTS = 2**24
 
 
 class ReplayBatch(NamedTuple):
-    """A batch of SB3's replay buffers with what the policy says of the next states."""
+    """A batch from one of SB3's replay buffers, with the policy at the next states."""
 
     observations: PyTorchObs
     actions: th.Tensor
@@ -36,7 +36,7 @@ class ReplayBatch(NamedTuple):
     rewards: th.Tensor
     discounts: th.Tensor | None
     next_log_prob: th.Tensor  # log pi(.|s'), shape (batch, n_bins)
-    next_actions: SampledActions | None  # drawn from it, for state-action critics
+    next_actions: SampledActions | None  # drawn from the policy, for state-action critics
 
     def split(self, batch_size: int) -> "Iterator[ReplayBatch]":
         """
@@ -55,8 +55,8 @@ class PolicyReplay:
 
     :param buffer: any replay buffer of SB3
     :param policy: the policy
-    :param vec_normalize: what normalises the sampled transitions, if anything does
-    :param cached: whether to remember the weighted sums
+    :param vec_normalize: the wrapper that normalises the sampled transitions, if any
+    :param cached: whether to cache the weighted sums
     """
 
     def __init__(self, buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None, cached: bool):
@@ -69,22 +69,22 @@ class PolicyReplay:
         self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, elements)))
 
     def is_made_of(self, buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None) -> bool:
-        """Tell whether these are the objects that it was made of: users may put others in their place."""
+        """Return whether it was made of these very objects, which users may have replaced."""
         return self.buffer is buffer and self.policy is policy and self.vec_normalize is vec_normalize
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
-        Give the weighted sums ``S`` of the stack.
+        Return the weighted sums ``S`` of the stack.
 
         :param obs: observations
-        :param remember: whether to remember what was evaluated
+        :param remember: whether to cache what was evaluated
         :return: shape (batch, n_bins)
         """
         with th.no_grad():
             return self.policy.logit_sums(obs) if self.cache is None else self.cache.logit_sums(obs, remember)
 
     def remember_last(self) -> None:
-        """Evaluate the sums at the next states of what the buffer has stored last, all environments in one pass."""
+        """Cache the sums at the next states that the buffer has stored last, for all environments in one pass."""
         buffer = self.buffer
         if self.cache is None:
             return
@@ -103,7 +103,7 @@ class PolicyReplay:
         :param batch_size: number of transitions per batch
         :return: the batches
         """
-        # What other buffers give may be no set of equals: HER's ends with the relabelled transitions
+        # Samples of other buffers cannot be split into batches: HER's end with the relabelled transitions
         if not is_plain(self.buffer):
             yield from (self.sample(batch_size) for _ in range(n_batches))
             return
@@ -128,7 +128,7 @@ class PolicyReplay:
 
     def sample_states(self, n_states: int) -> tuple[PyTorchObs, th.Tensor]:
         """
-        Draw states that the policy update is measured with.
+        Draw states at which to measure the policy update.
 
         :param n_states: number of states
         :return: next observations, and the weighted sums there, shape (n_states, n_bins)
@@ -145,10 +145,10 @@ class PolicyReplay:
 
     def follow(self, update: PolicyUpdate, deleted: Sequence[CriticEnsemble]) -> None:
         """
-        Take note of a policy update.
+        Bring the cache up to date after a policy update.
 
-        :param update: what it does to the weighted sums
-        :param deleted: the critics that it deleted from them
+        :param update: the change of the weighted sums
+        :param deleted: the critics that were deleted from them
         """
         if self.cache is not None:
             with th.no_grad():
@@ -169,10 +169,10 @@ def _check_finite(name: str, values: Any) -> None:
 
 def is_plain(buffer: ReplayBuffer) -> bool:
     """
-    Tell whether a buffer hands out what is stored in it, so that its states come again.
+    Return whether a buffer returns transitions as stored, so that the same states come again.
 
     :param buffer: a replay buffer
-    :return: True for SB3's own but for HER's; a subclass may relabel its transitions
+    :return: True for SB3's own buffers except HER's; a subclass may relabel its transitions
     """
     return type(buffer) in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
@@ -181,13 +181,13 @@ def cache_pays(
     buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None, n_sampled: float | None
 ) -> bool:
     """
-    Decide ``logit_cache="auto"``: two critics at all stored states per policy update, or M at the sampled ones.
+    Decide ``logit_cache="auto"``: per policy update, two critics at all stored states or M at the sampled ones.
 
     :param buffer: the replay buffer
     :param policy: the policy
-    :param vec_normalize: what normalises the sampled transitions, if anything does
+    :param vec_normalize: the wrapper that normalises the sampled transitions, if any
     :param n_sampled: number of states that are sampled between two policy updates; None if it is not known
-    :return: whether the cache costs less, in memory that it may take
+    :return: whether the cache costs less, and fits into the memory that it may take
     """
     weights = policy.frozen_critics.weights
     normalised = vec_normalize is not None and vec_normalize.norm_obs

@@ -1,9 +1,9 @@
 """
-Trainings that cannot be lost: checkpoints of everything, from which the same script goes on when it is started again.
+Trainings that survive interruptions: checkpoints of everything, from which the same script continues when restarted.
 
-What goes on is bitwise the training that would have gone on (on a CPU, in one thread), if the environments can give
-their states: MuJoCo's and classic control's can, others by two methods, ``get_training_state()`` and
-``set_training_state(state)``. Without them it is the same from the next episode on, for the environments start anew.
+The training continues bitwise as without the interruption (on a CPU, in one thread), if the environments can provide
+their states: MuJoCo's, classic control's and toy text's can, others by two methods, ``get_training_state()`` and
+``set_training_state(state)``. Without them, everything else is restored, and the environments start new episodes.
 """
 
 import os
@@ -48,12 +48,12 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 class ResumeCallback(BaseCallback):
     """
-    Save everything now and then, and go on from the newest whole checkpoint when the same script is started again.
+    Save checkpoints regularly, and continue from the newest complete one when the same script is started again.
 
-    It saves between two rollouts, where nothing is in flight: model, replay buffer with what is remembered of it,
+    It saves between two rollouts, where nothing is in flight: the model, the replay buffer with the logit cache,
     wrappers with their statistics, environments, callbacks, and the states of all random number generators. Whatever
-    happens meanwhile, the newest whole checkpoint stays. For any algorithm of SB3; the files are pickles, so load your
-    own only.
+    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm. The files are
+    pickles, so load only your own.
 
     Example::
 
@@ -61,10 +61,10 @@ class ResumeCallback(BaseCallback):
 
     :param save_freq: environment steps between two checkpoints
     :param save_path: folder of the checkpoints of this training, and of no other
-    :param keep: number of checkpoints that are kept
-    :param verbose: Verbosity level: 1 tells where a training goes on
-    :raise ValueError: if the checkpoint is of a training with other arguments. Functions, as a schedule, cannot be
-        compared: those of the checkpoint go on
+    :param keep: number of checkpoints to keep
+    :param verbose: Verbosity level: 1 reports from where a training continues
+    :raise ValueError: if the checkpoint is of a training with other arguments. Functions, such as schedules, cannot be
+        compared: those of the checkpoint are used
     """
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
@@ -78,7 +78,7 @@ class ResumeCallback(BaseCallback):
         self._next_save = save_freq
 
     def _checkpoints(self) -> list[Path]:
-        """All that are whole, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         return sorted(self.save_path.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
 
     def _on_training_start(self) -> None:
@@ -96,11 +96,11 @@ class ResumeCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps >= self.model._total_timesteps:  # else it was stopped within a rollout
+        if self.model.num_timesteps >= self.model._total_timesteps:  # otherwise it was stopped within a rollout
             self.save()
 
     def _own_arguments(self) -> dict[str, Any]:
-        """The arguments of the algorithm that can be compared: plain values, and what these two look like."""
+        """Return the algorithm's arguments that can be compared: plain values, and two others by their text."""
         kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
         plain = {name: value for name, value in attributes.items() if name[0] != "_" and isinstance(value, kinds)}
         for name in {"train_freq", "policy_kwargs"} & attributes.keys():
@@ -108,7 +108,7 @@ class ResumeCallback(BaseCallback):
         return plain
 
     def _callbacks(self) -> list[BaseCallback]:
-        """All callbacks of the training, in a fixed order."""
+        """Return all callbacks of the training, in a fixed order."""
         found, todo = [], [self.locals["callback"]]
         while todo:
             callback = todo.pop()
@@ -123,7 +123,7 @@ class ResumeCallback(BaseCallback):
         return type(callback).__name__, get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env
 
     def save(self) -> None:
-        """Save a checkpoint. It has its name as soon as it is whole."""
+        """Save a checkpoint, which gets its name only once it is complete."""
         model, unfinished = self.model, self.save_path / f"unfinished_{os.getpid()}"
         for path in self.save_path.glob("unfinished_*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -181,7 +181,7 @@ class ResumeCallback(BaseCallback):
             if state[2] is not None:
                 set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
         exact = set_vec_env_state(model.env, rest["env"])
-        model.action_space = model.env.action_space  # the same object as ever, so that its random numbers go on
+        model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
         if not exact:
             self._begin_episodes_anew(model)
         _set_random_states(rest["random"])
@@ -195,7 +195,7 @@ class ResumeCallback(BaseCallback):
 
     @staticmethod
     def _begin_episodes_anew(model: BaseAlgorithm) -> None:
-        """Start new episodes; in the replay buffer the old ones end as by a timeout."""
+        """Start new episodes; in the replay buffer, the old ones end as if by a timeout."""
         assert model.env is not None
         buffer: Any = getattr(model, "replay_buffer", None)
         if buffer is not None and buffer.size() > 0:

@@ -1,4 +1,4 @@
-"""Saving that never leaves half a file behind, and loading that notices damage."""
+"""Saving that never leaves a half-written file, and loading that notices damage."""
 
 import hashlib
 import io
@@ -20,9 +20,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PathOrFile = str | pathlib.Path | io.BufferedIOBase
-# What follows a pickle: its unpickler stops before it
+# Begins the checksum behind a pickle, which unpickling does not reach
 TRAILER = b"\nsha256:"
-# What every StaQ model has, and no other algorithm
+# Arguments that every StaQ model has and other algorithms do not
 STAQ_ARGUMENTS = {"policy_update_interval", "kl_coef", "logit_rule"}
 
 
@@ -31,10 +31,10 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
     Open a file for writing that replaces ``path`` in one step once it is complete.
 
-    A process that fails or is killed half-way leaves the old file as it was; what it leaves behind is removed at the
-    next save to the same path. An existing file keeps its mode, a link stays a link; a pipe or a device is written to.
-    Other paths are completed as SB3 does: a missing suffix is added, missing folders are created, and a folder's name
-    gets ``_2``.
+    If the process fails or is killed half-way, the old file stays as it was; a leftover temporary file is removed at
+    the next save to the same path. An existing file keeps its mode, and a link stays a link. Pipes and devices are
+    written to directly. Other paths are completed as in SB3: a missing suffix is added, missing folders are created,
+    and a folder's name gets ``_2``.
 
     :param path: the file to write; an open file is written to as it is
     :param suffix: suffix for a path that has none, without the dot
@@ -55,7 +55,7 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         with open(path, "wb") as file:
             yield file
         return
-    # Of a fixed length: the name of the file may have the greatest that there is
+    # Of a fixed length, because the file's own name may be as long as the file system allows
     prefix = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}."
     _remove_leftovers(path.parent, prefix)
     temporary, descriptor = _create(path.parent, prefix)
@@ -72,12 +72,12 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
 
 
 def _is_special(path: pathlib.Path) -> bool:
-    """Tell whether this is a pipe or a device."""
+    """Return whether this is a pipe or a device."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:
-    """Create a temporary file, locked as long as its process lives."""
+    """Create a temporary file that is locked as long as its process lives."""
     while True:
         temporary = folder / f"{prefix}{uuid.uuid4().hex}.tmp"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -87,7 +87,7 @@ def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:
 
 
 def _is_abandoned(descriptor: int) -> bool:
-    """Tell whether nobody holds a temporary file, and hold it; where there are no locks, all seem to be held."""
+    """Lock a temporary file, and return whether nobody held it; without support for locks, all seem to be held."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -129,7 +129,7 @@ class _HashingFile(io.RawIOBase):
 @contextmanager
 def with_checksum(file: Any) -> Iterator[Any]:
     """
-    Write a pickle, and behind it what shows later whether it is whole.
+    Write a pickle, followed by a checksum that later shows whether it is complete.
 
     :param file: an open file
     :return: context manager giving the file to write to
@@ -143,7 +143,7 @@ def with_checksum(file: Any) -> Iterator[Any]:
 
 def check_pickle(path: PathOrFile, suffix: str = "") -> None:
     """
-    Compare a pickle with its checksum. Files without one, as SB3 writes them, are not looked at.
+    Compare a pickle with its checksum. Files without one, such as SB3's, are not checked.
 
     :param path: the file, or an open one
     :param suffix: suffix for a path that has none, without the dot
@@ -171,7 +171,7 @@ def check_pickle(path: PathOrFile, suffix: str = "") -> None:
 @contextmanager
 def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
-    Open a zip file, as models and policies are, if all its members fit their checksums.
+    Open a zip file, such as a model or a policy, if all its members match their checksums.
 
     :param path: the file, or an open one
     :param suffix: suffix for a path that has none, without the dot
@@ -183,7 +183,7 @@ def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         try:
             with zipfile.ZipFile(file) as archive:
                 _check_archive(file, archive)
-        except Exception as error:  # of many kinds, for damage may be anywhere
+        except Exception as error:  # of many kinds, since damage may be anywhere
             raise ValueError(f"{file_name(path)} is damaged: {error}") from error
         finally:
             file.seek(start)
@@ -194,10 +194,10 @@ def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
     bad = archive.testzip()
     if bad is not None:
         raise ValueError(f"the contents of {bad!r} do not fit their checksum")
-    for info in archive.infolist():  # PyTorch reads nothing from a folder, and says nothing
+    for info in archive.infolist():  # PyTorch silently reads nothing from a folder
         if info.external_attr & 0x10 and not info.is_dir():
             raise ValueError(f"its member {info.filename!r} is a folder")
-    # Where the end is missing, a model within it has one; a wrong length in the directory hides the members behind it
+    # If the end is missing, an archive inside may provide one; a wrong length in the directory hides later members
     file.seek(-22, os.SEEK_END)
     end = file.read()
     n_members = int.from_bytes(end[10:12], "little")  # 0xFFFF if the number is elsewhere
@@ -210,7 +210,7 @@ def read_data(file: Any) -> dict[str, Any]:
     Read the data in a zip file of SB3 without unpickling anything.
 
     :param file: the open file
-    :return: its data, as JSON has them; none if it is no model
+    :return: its data, as parsed from JSON; empty if it is not a model
     """
     start = file.tell()
     with zipfile.ZipFile(file) as archive:
@@ -225,7 +225,7 @@ def check_algorithm(data: dict[str, Any], file: str) -> None:
 
     :param data: the data of a model
     :param file: name of its file
-    :raise ValueError: says which algorithm it is of
+    :raise ValueError: if it is of another algorithm; the message says which
     """
     if data.keys() >= STAQ_ARGUMENTS:
         return
@@ -240,17 +240,17 @@ def check_algorithm(data: dict[str, Any], file: str) -> None:
 
 def file_name(path: PathOrFile) -> str:
     """
-    Name a file in a message.
+    Return the name of a file, for messages.
 
     :param path: the file, or an open one
-    :return: its path, if it has one
+    :return: its path, or "the file" if it has none
     """
     return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
 
 
 @contextmanager
 def _opened(path: PathOrFile, suffix: str) -> Iterator[Any]:
-    """Open a file as SB3 finds it; an open one stays open."""
+    """Open a file, found in the same way as SB3 does; an open one stays open."""
     if not isinstance(path, (str, pathlib.Path)):
         yield path
         return

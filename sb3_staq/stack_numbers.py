@@ -1,4 +1,4 @@
-"""The numbers of a stack as they stand in files: in tensors, which everybody can load without running anything."""
+"""The numbers of a stack as they are saved: in tensors, which anyone can load without running any code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ def to_tensors(
     weights: StackWeights, updates: Sequence[float], n_updates: int, marked: Mapping[str, tuple[int, float]]
 ) -> dict[str, th.Tensor]:
     """
-    Give the numbers as tensors.
+    Return the numbers as tensors.
 
-    :param weights: of the logit rule
-    :param updates: the policy updates that pushed the entries
+    :param weights: weights of the logit rule
+    :param updates: for each entry, the policy update that pushed it
     :param n_updates: number of policy updates so far
     :param marked: when averages were taken, and the sum of their weights in the logits, see ``MARKED``
     :return: tensors by name, see ``NAMES``
@@ -39,7 +39,7 @@ def of_version_0_1(state: dict[str, Any]) -> dict[str, th.Tensor]:
     Give the tensors for what version 0.1.0 saved, which is a dictionary of values, scale and ent_coef.
 
     :param state: the weights; there was one update for each
-    :return: as of :func:`to_tensors`
+    :return: as from :func:`to_tensors`
     """
     weights = StackWeights("exact", 1)
     weights.values, weights.scale, weights.ent_coef = state["values"], state["scale"], state.get("ent_coef")
@@ -50,7 +50,7 @@ def from_tensors(
     tensors: Iterable[th.Tensor], weights: StackWeights
 ) -> tuple[list[float], int, dict[str, tuple[int, float]]]:
     """
-    Take the numbers, and put those of the logit rule in place.
+    Restore the numbers, and load those of the logit rule into ``weights``.
 
     :param tensors: in the order of ``NAMES``
     :param weights: changed in place
@@ -74,7 +74,7 @@ def from_tensors(
 
 
 def _to_floats(values: Sequence[float]) -> th.Tensor:
-    """Doubles as exact sums of three floats, shape (n, 3): some devices have no doubles."""
+    """Split doubles into exact sums of three floats, shape (n, 3): some devices have no doubles."""
     rest = th.tensor(values, dtype=th.float64).reshape(-1)
     parts = []
     for _ in range(3):

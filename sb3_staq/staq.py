@@ -1,4 +1,4 @@
-"""StaQ: policy mirror descent with a growing stack of frozen critics, as an algorithm of Stable-Baselines3."""
+"""StaQ: policy mirror descent with a growing stack of frozen critics, as a Stable-Baselines3 algorithm."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -47,71 +47,71 @@ class PolicyUpdateInfo(NamedTuple):
     kl_coef: float
     ent_coef: float
     old_weights: StackWeights  # before the update
-    deleted: list[CriticEnsemble]  # what it deleted from the weighted sum, oldest first
+    deleted: list[CriticEnsemble]  # critics that it removed from the weighted sum, oldest first
 
 
 class StaQ(BaseStaQ):
     """
     StaQ: entropy-regularised policy mirror descent on a stack of frozen critics.
 
-    In turn, the critics are trained towards the soft Q-function of the current policy (policy evaluation), and the
-    policy is updated in closed form by freezing a copy of the critics on top of the stack (policy update).
+    It alternates two steps. Policy evaluation trains the critics towards the soft Q-function of the current policy. The
+    policy update is in closed form: it freezes a copy of the critics on top of the stack.
 
-    While training, the policy is the weighted sum of the newest critics. What ``predict``, evaluation callbacks and
-    saved models use is by default an average over a longer time, see ``eval_policy``.
+    During training, the policy follows the weighted sum of the newest critics. ``predict``, evaluation callbacks and
+    saved models use, by default, an average over a longer time, see ``eval_policy``.
 
-    Arguments that are None have a default that depends on the action space: that of a Box with
-    ``action_grid="factored"`` stands behind "Box:".
+    Arguments that are None have a default that depends on the action space; "Box:" marks that of a Box with
+    ``action_grid="factored"``.
 
     Paper: https://arxiv.org/abs/2506.13862 (eta there is ``kl_coef`` here, tau there is ``ent_coef`` here; ``tau`` is,
     as everywhere in SB3, the Polyak coefficient)
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a class
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a policy class
     :param env: the environment, or its id
-    :param learning_rate: of the optimizer, a number or a schedule. Default: 3e-4, Box: 7e-4
+    :param learning_rate: learning rate of the optimizer, a number or a schedule. Default: 3e-4, Box: 7e-4
     :param buffer_size: number of transitions in the replay buffer
-    :param learning_starts: number of steps with random actions, before any learning
+    :param learning_starts: number of environment steps with random actions before learning starts
     :param batch_size: number of transitions per gradient step. Default: 256, Box: 128
-    :param tau: Polyak coefficient of the target critics, 1 copies them. Default: 0.005, Box: 0.01
+    :param tau: Polyak coefficient of the target critics; 1 copies the critics. Default: 0.005, Box: 0.01
     :param gamma: discount factor
     :param train_freq: steps between two calls of ``train``; also ``(5, "step")`` or ``(2, "episode")``
-    :param gradient_steps: number of gradient steps per call; -1 is one for each environment step since the last call
+    :param gradient_steps: number of gradient steps per call; -1 means one per environment step since the last call
     :param memory_size: ``M``, the largest number of frozen critics in the policy that learns. "auto" is what the
-        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99`` 10 for
-        ``kl_coef = ent_coef / 2``, 137 for ``kl_coef = 10 * ent_coef``. Less is cheaper and outside of the guarantee
-    :param logit_rule: "weight_corrected" (the published rule: no error from the deletion of old critics), "truncated"
-        (a plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or the weights
+        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99``, 10 for
+        ``kl_coef = ent_coef / 2`` and 137 for ``kl_coef = 10 * ent_coef``. Fewer are cheaper, but outside the guarantee
+    :param logit_rule: "weight_corrected" (the published rule: deleting old critics causes no error), "truncated" (a
+        plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or custom weights
         of the critics by age, newest first: ``memory_size`` numbers, or a function of the age (0 is the newest);
-        ``kl_coef`` then has no effect, and ``ent_coef`` one on the targets only
-    :param kl_coef: weight of the KL divergence between successive policies, the larger the smaller their changes: a
-        number, a schedule, a ``"lin_..."`` string, see :func:`sb3_staq.coefficients.value_at`, or "rel_FACTOR", that
+        ``kl_coef`` then has no effect, and ``ent_coef`` affects only the targets
+    :param kl_coef: weight of the KL divergence between successive policies; larger weights give smaller changes. A
+        number, a schedule, a ``"lin_..."`` string (see :func:`sb3_staq.coefficients.value_at`) or "rel_FACTOR", that
         multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
-    :param ent_coef: weight of the policy's entropy, likewise; must be above 0 for "weight_corrected", where a schedule
-        that falls to 0 is followed down to 1% of its first value. "auto" or "auto_FIRST" (0.1 by default) is what
-        gives the policy its ``target_entropy``, changed by a factor of at most 1.3 per policy update. Default: 0.05,
-        Box: "auto_0.2"
+    :param ent_coef: weight of the policy's entropy: a number, a schedule or a ``"lin_..."`` string. "weight_corrected"
+        needs it above 0: a schedule that falls to 0 is followed only down to 1% of its first value. "auto" or
+        "auto_FIRST" (FIRST is 0.1 by default) starts at FIRST and adjusts it to keep ``target_entropy``, by a factor of
+        at most 1.3 per policy update. Default: 0.05, Box: "auto_0.2"
     :param target_entropy: entropy that an automatic ``ent_coef`` keeps on average over replayed states, as a share of
         the largest possible, in (0, 1): a number, a schedule or a ``"lin_..."`` string. "auto" falls from 0.6 to 0.2
-        over the training; for a Box with more than 5 values per dimension it stays as many nats below the largest as
+        over the training; for a Box with more than 5 values per dimension, it stays as many nats below the largest as
         with 5
-    :param policy_update_interval: environment steps (of all environments) between two policy updates, at most one per
-        gradient step. ``train`` without new steps, as offline, counts its gradient steps instead, at the ratio of the
-        two in ``learn``. Default: 500, Box: 100
+    :param policy_update_interval: environment steps (of all environments) between two policy updates, of which there is
+        at most one per gradient step. Without new steps, as in offline training, ``train`` counts gradient steps
+        instead, at the ratio between the two that ``learn`` has. Default: 500, Box: 100
     :param n_critics: number of critics in the ensemble
-    :param critic_reduction: "mean" or "min", what the targets take of the critics' expected values. The policy follows
-        their mean. Default: "mean", Box: "min"
+    :param critic_reduction: "mean" or "min" of the critics' expected values, for the targets. The policy follows the
+        critics' mean. Default: "mean", Box: "min"
     :param target_update_interval: gradient steps between two updates of the target critics
-    :param exploration_fraction: share of the training in which the exploration rate goes from its initial to its final
-        value
-    :param exploration_initial_eps: probability of a uniformly random action at first; all other actions follow the
+    :param exploration_fraction: share of the training over which the exploration rate goes from its initial to its
+        final value
+    :param exploration_initial_eps: initial probability of a uniformly random action; all other actions follow the
         softmax policy. Default: 0.05, Box: 0
-    :param exploration_final_eps: the same in the end. Default: 0.05, Box: 0
+    :param exploration_final_eps: final probability of a uniformly random action. Default: 0.05, Box: 0
     :param action_grid: which actions of a Box are bins: "factored" (a branch of ``action_bins`` evenly spaced values
-        for each dimension), "axis" (the middle of the bounds, and each dimension at either bound) or "joint" (all
-        combinations of ``action_bins`` values; for few dimensions)
+        for each dimension), "axis" (the middle of the bounds, and one dimension at a time at either bound) or "joint"
+        (all combinations of ``action_bins`` values; for few dimensions)
     :param action_bins: number of values per dimension of a Box, at least 2
     :param critic: "additive" critics have one output per bin, summed over the branches; "joint" ones take state and
-        action, as in SAC, and the stack is made of a network of their main effects, see :mod:`sb3_staq.main_effects`.
+        action, as in SAC, and the stack holds networks of their main effects, see :mod:`sb3_staq.main_effects`.
         Default: "additive", Box: "joint"
     :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
         window that grows with the training, or the "last" one. The average lags behind by half of the window while
@@ -131,16 +131,16 @@ class StaQ(BaseStaQ):
         less; not with HER, normalised observations or custom weights). It takes the memory of the stored next
         observations and 4 bytes per transition and bin; "auto" takes at most 256 MB more than half of the replay buffer
     :param replay_buffer_class: class of the replay buffer, for instance ``HerReplayBuffer``; by default as in SB3
-    :param replay_buffer_kwargs: its arguments
-    :param optimize_memory_usage: store each observation once, with the limits that this has in SB3
-    :param n_steps: number of rewards in the return of a target
+    :param replay_buffer_kwargs: keyword arguments of the replay buffer
+    :param optimize_memory_usage: store each observation only once, with the same limitations as in SB3
+    :param n_steps: number of rewards in the n-step return of a target
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
-    :param tensorboard_log: folder of the logs for TensorBoard; None for none
-    :param policy_kwargs: arguments of the policy, see :class:`StaQPolicy`
+    :param tensorboard_log: folder for TensorBoard logs; None for no logs
+    :param policy_kwargs: keyword arguments of the policy, see :class:`StaQPolicy`
     :param verbose: 0 for no output, 1 for information, 2 for debugging
-    :param seed: of all random generators
+    :param seed: seed of all random number generators
     :param device: "cpu", "cuda", ...; "auto" is a GPU if there is one
-    :param _init_setup_model: whether to make the networks and the replay buffer at once
+    :param _init_setup_model: whether to build the networks and the replay buffer at once
     :raise ValueError: if an argument is out of range; the message names it, its value and what is accepted
     """
 
@@ -235,13 +235,13 @@ class StaQ(BaseStaQ):
         self.average_share = average_share
         self.reward_scale = reward_scale
         self.logit_cache = logit_cache
-        # There is no action space yet when a model is loaded, which brings its arguments
+        # While a model is being loaded there is no action space yet, and its file brings the arguments
         for name, default in defaults_for(getattr(self, "action_space", None), action_grid).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
 
-        # Called after each policy update with a PolicyUpdateInfo, for one call of `learn`: callbacks add theirs in
-        # `_on_training_start`
+        # Called with a PolicyUpdateInfo after each policy update. `learn` empties the list when it ends, so callbacks
+        # add their hooks in `_on_training_start`
         self.policy_update_hooks: list[Callable[[PolicyUpdateInfo], None]] = []
 
         if _init_setup_model:
@@ -251,7 +251,7 @@ class StaQ(BaseStaQ):
         check_arguments(self)
         self._check_learning_rate(self.learning_rate, 1.0)
         memory_size = self._coefficients().check()
-        self.logit_rule = make_logit_rule(self.logit_rule, memory_size)  # numbers, which can be saved
+        self.logit_rule = make_logit_rule(self.logit_rule, memory_size)  # a callable becomes numbers, to be saved
         check_custom_weights(self)
         with self._as_sb3_needs_them(memory_size):
             super()._setup_model()
@@ -273,17 +273,17 @@ class StaQ(BaseStaQ):
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
-        Alternate policy evaluation and policy updates, as many as are due, spread over the gradient steps.
+        Run the gradient steps, with the policy updates that are due spread over them.
 
         :param gradient_steps: number of gradient steps
         :param batch_size: transitions per gradient step
-        :raise ValueError: if the critics diverge, before the optimizer's step; or if an argument, a schedule or a
+        :raise ValueError: if the critics diverge (before the optimizer's step), or if an argument, a schedule or a
             sampled batch has an invalid number
         """
         policy = self.policy
         policy.set_training_mode(True)
         check_changed_arguments(self)
-        # Update learning rate according to schedule
+        # The learning rate follows its schedule
         self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
         losses: dict[str, list[th.Tensor]] = defaultdict(list)
@@ -309,7 +309,7 @@ class StaQ(BaseStaQ):
                     losses["main_effects_loss"].append(effects_loss.detach())
                     loss = critic_loss + effects_loss
 
-                if not np.isfinite(loss.item()):  # the one number that each step waits for, before anything changes
+                if not np.isfinite(loss.item()):  # the only number that a step waits for, before anything changes
                     for name, values in {**losses, "loss": [loss]}.items():
                         self._check_critics(name, values[-1].item())
 
@@ -325,7 +325,7 @@ class StaQ(BaseStaQ):
                 n_updates = self.n_policy_updates
                 try:
                     self.update_policy()
-                finally:  # it has happened, or it is still due
+                finally:  # the update has happened, or it is still due
                     n_updates = self.n_policy_updates - n_updates
                     self._steps_since_policy_update -= n_updates * self.policy_update_interval
 
@@ -335,10 +335,10 @@ class StaQ(BaseStaQ):
 
     def update_policy(self) -> None:
         """
-        Do one policy update, in closed form: freeze a copy of the critics on top of the stack.
+        Perform one policy update, in closed form: freeze a copy of the critics on top of the stack.
 
-        ``train`` calls it whenever an update is due. Call it yourself to set the pace, for instance between calls of
-        ``train`` on a replay buffer that was filled otherwise.
+        ``train`` calls this whenever an update is due. Call it yourself to set your own pace, for instance between
+        calls of ``train`` on a replay buffer that was filled by other means.
         """
         check_changed_arguments(self)
         policy, weights, coefficients = self.policy, self.policy.frozen_critics.weights, self._coefficients()
@@ -349,7 +349,7 @@ class StaQ(BaseStaQ):
         progress = self._current_progress_remaining
         kl_coef, ent_coef = coefficients.next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
-        # xi_{k+1} = beta * xi_k + alpha * Q_k, and without the deleted critics: pi_{k+1} = softmax(xi_{k+1})
+        # xi_{k+1} = beta * xi_k + alpha * Q_k, less what the deleted critics contributed; pi_{k+1} = softmax(xi_{k+1})
         memory_size = coefficients.memory_size_for(kl_coef, ent_coef)
         update, deleted = policy.push_critics(kl_coef, ent_coef, memory_size)
         self.replay.follow(update, deleted)
@@ -373,7 +373,7 @@ class StaQ(BaseStaQ):
         value_at("learning_rate", learning_rate, progress, ARGUMENTS["learning_rate"].expected)
 
     def _check_critics(self, what: str, value: float) -> None:
-        """Stop before critics that are not finite are trained on, or get into the policy."""
+        """Stop before non-finite critics are trained further or enter the policy."""
         if not np.isfinite(value):
             raise ValueError(
                 f"The critics have diverged: {what} is {value} after {self._n_updates} gradient steps with "
@@ -386,7 +386,7 @@ class StaQ(BaseStaQ):
         """Number of policy updates so far."""
         return self.policy.frozen_critics.n_updates
 
-    # Coefficients, which callbacks may change during the training: they are read anew at each policy update
+    # Coefficients: callbacks may change them during training, so they are read again at each policy update
 
     def _coefficients(self) -> Coefficients:
         target_entropy = self.target_entropy
@@ -397,7 +397,7 @@ class StaQ(BaseStaQ):
 
     @property
     def _current_ent_coef(self) -> float:
-        """In force since the last policy update, so a part of the policy; at first that of the schedule."""
+        """The value of the last policy update, which is part of the policy; before the first, the schedule's."""
         ent_coef = self.policy.frozen_critics.weights.ent_coef
         return self._coefficients().at(1.0)[1] if ent_coef is None else ent_coef
 
@@ -412,7 +412,7 @@ class StaQ(BaseStaQ):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfStaQ:
-        """Train, as any algorithm of SB3."""
+        """Train the model, like any SB3 algorithm."""
         self._learns = True
         if reset_num_timesteps:
             self._forget_returns()
@@ -430,10 +430,10 @@ class StaQ(BaseStaQ):
 
     def distill(self, **kwargs: Any) -> "tuple[StaQPolicy, DistillReport]":
         """
-        Regress one small network on the policy that is delivered: for robots, which cannot carry a stack.
+        Distil the delivered policy into one small network, for robots that cannot carry a stack.
 
-        :param kwargs: arguments of :func:`sb3_staq.distill.distill`, as ``max_kl``, ``max_steps``, ``progress_bar``
-        :return: a policy whose stack holds one critic, and a report of how close it is
+        :param kwargs: arguments of :func:`sb3_staq.distill.distill`, e.g. ``max_kl``, ``max_steps``, ``progress_bar``
+        :return: a policy whose stack holds one critic, and a report on how close it is
         """
         from sb3_staq.distill import distill  # needs tqdm
 

@@ -1,8 +1,8 @@
 """
 Registration with RL Zoo3, done by importing this module; the start-up hook imports it together with ``rl_zoo3``.
 
-``python -m sb3_staq.zoo train ...`` runs RL Zoo3's scripts where there is no hook: it is switched off, or the package
-is used from a checkout.
+``python -m sb3_staq.zoo train ...`` runs RL Zoo3's scripts where there is no hook: because it is switched off, or the
+package is used from a checkout.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SCRIPTS = (
 
 
 def default_config() -> Path:
-    """Give the hyperparameter file, which lies inside the installed package but beside the package in a checkout."""
+    """Return the hyperparameter file, which is inside the installed package but next to the package in a checkout."""
     package = Path(__file__).parent
     installed = package / "hyperparams" / "staq.yml"
     return installed if installed.is_file() else package.parent / "hyperparams" / "staq.yml"
@@ -44,10 +44,10 @@ def sample_staq_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Sampler for StaQ hyperparams.
+    Sample hyperparameters of StaQ.
 
     :param trial: Optuna trial
-    :param n_actions: above 0 for a Box, whose search is around joint critics with an automatic ``ent_coef``
+    :param n_actions: above 0 for a Box, which is searched with joint critics and an automatic ``ent_coef``
     :param n_envs: number of environments, which share the gradient steps
     :param additional_args: tells whether HER is used, and its arguments
     :return: arguments for the constructor
@@ -61,7 +61,7 @@ def sample_staq_params(
         "batch_size_pow": batch_size_pow,
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
         "train_freq": train_freq,
-        # One gradient step for so many environment steps; a rollout has as many of these as there are environments
+        # One gradient step per `subsample_steps` environment steps, counted over all `n_envs` environments
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
         "subsample_steps": trial.suggest_int("subsample_steps", 1, min(train_freq, 8)),
         "critic_reduction": trial.suggest_categorical("critic_reduction", ["mean", "min"]),
@@ -80,7 +80,7 @@ def sample_staq_params(
         hyperparams |= {
             "kl_coef": trial.suggest_float("kl_coef", 0.001, 100.0, log=True),
             "ent_coef": trial.suggest_float("ent_coef", 0.001, 5.0, log=True),
-            # What is left of ent_coef at the end
+            # The share of ent_coef that is left at the end
             "ent_coef_decay": trial.suggest_float("ent_coef_decay", 0.01, 1.0, log=True),
             "memory_size": trial.suggest_int("memory_size", 5, 300, log=True),
             "policy_update_interval": trial.suggest_int("policy_update_interval", 10, 5000, log=True),
@@ -104,15 +104,15 @@ def sample_staq_params(
 
 def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    Make arguments of what was sampled.
+    Convert sampled hyperparameters to arguments.
 
     :param sampled_params: what ``sample_staq_params`` sampled, or the parameters of a finished trial
     :return: arguments for the constructor
     """
     hyperparams = convert_offpolicy_params(sampled_params)
     hyperparams["gradient_steps"] *= hyperparams.pop("n_envs")
-    # Whatever the hyperparameter file has: the cheaper evaluation of the stack; soft updates of the targets at each
-    # gradient step, or hard ones at the interval
+    # Whatever the hyperparameter file says: the cheaper evaluation of the stack; soft target updates at each gradient
+    # step, or hard ones at the interval
     hyperparams["logit_cache"] = "auto"
     hyperparams.pop("soft_targets", None)
     if "tau" in hyperparams:
@@ -125,7 +125,7 @@ def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     else:
         ent_coef = hyperparams["ent_coef"]
         hyperparams["ent_coef"] = f"lin_{ent_coef}_{ent_coef * hyperparams.pop('ent_coef_decay')}"
-    # A finished trial has the arguments of HER among all the others
+    # A finished trial has HER's arguments among all the others
     her_keys = {"n_sampled_goal", "goal_selection_strategy"} & hyperparams.keys()
     her_kwargs = {key: hyperparams.pop(key) for key in her_keys}
     if her_kwargs:
@@ -134,7 +134,7 @@ def convert_staq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Make StaQ known to RL Zoo3: algorithm, hyperparameter file and search space. Doing it again changes nothing."""
+    """Register algorithm, hyperparameter file and search space with RL Zoo3. Doing it again changes nothing."""
     if ALGOS.get("staq") is StaQ:
         return
     ALGOS["staq"] = StaQ
@@ -156,7 +156,7 @@ def _adapt_experiment_manager() -> None:
         if self.algo == "staq" and given is None:
             self.config = str(default_config())
 
-    # It continues a training with the networks of the saved model, whose shapes other algorithms have in policy_kwargs
+    # RL Zoo3 continues with the saved model's networks, whose shapes other algorithms have in policy_kwargs
     @functools.wraps(original_load)
     def load(self: exp_manager.ExperimentManager, hyperparams: dict[str, Any], env: Any) -> Any:
         if self.algo == "staq":
