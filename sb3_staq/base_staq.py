@@ -30,7 +30,7 @@ from sb3_staq.save_util import check_algorithm
 
 
 class BaseStaQ(AverageTrials):
-    """The part of :class:`~sb3_staq.staq.StaQ` that trains nothing."""
+    """The part of :class:`~sb3_staq.staq.StaQ` that does no training."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
@@ -64,8 +64,8 @@ class BaseStaQ(AverageTrials):
     def eval_policy(self, eval_policy: str) -> None:
         policy = self.__dict__.get("policy")
         if policy is not None:
-            policy.eval_policy = eval_policy  # refuses others
-        self.__dict__["eval_policy"] = eval_policy  # as for any other argument, so that a file brings it
+            policy.eval_policy = eval_policy  # which refuses unknown names
+        self.__dict__["eval_policy"] = eval_policy  # saved from here, like any other argument
 
     @property
     def replay(self) -> PolicyReplay:
@@ -124,7 +124,7 @@ class BaseStaQ(AverageTrials):
             with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
             n_average = self._n_average_envs
-            if n_average > 0:  # greedily, so that their returns are those of the policy that may be delivered
+            if n_average > 0:  # greedily: their returns are those of the policy that may be delivered
                 obs: Any = select(self._last_obs, slice(n_average))
                 with policy.acting_by(partial(policy.logit_sums, weighting="candidate")):
                     actions[:n_average], _ = policy.predict(obs, deterministic=True)

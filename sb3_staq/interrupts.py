@@ -1,4 +1,4 @@
-"""Changes that Ctrl-C does not cut in half."""
+"""Changes that Ctrl-C cannot cut in half."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the end of the block: half of a change would leave neither the old nor the new."""
+    """Defer Ctrl-C to the end of the block: half a change would leave a state that is neither old nor new."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return

@@ -79,11 +79,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if replay_buffer is self.replay_buffer:  # collect_rollouts takes others as well
+        if replay_buffer is self.replay_buffer:  # collect_rollouts accepts other buffers as well
             self._on_stored(dones, infos)
 
     def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        """Do what follows a step of the environments that the replay buffer has got."""
+        """Hook: called after the replay buffer has stored a step of the environments."""
 
     def _check_finite(
         self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None

@@ -29,7 +29,7 @@ from sb3_staq.q_stack import FrozenCritics
 
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "best", "last")
-# Arguments of the algorithm that decide the shape of the networks
+# Arguments of the algorithm that determine the shapes of the networks
 SHAPE_ARGUMENTS = ("n_critics", "action_grid", "action_bins", "critic")
 # Arguments of the algorithm that belong to the policy
 POLICY_ARGUMENTS = (
@@ -166,7 +166,7 @@ class StaQPolicy(CriticPolicy):
 
     @property
     def eval_policy(self) -> str:
-        """The policy that is delivered: "average", "best" or "last"."""
+        """The delivered policy: "average", "best" or "last"."""
         return self._eval_policy
 
     @eval_policy.setter
@@ -180,7 +180,7 @@ class StaQPolicy(CriticPolicy):
         Compute the weighted sum ``S`` of the frozen critics.
 
         :param obs: observations
-        :param weighting: that of which policy: "last", "average" or "best", see ``eval_policy``
+        :param weighting: whose sum: "last", "average" or "best", see ``eval_policy``; or "candidate"
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
         return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs)

@@ -1,8 +1,8 @@
-"""The growing stack of frozen critics, which is the policy, under several weightings.
+"""The growing stack of frozen critics, whose weighted sums are the logits of several policies, up to a factor.
 
-- "last": the weighted sum by the logit rule, over the newest ``memory_size`` critics. It is the policy that learns.
-- "average": the plain average over a window that grows with the training, thinned evenly in time.
-- "candidate" and "best": averages of earlier policy updates, see :meth:`FrozenCritics.propose`.
+- "last", the policy that learns, weights the newest ``memory_size`` critics by the logit rule.
+- "average" is the plain average over a window that grows with the training, thinned evenly in time.
+- "candidate" and "best" are averages taken earlier, see :meth:`FrozenCritics.propose`.
 """
 
 import copy
@@ -56,9 +56,9 @@ class FrozenCritics(nn.ModuleList):
         self.average_window = average_window
         self.average_size = average_size
         self.n_updates = 0
-        # When these averages were taken (0 if none was), and the sum of their weights in the logits
+        # The policy updates at which these averages were taken (0: none yet), and their weights' sums in the logits
         self.marked = {"candidate": (0, 0.0), "best": (0, 0.0)}
-        # The policy updates that pushed the entries
+        # For each entry, the policy update that pushed it
         self.updates: list[float] = []
         # Changes with every push and load, which make earlier results of the stack invalid
         self.version = 0
@@ -99,11 +99,11 @@ class FrozenCritics(nn.ModuleList):
         return total
 
     def coefs(self, weighting: str) -> th.Tensor:
-        """Give the factors of a weighting, shape (entries up to the last that has one, n_critics)."""
+        """Return the factors of a weighting, shape (entries up to the last with one, n_critics)."""
         return self._factors(weighting)[0]
 
     def _factors(self, weighting: str) -> tuple[th.Tensor, list[range]]:
-        """The factors, and the ranges of rows that have any: an average may leave out most of the rule's entries."""
+        """Return the factors and the ranges of rows to evaluate: an average may skip most of the rule's entries."""
         if weighting in self._coefs:
             return self._coefs[weighting]
         block = next(iter(self._blocks.values()))
@@ -120,7 +120,7 @@ class FrozenCritics(nn.ModuleList):
             if value != 0.0:
                 start = runs.pop().start if runs and row - runs[-1].stop < GAP else row
                 runs.append(range(start, row + 1))
-        if not exporting():  # a trace would differ from the next one
+        if not exporting():  # a cached trace would differ from the next one
             self._coefs[weighting] = coefs, runs
         return coefs, runs
 
@@ -132,7 +132,7 @@ class FrozenCritics(nn.ModuleList):
         return [of_update[update] for update in recent]
 
     def _average_values(self, weighting: str) -> list[float]:
-        """The weights of an average, in the order of the entries, with the sum that the logit rule had at its time."""
+        """Return the weights of an average, in the order of the entries; their sum is that of the rule at its time."""
         at, factor = self.marked.get(weighting, (0, 0.0))
         total = factor / self.weights.scale if at > 0 else self.weights.total
         at = at or self.n_updates
@@ -143,9 +143,9 @@ class FrozenCritics(nn.ModuleList):
 
     def propose(self, accept: bool) -> None:
         """
-        Let the present average be the candidate. The critics of candidate and best average stay on the stack.
+        Take the current average as the candidate. The critics of the candidate and the best average stay on the stack.
 
-        :param accept: whether the candidate until now is the best average from now on
+        :param accept: whether the previous candidate becomes the best average
         """
         if accept:
             self.marked["best"] = self.marked["candidate"]

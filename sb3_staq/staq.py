@@ -113,23 +113,23 @@ class StaQ(BaseStaQ):
     :param critic: "additive" critics have one output per bin, summed over the branches; "joint" ones take state and
         action, as in SAC, and the stack holds networks of their main effects, see :mod:`sb3_staq.main_effects`.
         Default: "additive", Box: "joint"
-    :param eval_policy: the policy that acts outside of the training: "average" of the critics that were frozen over a
-        window that grows with the training, or the "last" one. The average lags behind by half of the window while
-        the policy improves fast. "best" is the average of an earlier time that returned most in the training (needs
-        ``average_share`` and a ``Monitor``; until one has been tried, it is the present average). Can be changed at any
+    :param eval_policy: the policy that acts outside training: the "average" of the critics frozen over a window that
+        grows with the training, the "best" such average so far, or the "last" policy. While the policy improves fast,
+        the average lags behind by half of the window. "best" is chosen by the returns of episodes in the training: it
+        needs ``average_share`` and a ``Monitor``, and is the average until one has been tried. Can be changed at any
         time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
-    :param average_size: largest number of critics in the average, evenly spaced in time: the memory that it costs;
+    :param average_size: largest number of critics in an average, evenly spaced in time; this is its cost in memory, and
         at most three times as much with ``average_share``
-    :param average_share: share of the environments that try averages, greedily: each for 5% of the steps so far, and
-        for one episode in each of them at least. The others collect with the last policy. If that is no whole number
-        of environments, one of them alternates, episode by episode
-    :param reward_scale: factor of the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the policy
-        is
-    :param logit_cache: whether the weighted sums of the stack at replayed states are remembered, which costs two
-        critics per policy update instead of the whole stack in every target: True, False or "auto" (where it costs
-        less; not with HER, normalised observations or custom weights). It takes the memory of the stored next
-        observations and 4 bytes per transition and bin; "auto" takes at most 256 MB more than half of the replay buffer
+    :param average_share: share of the environments that try averages, acting greedily. Each is tried for 5% of the
+        steps so far, and for at least one complete episode in each of these environments. The others collect with the
+        last policy. If this is not a whole number of environments, one of them alternates, episode by episode
+    :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
+        policy is
+    :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where
+        it costs less; not with HER, normalised observations or custom weights). It costs two critics per policy update,
+        not the whole stack in every target, and the memory of the stored next observations plus 150 bytes and 4 per bin
+        for each transition. "auto" takes at most 256 MB more than half of the replay buffer
     :param replay_buffer_class: class of the replay buffer, for instance ``HerReplayBuffer``; by default as in SB3
     :param replay_buffer_kwargs: keyword arguments of the replay buffer
     :param optimize_memory_usage: store each observation only once, with the same limitations as in SB3
