@@ -70,7 +70,7 @@ def measure(name: str, model: StaQ, max_steps: int) -> pd.DataFrame:
         row = {
             "agent": name,
             "policy": kind,
-            "critics": int(policy.frozen_critics.coefs(policy.eval_policy == "average").count_nonzero()),
+            "critics": int(policy.frozen_critics.coefs(policy.eval_policy).count_nonzero()),
             "parameters": numbers.n_parameters,
             "saved_bytes": numbers.n_bytes,
             "predict_ms": numbers.ms_per_action,

@@ -57,6 +57,11 @@ SHARES = {"relative drawdown": statistics.relative_drawdown, "low share": statis
 STABILITY = (*RISKS, "across runs", "across episodes", *SHARES)
 
 
+def own_version(algo: str, metadata: dict[str, Any]) -> str | None:
+    """The version of this package, in the trainings that used it: defaults may have changed since."""
+    return metadata.get("versions", {}).get("sb3-staq") if algo.startswith("staq") else None
+
+
 def label(algo: str) -> str:
     """Return what an algorithm of a suite is called in reports."""
     base, _, variant = algo.partition("_")
@@ -129,7 +134,7 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                     "score": statistics.normalise(evaluation.mean, env.random, env.reference),
                     "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
                     "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
-                    "settings": tuple(metadata[key] for key in SETTINGS),
+                    "settings": (*(metadata[key] for key in SETTINGS), own_version(algo, metadata)),
                 }
                 rows.append(row)
     if not rows:
@@ -144,7 +149,7 @@ def summary(suite: Suite, finals: pd.DataFrame) -> str:
     groups = finals.groupby(["env", "algo"], sort=False)
     n_settings, n_done = groups["settings"].nunique(), groups.size()
     for env_id, algo in n_settings[n_settings > 1].index:
-        lines.append(f"**{algo} on {env_id}: not all seeds have the same hyperparameters, steps and evaluations.**")
+        lines.append(f"**{algo} on {env_id}: not all seeds have the same settings, evaluations and version of StaQ.**")
     for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items():
         if len(lengths) > 1:
             lines.append(f"**{env_id}: trainings of {' and '.join(f'{n:,}' for n in sorted(lengths))} steps.**")

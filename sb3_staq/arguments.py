@@ -200,6 +200,11 @@ def check_arguments(model: Any) -> None:
         value = getattr(model, name)
         setattr(model, name, value.item() if isinstance(value, np.generic) else value)
     check_policy_kwargs(model.policy_kwargs, model.critic)
+    if model.eval_policy == "best" and model.average_share == 0:
+        raise ValueError(
+            "Invalid eval_policy='best': with average_share=0 the average collects nothing, so no return tells which "
+            "one is best; expected average_share > 0, or another eval_policy"
+        )
 
 
 def check_custom_weights(model: Any) -> None:
@@ -216,10 +221,10 @@ def check_custom_weights(model: Any) -> None:
             f"Invalid logit_cache=True: custom weights, logit_rule={model.logit_rule!r}, follow no recursion; "
             "expected 'auto' or False"
         )
-    if model.eval_policy == "average" and abs(sum(model.logit_rule)) < 1e-6:
+    if (model.eval_policy != "last" or model.average_share > 0) and abs(sum(model.logit_rule)) < 1e-6:
         raise ValueError(
-            f"Invalid eval_policy='average': custom weights that sum to 0, logit_rule={model.logit_rule!r}, have no "
-            "average; expected 'last'"
+            f"Invalid eval_policy={model.eval_policy!r} and average_share={model.average_share!r}: custom weights that "
+            f"sum to 0, logit_rule={model.logit_rule!r}, have no average; expected 'last' and 0"
         )
 
 
@@ -232,6 +237,7 @@ def check_changed_arguments(model: Any) -> None:
     """
     for name in CHANGEABLE_ARGUMENTS:
         check_argument(name, getattr(model, name))
+    check_custom_weights(model)
     if not isinstance(model.logit_rule, str) and model.memory_size not in ("auto", len(model.logit_rule)):
         expected = f"{len(model.logit_rule)}, the number of custom weights"
         raise ValueError(f"Invalid memory_size={model.memory_size!r}: expected {expected}")

@@ -1,37 +1,35 @@
 """The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
 import io
-import math
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.arguments import check_argument
+from sb3_staq.average_trials import AverageTrials
 from sb3_staq.observations import select
-from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import (
     POLICY_ARGUMENTS,
     SHAPE_ARGUMENTS,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    StaQPolicy,
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
 from sb3_staq.save_util import check_algorithm
 
 
-class BaseStaQ(CheckedOffPolicyAlgorithm):
+class BaseStaQ(AverageTrials):
     """The part of :class:`~sb3_staq.staq.StaQ` that does no training."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -39,11 +37,9 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    policy: StaQPolicy
     # Arguments, see StaQ
     policy_update_interval: int
     logit_cache: bool | str
-    average_share: float
     exploration_initial_eps: float
     exploration_final_eps: float
     exploration_fraction: float
@@ -53,9 +49,6 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         self.exploration_rate = 0.0
         self._steps_since_policy_update = 0.0
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
-        # For the environment that alternates between both policies: whether it now collects with the average, and how
-        # many such steps it is ahead of its share
-        self._average_turn, self._average_lead = False, 0.0
         self._replay: PolicyReplay | None = None
         self._learns = False  # whether `learn` is running
 
@@ -71,8 +64,7 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
     def eval_policy(self, eval_policy: str) -> None:
         policy = self.__dict__.get("policy")
         if policy is not None:
-            check_argument("eval_policy", eval_policy)
-            policy.eval_policy = eval_policy
+            policy.eval_policy = eval_policy  # which refuses unknown names
         self.__dict__["eval_policy"] = eval_policy  # saved from here, like any other argument
 
     @property
@@ -129,37 +121,19 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             actions = policy.random_actions(n_envs)
         else:
-            with policy.acting_by(self._collecting_sums):
+            with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
+            n_average = self._n_average_envs
+            if n_average > 0:  # greedily: their returns are those of the policy that may be delivered
+                obs: Any = select(self._last_obs, slice(n_average))
+                with policy.acting_by(partial(policy.logit_sums, weighting="candidate")):
+                    actions[:n_average], _ = policy.predict(obs, deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    @th.no_grad()
-    def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
-        """Collect with the last policy, the one that learns, and in a share of the environments with the average."""
-        sums = self.replay.logit_sums(obs, remember=False)
-        n_average, part = self._average_envs
-        n_average += self._average_turn and part > 0
-        if n_average > 0:
-            sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
-        return sums
-
-    @property
-    def _average_envs(self) -> tuple[int, float]:
-        """Number of environments that collect with the average, and the share of its steps that the next one does."""
-        part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
-        return int(n_whole), part
-
-    def _on_stored(self, dones: np.ndarray) -> None:
-        if self.num_timesteps < self.learning_starts:
-            return
-        self.replay.remember_last()
-        n_average, part = self._average_envs
-        if part == 0:  # no environment alternates
-            self._average_turn, self._average_lead = False, 0.0
-            return
-        self._average_lead += self._average_turn - part
-        if dones[n_average]:  # between episodes
-            self._average_turn = self._average_lead < 0
+    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        if self.num_timesteps >= self.learning_starts:
+            self.replay.remember_last()
+            self._try_average(dones, infos)
 
     def _on_step(self) -> None:
         """Count the step, and update the exploration rate."""

@@ -1,5 +1,6 @@
 """Callbacks for researchers: what each policy update does, written to a file."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ class PolicyUpdateDiagnostics(BaseCallback):
         old = [*_logit_weights(info.old_weights), 0.0]
         kept = [np.nan] * len(new)
         if weights.recursive:
-            larger = StackWeights(weights.logit_rule, weights.memory_size + n_deleted)
-            larger.load_state_dict(info.old_weights.state_dict())
+            larger = copy.copy(info.old_weights)
+            larger.memory_size = weights.memory_size + n_deleted
             larger.push(info.kl_coef, info.ent_coef)
             kept = _logit_weights(larger)
         elif n_deleted == 0:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,7 @@ def default_target_entropy(action_space: spaces.Space, action_grid: str, action_
     return LinearSchedule(start, end, 1.0)
 
 
+@dataclass(frozen=True)
 class Coefficients:
     """
     The coefficients that the arguments describe at one moment of the training.
@@ -152,18 +154,27 @@ class Coefficients:
     :param gamma: discount factor
     """
 
-    def __init__(
-        self, kl_coef: Any, ent_coef: Any, target_entropy: Any, logit_rule: Any, memory_size: int | str, gamma: float
-    ):
-        self.kl_coef = kl_coef
-        self.ent_coef = ent_coef
-        self.target_entropy = target_entropy
-        self.logit_rule = logit_rule
-        self.rule = logit_rule if isinstance(logit_rule, str) else None  # None for custom weights
-        self.memory_size = memory_size
-        self.gamma = gamma
-        self.relative_kl = parse_relative(kl_coef)
-        self.first_ent_coef = parse_auto(ent_coef)
+    kl_coef: Any
+    ent_coef: Any
+    target_entropy: Any
+    logit_rule: Any
+    memory_size: int | str
+    gamma: float
+
+    @property
+    def rule(self) -> str | None:
+        """The name of the logit rule, None for custom weights."""
+        return self.logit_rule if isinstance(self.logit_rule, str) else None
+
+    @property
+    def relative_kl(self) -> float | None:
+        """The factor of a relative ``kl_coef``."""
+        return parse_relative(self.kl_coef)
+
+    @property
+    def first_ent_coef(self) -> float | None:
+        """The first value of an automatic ``ent_coef``."""
+        return parse_auto(self.ent_coef)
 
     def at(self, progress: float) -> tuple[float, float]:
         """

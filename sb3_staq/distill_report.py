@@ -80,6 +80,6 @@ def measure_policy(policy: StaQPolicy, obs: Any, env: VecEnv | None, n_episodes:
         times.append(1000 * (time.perf_counter() - start))
     policy.save(file)
     stack = policy.frozen_critics
-    n_acting = int(stack.coefs(policy.eval_policy == "average").count_nonzero())
+    n_acting = int(stack.coefs(policy.eval_policy).count_nonzero())
     n_parameters = n_acting * sum(param[0].numel() for param in stack.newest.params.values())
     return PolicyNumbers(returns, n_parameters, file.tell(), float(np.median(times)))

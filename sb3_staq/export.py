@@ -107,14 +107,12 @@ def export_policy(
     :param path: the file: .onnx, .pt (TorchScript) or .pt2 (``torch.export``)
     :param vec_normalize: statistics to normalise observations with, or a file of them (an ".npz", or a pickle of your
         own); by default those of the model's environment
-    :param eval_policy: "average" or "last", by default that of the policy
+    :param eval_policy: "average", "best" or "last", by default that of the policy
     :return: the path
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"Invalid path={str(path)!r}: expected a name that ends in {', '.join(SUFFIXES)}")
-    if eval_policy not in (None, *EVAL_POLICIES):
-        raise ValueError(f"Invalid eval_policy={eval_policy!r}: expected 'average' or 'last'")
     needed = ("onnx", "onnxscript", "onnxruntime") if path.suffix == ".onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f'{", ".join(missing)} missing. Please run: pip install "sb3-staq[export]"')

@@ -29,7 +29,7 @@ class ExportedPolicy(nn.Module):
         self.action_space, self.branches = policy.action_space, policy.branches
         self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["obs"]
         stack = policy.frozen_critics
-        used: Any = [x for x in zip(stack, stack.coefs(policy.eval_policy == "average"), strict=False) if x[1].any()]
+        used: Any = [x for x in zip(stack, stack.coefs(policy.eval_policy), strict=False) if x[1].any()]
         self.net = stack.newest.net
         self.coef = th.cat([coef for _, coef in used]) * stack.weights.scale
         self.params = {name: th.cat([entry.params[name].detach() for entry, _ in used]) for name in used[0][0].params}

@@ -9,7 +9,6 @@ their main effects under the policy,
 the best additive approximation of Q(s, .) under pi. A policy update freezes the Polyak average of this network.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch as th
@@ -72,15 +71,6 @@ class SampledActions(NamedTuple):
     columns: th.Tensor  # of the varied bins, shape (batch, n_varied)
     valid: th.Tensor  # whether the branch has that many bins, same shape
     prob: th.Tensor  # of the varied bins, 0 where not valid, same shape
-
-    def split(self, batch_size: int) -> "Iterator[SampledActions]":
-        """
-        Split the actions into batches.
-
-        :param batch_size: number of actions per batch
-        :return: views of the batches
-        """
-        return map(SampledActions._make, zip(*(values.split(batch_size) for values in self), strict=True))
 
 
 class Sweep(NamedTuple):

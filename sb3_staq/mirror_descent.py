@@ -183,16 +183,6 @@ class StackWeights:
         self.scale = logit_scale(self.logit_rule, kl_coef, ent_coef, self.memory_size)
         return PolicyUpdate(beta, tuple(decayed[:n_deleted]))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that determines the policy and its soft values."""
-        return {"values": list(self.values), "scale": self.scale, "ent_coef": self.ent_coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.values = list(state["values"])
-        self.scale = state["scale"]
-        self.ent_coef = state.get("ent_coef")  # missing from older states
-
 
 def averaged_updates(n_updates: int, window: float, size: int) -> range:
     """

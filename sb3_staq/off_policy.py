@@ -3,9 +3,11 @@
 Non-finite numbers are refused before they can spread, and so are files that are not complete.
 """
 
+import copy
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +31,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     """An ``OffPolicyAlgorithm`` that refuses non-finite numbers and damaged files. Its arguments are the same."""
 
     # Statistics of VecNormalize, as they were before the last step of the environments
-    _statistics: Any = None
+    _statistics: Mapping[str, Any] = MappingProxyType({})
 
     # What environments return must be finite before it gets into statistics, replay buffer or critics
 
@@ -53,21 +55,13 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._remember_statistics()
 
     def _remember_statistics(self) -> None:
-        normalize: Any = self._vec_normalize_env
-        if normalize is not None:
-            obs_rms = normalize.obs_rms if normalize.norm_obs else None
-            if isinstance(obs_rms, dict):
-                obs_rms = {key: rms.copy() for key, rms in obs_rms.items()}
-            elif obs_rms is not None:
-                obs_rms = obs_rms.copy()
-            self._statistics = obs_rms, normalize.ret_rms.copy(), normalize.returns.copy()
+        own = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
+        names = own.keys() & {"obs_rms", "ret_rms", "returns"}
+        self._statistics = {name: copy.deepcopy(own[name]) for name in names}
 
     def _restore_statistics(self) -> None:
-        normalize: Any = self._vec_normalize_env
-        if normalize is not None and self._statistics is not None:
-            obs_rms, normalize.ret_rms, normalize.returns = self._statistics
-            if obs_rms is not None:
-                normalize.obs_rms = obs_rms
+        if self._vec_normalize_env is not None:
+            vars(self._vec_normalize_env).update(self._statistics)
 
     def _store_transition(
         self,
@@ -86,9 +80,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if replay_buffer is self.replay_buffer:  # collect_rollouts accepts other buffers as well
-            self._on_stored(dones)
+            self._on_stored(dones, infos)
 
-    def _on_stored(self, dones: np.ndarray) -> None:
+    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Hook: called after the replay buffer has stored a step of the environments."""
 
     def _check_finite(

@@ -28,7 +28,7 @@ from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics
 
 CRITICS = ("additive", "joint")
-EVAL_POLICIES = ("average", "last")
+EVAL_POLICIES = ("average", "best", "last")
 # Arguments of the algorithm that determine the shapes of the networks
 SHAPE_ARGUMENTS = ("n_critics", "action_grid", "action_bins", "critic")
 # Arguments of the algorithm that belong to the policy
@@ -164,15 +164,26 @@ class StaQPolicy(CriticPolicy):
 
     # Acting
 
-    def logit_sums(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
+    @property
+    def eval_policy(self) -> str:
+        """The delivered policy: "average", "best" or "last"."""
+        return self._eval_policy
+
+    @eval_policy.setter
+    def eval_policy(self, eval_policy: str) -> None:
+        if eval_policy not in EVAL_POLICIES:
+            raise ValueError(f"Invalid eval_policy={eval_policy!r}: expected {' or '.join(map(repr, EVAL_POLICIES))}")
+        self._eval_policy = eval_policy
+
+    def logit_sums(self, obs: PyTorchObs, weighting: str = "last") -> th.Tensor:
         """
         Compute the weighted sum ``S`` of the frozen critics.
 
         :param obs: observations
-        :param average: compute that of the average policy instead of the last one
+        :param weighting: whose sum: "last", "average" or "best", see ``eval_policy``; or "candidate"
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), average), obs)
+        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs)
 
     def log_prob(self, logit_sums: th.Tensor) -> th.Tensor:
         """
@@ -206,7 +217,7 @@ class StaQPolicy(CriticPolicy):
         if self._acting_sums is not None:
             sums = self._acting_sums(obs)
         else:
-            sums = self.logit_sums(obs, average=self.eval_policy == "average")
+            sums = self.logit_sums(obs, self.eval_policy)
         return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:

@@ -1,15 +1,12 @@
-"""The growing stack of frozen critics, whose weighted sums are the logits of two policies, up to a factor.
+"""The growing stack of frozen critics, whose weighted sums are the logits of several policies, up to a factor.
 
-The policy that learns weights the newest ``memory_size`` critics by the logit rule. The delivered policy is the plain
-average over a window that grows with the training, after the average iterate of mirror descent. Critics that only the
-average needs are thinned evenly in time.
+- "last", the policy that learns, weights the newest ``memory_size`` critics by the logit rule.
+- "average" is the plain average over a window that grows with the training, thinned evenly in time.
+- "candidate" and "best" are averages taken earlier, see :meth:`FrozenCritics.propose`.
 """
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
@@ -17,6 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_staq import stack_numbers
+from sb3_staq.interrupts import interrupts_deferred
 from sb3_staq.kernels import allocate, exporting
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
 from sb3_staq.q_networks import CriticEnsemble, batched_forward
@@ -28,22 +26,6 @@ NEGLIGIBLE_WEIGHT = 2.0**-32
 # Shorter gaps of critics without weight are evaluated too: splitting the batched pass there costs about as much
 GAP = 4
 NEW = -1
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Defer Ctrl-C to the end of the block: half a change would leave a stack that is neither old nor new."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    received: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: received.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 class FrozenCritics(nn.ModuleList):
@@ -58,7 +40,7 @@ class FrozenCritics(nn.ModuleList):
     :param logit_rule: a name or custom weights by age, see :func:`sb3_staq.mirror_descent.make_logit_rule`
     :param memory_size: the largest number of entries that the logit rule weights ("exact" has no limit)
     :param average_window: the share of the policy updates so far that the average covers, in (0, 1]
-    :param average_size: the largest number of entries in the average; 0 keeps none for it
+    :param average_size: the largest number of entries in an average; 0 keeps none for it
     """
 
     def __init__(
@@ -74,6 +56,8 @@ class FrozenCritics(nn.ModuleList):
         self.average_window = average_window
         self.average_size = average_size
         self.n_updates = 0
+        # The policy updates at which these averages were taken (0: none yet), and their weights' sums in the logits
+        self.marked = {"candidate": (0, 0.0), "best": (0, 0.0)}
         # For each entry, the policy update that pushed it
         self.updates: list[float] = []
         # Changes with every push and load, which make earlier results of the stack invalid
@@ -85,7 +69,7 @@ class FrozenCritics(nn.ModuleList):
             param.data = param.data.new_empty(0)
         # The parameters of entry i are views of row i of these blocks, so that one batched pass reads them all
         self._blocks = {name: param.new_empty(0, *param.shape) for name, param in template.net.named_parameters()}
-        self._coefs: dict[bool, tuple[th.Tensor, list[range]]] = {}
+        self._coefs: dict[str, tuple[th.Tensor, list[range]]] = {}
         linear = [layer.weight for layer in template.net.q_net if isinstance(layer, nn.Linear)]
         self._widest_layer = max(len(weight) * max(weight.shape[1:]) for weight in linear)
 
@@ -94,16 +78,16 @@ class FrozenCritics(nn.ModuleList):
         """The entry that the last policy update pushed."""
         return self[self.updates.index(max(self.updates))]
 
-    def forward(self, obs: PyTorchObs, average: bool = False) -> th.Tensor:
+    def forward(self, obs: PyTorchObs, weighting: str = "last") -> th.Tensor:
         """
         Compute the weighted sum ``S`` of the stack.
 
         :param obs: preprocessed observations
-        :param average: compute the average over the window instead, times the sum of the logit rule's weights
+        :param weighting: "last", "average", "candidate" or "best"
         :return: shape (batch, n_bins); zero for an empty stack
         """
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        coefs, runs = self._factors(average)
+        coefs, runs = self._factors(weighting)
         elements = CHUNK_ELEMENTS if first.device.type == "cpu" else GPU_CHUNK_ELEMENTS
         chunk = max(1, len(coefs) if exporting() else elements // (self._widest_layer * max(1, len(first))))
         total = first.new_zeros(first.shape[0], self.n_bins, dtype=th.float32)
@@ -114,16 +98,16 @@ class FrozenCritics(nn.ModuleList):
                 total = total + batched_forward(self._template[0].net, params, obs, coef=coefs[rows].flatten())
         return total
 
-    def coefs(self, average: bool) -> th.Tensor:
-        """Return the factors of the logit rule or the average, shape (entries up to the last with one, n_critics)."""
-        return self._factors(average)[0]
+    def coefs(self, weighting: str) -> th.Tensor:
+        """Return the factors of a weighting, shape (entries up to the last with one, n_critics)."""
+        return self._factors(weighting)[0]
 
-    def _factors(self, average: bool) -> tuple[th.Tensor, list[range]]:
-        """Return the factors and the ranges of rows to evaluate: the average may skip most of the rule's entries."""
-        if average in self._coefs:
-            return self._coefs[average]
+    def _factors(self, weighting: str) -> tuple[th.Tensor, list[range]]:
+        """Return the factors and the ranges of rows to evaluate: an average may skip most of the rule's entries."""
+        if weighting in self._coefs:
+            return self._coefs[weighting]
         block = next(iter(self._blocks.values()))
-        values = self._average_values() if average else self._rule_values()
+        values = self._rule_values() if weighting == "last" else self._average_values(weighting)
         threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
         values = [value if abs(value) > threshold else 0.0 for value in values]
         while values and values[-1] == 0.0:
@@ -137,7 +121,7 @@ class FrozenCritics(nn.ModuleList):
                 start = runs.pop().start if runs and row - runs[-1].stop < GAP else row
                 runs.append(range(start, row + 1))
         if not exporting():  # a cached trace would differ from the next one
-            self._coefs[average] = coefs, runs
+            self._coefs[weighting] = coefs, runs
         return coefs, runs
 
     def _rule_values(self) -> list[float]:
@@ -147,12 +131,26 @@ class FrozenCritics(nn.ModuleList):
         of_update = dict(zip(sorted(recent), weights, strict=False))  # a damaged file may repeat an update
         return [of_update[update] for update in recent]
 
-    def _average_values(self) -> list[float]:
-        """Return the weights of the average, in the order of the entries; their sum is that of the logit rule's."""
-        chosen = averaged_updates(self.n_updates, self.average_window, max(2, self.average_size))
+    def _average_values(self, weighting: str) -> list[float]:
+        """Return the weights of an average, in the order of the entries; their sum is that of the rule at its time."""
+        at, factor = self.marked.get(weighting, (0, 0.0))
+        total = factor / self.weights.scale if at > 0 else self.weights.total
+        at = at or self.n_updates
+        chosen = averaged_updates(at, self.average_window, max(2, self.average_size))
         in_average = [update in chosen for update in self.updates]
         n = sum(in_average)
-        return [self.weights.total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
+        return [total / n if x else 0.0 for x in in_average] if n > 0 else self._rule_values()
+
+    def propose(self, accept: bool) -> None:
+        """
+        Take the current average as the candidate. The critics of the candidate and the best average stay on the stack.
+
+        :param accept: whether the previous candidate becomes the best average
+        """
+        if accept:
+            self.marked["best"] = self.marked["candidate"]
+        self.marked["candidate"] = self.n_updates, self.weights.scale * self.weights.total
+        self._coefs = {}
 
     def push(
         self, critics: CriticEnsemble, kl_coef: float, ent_coef: float
@@ -173,7 +171,8 @@ class FrozenCritics(nn.ModuleList):
         update = weights.push(kl_coef, ent_coef)
         n_old = len(self.weights)
         deleted = sorted(range(n_old), key=self.updates.__getitem__)[: len(update.deleted_weights)]  # the oldest
-        needed = averaged_updates(n_updates, self.average_window, self.average_size) if self.average_size else range(0)
+        averages = [n_updates, *(n for n, _ in self.marked.values() if n > 0)] if self.average_size else []
+        needed = {x for n in averages for x in averaged_updates(n, self.average_window, self.average_size)}
         averaged = [i for i in [*range(n_old, len(self)), *deleted] if self.updates[i] in needed]
         recent = [*(i for i in range(n_old) if i not in deleted), NEW]
         layout = _arrange(recent, 0) + _arrange(averaged, len(recent))
@@ -211,7 +210,7 @@ class FrozenCritics(nn.ModuleList):
             return self._blocks
         roomy = 2 * capacity
         if self.weights.logit_rule != "exact":
-            roomy = min(roomy, self.weights.memory_size + self.average_size)
+            roomy = min(roomy, self.weights.memory_size + 3 * self.average_size)
         blocks = {name: allocate(block, max(n_entries, roomy)) for name, block in self._blocks.items()}
         for name, block in self._blocks.items():
             blocks[name][:capacity].copy_(block)
@@ -237,7 +236,7 @@ class FrozenCritics(nn.ModuleList):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates)
+        tensors = stack_numbers.to_tensors(self.weights, self.updates, self.n_updates, self.marked)
         destination.update({f"{prefix}{name}": value for name, value in tensors.items()})
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
@@ -268,7 +267,7 @@ class FrozenCritics(nn.ModuleList):
         missing = [name for name, tensor in zip(stack_numbers.NAMES, tensors, strict=True) if tensor is None]
         missing_keys.extend(f"{prefix}{name}" for name in missing)
         if not missing:
-            self.updates, self.n_updates = stack_numbers.from_tensors(tensors, self.weights)
+            self.updates, self.n_updates, self.marked = stack_numbers.from_tensors(tensors, self.weights)
             del self[:]
             self._blocks = self._reserved(len(self.updates))
             self.extend(self._template[0].frozen_copy() for _ in self.updates)

@@ -123,16 +123,8 @@ class PolicyReplay:
         samples = self._sample(batch_size)
         log_prob = self.policy.log_prob(self.logit_sums(samples.next_observations))
         drawn = None if self.policy.main_effects is None else sample_actions(self.policy.branches, log_prob)
-        return ReplayBatch(
-            samples.observations,
-            samples.actions,
-            samples.next_observations,
-            samples.dones,
-            samples.rewards,
-            getattr(samples, "discounts", None),
-            log_prob,
-            drawn,
-        )
+        stored: Any = {name: getattr(samples, name, None) for name in ReplayBatch._fields[:6]}  # discounts: n-step only
+        return ReplayBatch(**stored, next_log_prob=log_prob, next_actions=drawn)
 
     def sample_states(self, n_states: int) -> tuple[PyTorchObs, th.Tensor]:
         """

@@ -114,13 +114,16 @@ class StaQ(BaseStaQ):
         action, as in SAC, and the stack holds networks of their main effects, see :mod:`sb3_staq.main_effects`.
         Default: "additive", Box: "joint"
     :param eval_policy: the policy that acts outside training: the "average" of the critics frozen over a window that
-        grows with the training, or the "last" policy. While the policy improves fast, the average lags behind by half
-        of the window. Can be changed at any time, also as ``model.policy.eval_policy``
+        grows with the training, the "best" such average so far, or the "last" policy. While the policy improves fast,
+        the average lags behind by half of the window. "best" is chosen by the returns of episodes in the training: it
+        needs ``average_share`` and a ``Monitor``, and is the average until one has been tried. Can be changed at any
+        time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
-    :param average_size: largest number of critics in the average, evenly spaced in time; this is its cost in memory
-    :param average_share: share of the environments that collect with the average, so that the replay buffer keeps
-        examples of good behaviour; the others collect with the last policy. If this is not a whole number of
-        environments, one of them alternates between the two, episode by episode
+    :param average_size: largest number of critics in an average, evenly spaced in time; this is its cost in memory, and
+        at most three times as much with ``average_share``
+    :param average_share: share of the environments that try averages, acting greedily. Each is tried for 5% of the
+        steps so far, and for at least one complete episode in each of these environments. The others collect with the
+        last policy. If this is not a whole number of environments, one of them alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where
@@ -411,6 +414,8 @@ class StaQ(BaseStaQ):
     ) -> SelfStaQ:
         """Train the model, like any SB3 algorithm."""
         self._learns = True
+        if reset_num_timesteps:
+            self._forget_returns()
         try:
             return super().learn(
                 total_timesteps=int(total_timesteps),

@@ -27,18 +27,10 @@ from sb3_staq import StaQ
 from sb3_staq.minatar import register_envs
 from sb3_staq.policies import SHAPE_ARGUMENTS
 
-SCRIPTS = {
-    "train": "rl_zoo3.train",
-    "enjoy": "rl_zoo3.enjoy",
-    "record_video": "rl_zoo3.record_video",
-    "record_training": "rl_zoo3.record_training",
-    "benchmark": "rl_zoo3.benchmark",
-    "plot_train": "rl_zoo3.plots.plot_train",
-    "plot_from_file": "rl_zoo3.plots.plot_from_file",
-    "all_plots": "rl_zoo3.plots.all_plots",
-    "load_from_hub": "rl_zoo3.load_from_hub",
-    "push_to_hub": "rl_zoo3.push_to_hub",
-}
+SCRIPTS = (
+    *("train", "enjoy", "record_video", "record_training", "benchmark"),
+    *("plot_train", "plot_from_file", "all_plots", "load_from_hub", "push_to_hub"),
+)
 
 
 def default_config() -> Path:
@@ -177,11 +169,12 @@ def _adapt_experiment_manager() -> None:
 def main() -> None:
     """Run one of RL Zoo3's scripts in this process, in which StaQ is registered."""
     parser = argparse.ArgumentParser(prog="python -m sb3_staq.zoo", description=main.__doc__)
-    parser.add_argument("script", choices=list(SCRIPTS))
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script, for instance --help")
     args = parser.parse_args()
     sys.argv[1:] = args.arguments
-    runpy.run_module(SCRIPTS[args.script], run_name="__main__", alter_sys=True)
+    package = "rl_zoo3.plots" if "plot" in args.script else "rl_zoo3"
+    runpy.run_module(f"{package}.{args.script}", run_name="__main__", alter_sys=True)
 
 
 register()

@@ -1,5 +1,6 @@
 """Acting: what predict(), evaluation and the training take their actions from, as every policy of SB3 is used."""
 
+import copy
 import io
 import itertools
 from functools import partial
@@ -22,6 +23,7 @@ from helpers import (
     slow_logit_sums,
 )
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -329,7 +331,7 @@ def test_state_dict_holds_tensors_that_restore_everything(critic):
     obs = sample_obs(model.observation_space, 20)
     for average in (False, True):
         assert th.equal(new.policy.logit_sums(obs, average), model.policy.logit_sums(obs, average))
-    assert not th.equal(model.policy.logit_sums(obs), model.policy.logit_sums(obs, average=True))
+    assert not th.equal(model.policy.logit_sums(obs), model.policy.logit_sums(obs, "average"))
     assert th.equal(new.policy.logits(obs), model.policy.logits(obs))
     assert new.policy.frozen_critics.weights.state_dict() == model.policy.frozen_critics.weights.state_dict()
 
@@ -535,9 +537,9 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
     loaded.policy.eval_policy = choice
     loaded.save(tmp_path / "changed")
     assert StaQ.load(tmp_path / "changed").eval_policy == choice
-    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
         loaded.eval_policy = "mean"
-    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'last'"):
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
         StaQ.load(tmp_path / "model", eval_policy="mean")
 
 
@@ -552,7 +554,7 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
     ],
 )
 def test_a_share_of_the_environments_collects_with_the_average(share, by_average):
-    """Frequencies of the actions that each environment got, in its only state. One may take turns."""
+    """Greedily. Frequencies of the actions that each environment got, in its only state. One may take turns."""
     env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * len(by_average))
     model = make_model(
         env, learning_starts=0, gradient_steps=0, buffer_size=8000, average_share=share, average_window=1.0,
@@ -569,7 +571,101 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
     assert len(actions) == 2000
     for i, part in enumerate(by_average):
         frequencies = np.bincount(actions[:, i], minlength=3) / 2000
-        np.testing.assert_allclose(frequencies, part * average + (1 - part) * last, atol=0.05)
+        greedy = np.eye(3)[average.argmax()]
+        np.testing.assert_allclose(frequencies, part * greedy + (1 - part) * last, atol=0.05)
+
+
+class RisingAndFalling(RandomObsEnv):
+    """Episodes of three to five steps, whose returns rise, fall, and rise again, less high, with noise."""
+
+    n_episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.n_episodes += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        trend = 20 * np.sin(self.n_episodes / 25) / (1 + self.n_episodes / 100)
+        reward = trend + 5 * np.random.default_rng(self.n_episodes).normal()
+        return obs, reward, self.steps >= 3 + self.n_episodes % 3, False, {}
+
+
+class Watch(BaseCallback):
+    """
+    Notes each episode of the average as (environment, first step, last step, return), and the average at each step.
+
+    Reads the rewards, not the Monitor. ``_on_step`` comes before the step is stored.
+    """
+
+    def __init__(self, share, obs):
+        super().__init__()
+        self.share, self.obs, self.episodes, self.averages = share, obs, [], {}
+
+    def _on_training_start(self):
+        self.running = [(0, 0.0)] * self.model.n_envs
+
+    def _on_step(self):
+        model, step = self.model, self.model.num_timesteps
+        self.averages[step] = model.policy.log_prob(model.policy.logit_sums(self.obs, "average"))
+        n_average = self.share * model.n_envs
+        for i, (reward, done) in enumerate(zip(self.locals["rewards"], self.locals["dones"], strict=True)):
+            began, total = self.running[i]
+            self.running[i] = (began, total + reward) if not done else (step, 0.0)
+            tries = i + 1 <= n_average or (i < n_average and model._average_turn)
+            if done and tries and step >= model.learning_starts:
+                self.episodes.append((i, began, step, total + reward))
+        return True
+
+    def best(self):
+        """When the best average was taken, and its mean return."""
+        trial, taken, best = self.model.learning_starts, None, (None, -np.inf)
+        for step in sorted(self.averages):
+            own = [(i, value) for i, began, ended, value in self.episodes if began >= trial and ended <= step]
+            tried = {i for i, _ in own}
+            if len(tried) < np.ceil(self.share * self.model.n_envs) or step - (taken or 0) < 0.05 * step:
+                continue
+            mean = np.mean([value for _, value in own])
+            if taken is not None and mean > best[1]:
+                best = taken, mean
+            taken = trial = step
+        return best
+
+
+@pytest.mark.parametrize(("n_envs", "share"), [(1, 0.5), (1, 1.0), (2, 0.5), (3, 0.5), (4, 0.25)])
+def test_best_average(n_envs, share, tmp_path):
+    """It is the average of all that were tried whose own whole episodes returned most."""
+    env = make_vec_env(RisingAndFalling, n_envs)
+    model = make_model(
+        env, average_share=share, eval_policy="best", learning_starts=20, gradient_steps=1, policy_update_interval=10,
+        average_window=0.3, memory_size=3,
+    )  # fmt: skip
+    watch = Watch(share, sample_obs(env.observation_space, 20))
+    model.learn(1200, callback=watch)
+    step, mean = watch.best()
+    assert 50 < step < 1000 and model._best_return == pytest.approx(mean)
+    assert model.policy.frozen_critics.marked["best"][0] < 0.9 * model.n_policy_updates
+    model.save(tmp_path / "model")
+    for policy in (model.policy, StaQ.load(tmp_path / "model").policy, copy.deepcopy(model.policy)):
+        actual = policy.get_distribution(watch.obs).distribution.logits
+        th.testing.assert_close(actual, watch.averages[step], rtol=1e-4, atol=1e-4)
+
+    # Perhaps another task: what comes is judged by itself
+    model.learn(100, reset_num_timesteps=False)
+    assert model._best_return == pytest.approx(mean)
+    model.learn(100)
+    assert model._best_return < mean
+
+
+def test_best_without_monitor():
+    """There are no returns, so it is the present average."""
+    model = two_policies(n_envs=2, average_share=0.5, eval_policy="best")
+    obs = sample_obs(model.observation_space, 20)
+    logits = model.policy.logits(obs).double()
+    expected = slow_log_probs(model, obs)["average"]
+    th.testing.assert_close(slow_log_policy(model.policy, logits), expected, rtol=1e-5, atol=1e-5)
+    model.learn(100)
+    assert model.policy.frozen_critics.marked["best"][0] == 0
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])

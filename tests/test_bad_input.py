@@ -838,9 +838,16 @@ def test_custom_weights_fix_the_memory():
     model.learn(40)
 
 
+def test_best_of_nothing():
+    with pytest.raises(ValueError, match="Invalid eval_policy='best': with average_share=0 the average"):
+        make_model(eval_policy="best")
+
+
 def test_custom_weights_without_an_average():
-    with pytest.raises(ValueError, match="Invalid eval_policy='average': custom weights that sum to 0"):
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='average' and .*: custom weights that sum to 0"):
         make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="average")
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='last' and average_share=0.5: custom weights that sum"):
+        make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="last", average_share=0.5)
     make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="last").learn(40)
 
 

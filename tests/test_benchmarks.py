@@ -374,6 +374,13 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
         and "**CartPole-v1: trainings of 80 and 400 steps.**" in summary
     )
 
+    for algo in ("staq", "sac"):  # another version of this package matters to StaQ only
+        file = folder / "MinAtar-Breakout-v1" / algo / "seed_1.csv"
+        assert "# versions" not in file.read_text()
+        file.write_text(file.read_text().replace("# steps: 80", '# steps: 80\n# versions: {"sb3-staq": "0.0.1"}'))
+    summary = report.summary(suite, report.load_results(suite, folder)[1])
+    assert "**StaQ on MinAtar/Breakout-v1: not all seeds" in summary and "**SAC on MinAtar" not in summary
+
     # Without any complete training there are curves at least
     for path in folder.glob("*/*/seed_[01].csv"):
         path.unlink()

@@ -224,8 +224,8 @@ def test_bad_arguments(tmp_path):
     grow(model, 1)
     with pytest.raises(ValueError, match=r"Invalid path='policy': expected a name that ends in .onnx, .pt, .pt2"):
         export_policy(model, "policy")
-    with pytest.raises(ValueError, match="Invalid eval_policy='best': expected 'average' or 'last'"):
-        export_policy(model, tmp_path / "policy.pt", eval_policy="best")
+    with pytest.raises(ValueError, match="Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
+        export_policy(model, tmp_path / "policy.pt", eval_policy="mean")
     with pytest.raises(ValueError, match="Invalid vec_normalize=3: expected VecNormalize"):
         export_policy(model, tmp_path / "policy.pt", vec_normalize=3)
     other = VecNormalize(DummyVecEnv([lambda: RandomObsEnv("image")]))

@@ -133,7 +133,7 @@ def test_exported_policy(way, model, eval_policy):
             th.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
             if isinstance(module, Logits):
                 scale = policy.frozen_critics.weights.scale
-                sums = policy.logit_sums(obs, average=eval_policy == "average")
+                sums = policy.logit_sums(obs, eval_policy)
                 th.testing.assert_close(actual, scale * sums, rtol=1e-5, atol=1e-4)
             else:
                 predicted, _ = model.predict(obs.numpy(), deterministic=True)

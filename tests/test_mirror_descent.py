@@ -320,20 +320,6 @@ def test_averaged_updates(window, size):
         before = chosen
 
 
-def test_stack_weights_state_dict():
-    """A copy made of the state goes on as the original does."""
-    weights, copy = StackWeights("weight_corrected", 3), StackWeights("weight_corrected", 3)
-    for i in range(5):
-        weights.push(1.0 + i, 0.1)
-    state = weights.state_dict()
-    copy.load_state_dict(state)
-    assert (copy.values, copy.scale) == (weights.values, weights.scale)
-    before = list(weights.values)
-    assert copy.push(2.0, 0.3) == weights.push(2.0, 0.3)
-    assert (copy.values, copy.scale) == (weights.values, weights.scale)
-    assert state["values"] == before  # the state is a copy
-
-
 # The closed form is the solution of the policy update's optimisation problem
 
 

@@ -56,7 +56,7 @@ def window_by_definition(n_updates, window, size):
 
 def both_sums(policy, obs):
     """Under both weightings."""
-    return th.stack([policy.logit_sums(obs, average=average) for average in (False, True)])
+    return th.stack([policy.logit_sums(obs, weighting) for weighting in ("last", "average")])
 
 
 def slow_sums(policy, obs):
@@ -262,8 +262,42 @@ def test_custom_weights(architecture, by_age):
         bound = 1e-5 * max(map(abs, by_age))
         th.testing.assert_close(policy.logits(obs).double(), expected, rtol=1e-5, atol=bound)
         expected = sum(by_age[: i + 1]) * pushed[0]  # the window covers one critic
-        actual = policy.logit_sums(obs, average=True).double()
+        actual = policy.logit_sums(obs, "average").double()
         th.testing.assert_close(actual, expected, rtol=1e-5, atol=bound)
+
+
+@pytest.mark.parametrize("average_size", [4, 60])
+def test_candidate_and_best_stay_on_the_stack(average_size, tmp_path):
+    """With their temperatures; those that are replaced make room at the next push. Until there are any: the average."""
+    policy = make_policy("branches", memory_size=3, average_window=0.4, average_size=average_size, eval_policy="best")
+    stack, obs = policy.frozen_critics, sample_obs(BOX, 6)
+    expected, taken = {}, {}
+
+    def average():
+        return stack.weights.scale * stack.weights.total * slow_average(policy, obs)
+
+    for i in range(90):
+        push(policy, seed=i, kl_coef=1.0 + i, ent_coef=1.0 / (1 + i))
+        needed = {x for n in (i + 1, *taken.values()) for x in window_by_definition(n, 0.4, average_size)}
+        assert set(stack.updates) == needed | set(range(max(1, i - 1), i + 2))
+        assert len(stack) <= 3 + 3 * average_size
+        if i in (20, 25, 40, 70):
+            accept = i in (25, 70)
+            stack.propose(accept)
+            if accept:
+                expected["best"], taken["best"] = expected["candidate"], taken["candidate"]
+            expected["candidate"], taken["candidate"] = average(), i + 1
+        for weighting in ("candidate", "best"):
+            actual = (stack.weights.scale * policy.logit_sums(obs, weighting)).double()
+            wanted = expected.get(weighting, average())
+            th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
+        th.testing.assert_close(policy.logits(obs), actual.float())
+        assert_sums(policy, obs)
+    policy.save(tmp_path / "policy")
+    for other in (MlpPolicy.load(tmp_path / "policy"), copy.deepcopy(policy)):
+        th.testing.assert_close(other.logits(obs), policy.logits(obs))
+        push(other, seed=100)
+        assert len(other.frozen_critics) > 3 + average_size // 2
 
 
 def test_batches_do_not_mix_observations():
@@ -932,7 +966,7 @@ def test_average_leaves_out_what_has_no_weight(average_size):
     grow(model, 35)
     policy, obs = model.policy, sample_obs(model.observation_space, 5)
     with th.no_grad():
-        sums = policy.logit_sums(obs, average=True)
+        sums = policy.logit_sums(obs, "average")
         assert relative_error(sums, policy.frozen_critics.weights.total * slow_average(policy, obs)) < 1e-5
         assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
 

@@ -40,7 +40,7 @@ CARD = """---
 | versions | {versions} |
 
 The last model of the training, not the best one. The file has what acts: no optimizer state, and of the stack the
-critics of the average policy only. So `eval_policy="last"` gives the same policy, and training cannot go on from it.
+critics of the average policy only. So every `eval_policy` gives the same policy, and training cannot go on from it.
 
 See its return:
 
@@ -50,15 +50,17 @@ python -m rl_zoo3.enjoy --algo staq --env {env} -f trained_agents --no-render -n
 """
 
 
-def keep_average(stack: FrozenCritics, size: int) -> int:
+def keep_average(stack: FrozenCritics, size: int, eval_policy: str = "average") -> int:
     """
-    Delete all critics but evenly spread ones of the average, which get equal weights.
+    Delete all critics but evenly spread ones of an average, which get equal weights.
 
     :param stack: is changed
     :param size: number of critics to keep at most
-    :return: number of critics that the average had
+    :param eval_policy: the average that is delivered, "average" or "best"
+    :return: number of critics that it had
     """
-    state, averaged = stack.state_dict(), stack.coefs(average=True)[:, 0].nonzero().flatten().tolist()
+    state, coefs = stack.state_dict(), stack.coefs(eval_policy)
+    averaged = coefs[:, 0].nonzero().flatten().tolist()
     averaged.sort(key=stack.updates.__getitem__)
     n = min(size, len(averaged))
     rows = [averaged[i] for i in np.linspace(0, len(averaged) - 1, n).round().astype(int)]
@@ -66,10 +68,11 @@ def keep_average(stack: FrozenCritics, size: int) -> int:
     for new, old in enumerate(rows):
         kept |= {f"{new}.{name}": values.clone() for name, values in stack[old].state_dict().items()}
     weights = th.zeros(n, state["weights"].shape[1])  # a number in several parts
-    weights[:, 0] = stack.weights.total / n
-    stack.load_state_dict(
-        {**kept, "weights": weights, "updates": state["updates"][rows], "constants": state["constants"]}
-    )
+    weights[:, 0] = coefs.sum() / n
+    if eval_policy == "best" and stack.marked["best"][0] > 0:  # becomes the present average
+        state["constants"][2] = state["marked"][2]
+    numbers = {"updates": state["updates"][rows], "constants": state["constants"], "marked": 0 * state["marked"]}
+    stack.load_state_dict({**kept, "weights": weights, **numbers})
     return len(averaged)
 
 
@@ -139,7 +142,7 @@ def main() -> None:
     full, _ = evaluate(Path(args.logs), args.env)
     for size in (60, 45, 30, 20, 15, 10):
         model = StaQ.load(source / f"{name}.zip", device="cpu")
-        averaged = keep_average(model.policy.frozen_critics, size)
+        averaged = keep_average(model.policy.frozen_critics, size, model.policy.eval_policy)
         model.policy.optimizer.state.clear()
         save(model, target / f"{name}.zip")
         if (target / f"{name}.zip").stat().st_size < MAX_BYTES:
