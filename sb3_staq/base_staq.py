@@ -5,14 +5,14 @@ import math
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import flatten_action_space
@@ -129,19 +129,15 @@ class BaseStaQ(CheckedOffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             actions = policy.random_actions(n_envs)
         else:
-            with policy.acting_by(self._collecting_sums):
+            with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
+            n_average, part = self._average_envs
+            n_average += self._average_turn and part > 0
+            if n_average > 0:
+                obs: Any = select(self._last_obs, slice(n_average))
+                with policy.acting_by(partial(policy.logit_sums, average=True)):
+                    actions[:n_average], _ = policy.predict(obs, deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
-
-    @th.no_grad()
-    def _collecting_sums(self, obs: PyTorchObs) -> th.Tensor:
-        """Let the last policy collect, which is the one that learns; in a share of the environments the average."""
-        sums = self.replay.logit_sums(obs, remember=False)
-        n_average, part = self._average_envs
-        n_average += self._average_turn and part > 0
-        if n_average > 0:
-            sums[:n_average] = self.policy.logit_sums(select(obs, slice(n_average)), average=True)
-        return sums
 
     @property
     def _average_envs(self) -> tuple[int, float]:
