@@ -8,6 +8,7 @@ from pathlib import Path
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
 
+import gymnasium as gym
 import rl_zoo3.import_envs  # noqa: F401 (registers environments)
 from huggingface_sb3 import EnvironmentName
 from PIL import Image
@@ -32,6 +33,8 @@ def load_agent(folder: str | Path, env_id: str, seed: int = 0, render: bool = Fa
     _, model_path, log_path = get_model_path(0, str(folder), "staq", name)
     hyperparams, stats_path = get_saved_hyperparams(str(Path(log_path) / name), test_mode=True)
     env_kwargs = hyperparams.pop("env_kwargs", {}) | ({"render_mode": "rgb_array"} if render else {})
+    if render and str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco"):
+        env_kwargs["camera_name"] = "track"  # follows the robot, unlike the default of recent Gymnasium
     env = create_test_env(
         env_id, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
     )

@@ -16,6 +16,7 @@ from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import get_latest_run_id
 from stable_baselines3.common.evaluation import evaluate_policy
 
+import sb3_staq
 from examples.record import load_agent
 from sb3_staq import StaQ
 from sb3_staq.q_stack import FrozenCritics
@@ -23,7 +24,7 @@ from sb3_staq.q_stack import FrozenCritics
 FOLDER = Path(__file__).parent
 MAX_BYTES = 3_000_000
 N_EPISODES = 20
-PACKAGES = ("sb3-staq", "stable-baselines3", "rl_zoo3", "gymnasium", "torch", "numpy", "mujoco", "Box2D", "MinAtar")
+PACKAGES = ("stable-baselines3", "rl_zoo3", "gymnasium", "torch", "numpy", "mujoco", "Box2D", "MinAtar")
 
 CARD = """---
 {metadata}---
@@ -107,7 +108,7 @@ def evaluate(folder: Path, env_id: str, n_episodes: int = N_EPISODES) -> tuple[l
 
 def installed_versions() -> str:
     """The versions of what makes a difference."""
-    found = [f"Python {platform.python_version()}"]
+    found = [f"Python {platform.python_version()}", f"sb3-staq {sb3_staq.__version__}"]
     for package in PACKAGES:
         try:
             found.append(f"{package} {version(package)}")
