@@ -67,11 +67,12 @@ EVERY_STEP: dict[str, Any] = dict(train_freq=1, gradient_steps=-1, memory_size=3
 HER: dict[str, Any] = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2))
 AUTO: dict[str, Any] = dict(ent_coef="auto")
 SHARE: dict[str, Any] = dict(average_share=0.4)
+BEST: dict[str, Any] = dict(average_share=0.5, eval_policy="best", n_steps=3)
 # Environment, policy and arguments by name; Pendulum-v1 has the defaults of Box action spaces
 TRAININGS: dict[str, Callable[[], tuple[Any, str, dict[str, Any]]]] = {
     "CartPole-v1": lambda: (make_vec_env("CartPole-v1", 1, seed=0), "MlpPolicy", dict(EVERY_STEP, logit_cache=True)),
     "Pendulum-v1": lambda: (make_vec_env("Pendulum-v1", 1, seed=0), "MlpPolicy", {}),
-    "n-step": lambda: (make_vec_env("CartPole-v1", 2, seed=0), "MlpPolicy", dict(EVERY_STEP, n_steps=3)),
+    "n-step": lambda: (make_vec_env("CartPole-v1", 2, seed=0), "MlpPolicy", EVERY_STEP | BEST),
     "HER": lambda: (make_vec_env(BitFlipping, 2, seed=0), "MultiInputPolicy", EVERY_STEP | HER),
     "VecNormalize": lambda: (VecNormalize(make_vec_env("CartPole-v1", 2, seed=0)), "MlpPolicy", EVERY_STEP | AUTO),
     "three environments": lambda: (make_vec_env("Acrobot-v1", 3, seed=0), "MlpPolicy", EVERY_STEP | SHARE),

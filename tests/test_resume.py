@@ -63,6 +63,9 @@ def test_goes_on_bitwise(case, tmp_path, monkeypatch):
     random.seed(7), np.random.seed(7), th.manual_seed(7)
     model.learn(300, callback=ResumeCallback(40, tmp_path / "all", verbose=0))
     assert digest(model) == digest(uninterrupted)
+    if model.eval_policy == "best":
+        assert model.policy.frozen_critics.marked["best"][0] > 0
+        assert model._trial_step == uninterrupted._trial_step
     model.env.close(), uninterrupted.env.close()
 
 
