@@ -210,7 +210,8 @@ class FrozenCritics(nn.ModuleList):
             return self._blocks
         roomy = 2 * capacity
         if self.weights.logit_rule != "exact":
-            roomy = min(roomy, self.weights.memory_size + 3 * self.average_size)
+            n_averages = 1 + sum(n > 0 for n, _ in self.marked.values())
+            roomy = min(roomy, self.weights.memory_size + n_averages * self.average_size)
         blocks = {name: allocate(block, max(n_entries, roomy)) for name, block in self._blocks.items()}
         for name, block in self._blocks.items():
             blocks[name][:capacity].copy_(block)

@@ -32,6 +32,7 @@ from torch._subclasses import FakeTensor
 
 from sb3_staq import MlpPolicy, StaQ, kernels, observations, q_stack
 from sb3_staq.mirror_descent import averaged_updates
+from sb3_staq.stack_numbers import NAMES
 
 DATA = Path(__file__).parent / "data"
 
@@ -562,7 +563,7 @@ def test_state_dict_holds_floats_only(architecture, n):
         push(policy, seed=i)
     state = policy.state_dict()
     assert {key for key in state if key.startswith("frozen_critics.") and "net" not in key} == {
-        f"frozen_critics.{name}" for name in ("weights", "updates", "constants")
+        f"frozen_critics.{name}" for name in NAMES
     }
     for key, value in state.items():
         assert isinstance(value, th.Tensor) and value.dtype == th.float32, key
@@ -603,57 +604,34 @@ def test_arithmetic_on_state_dicts(factor):
     th.testing.assert_close(both_sums(policy, obs), before * factor)
 
 
-def damaged(state, what):
-    """The state of a stack with one of its numbers damaged."""
-    weights, updates, constants = (f"frozen_critics.{name}" for name in ("weights", "updates", "constants"))
-    state = dict(state)
-    if what == "NaN weight":
-        state[weights][1, 0] = float("nan")
-    elif what == "infinite weight":
-        state[weights][0, 1] = float("inf")
-    elif what == "NaN update":
-        state[updates][2] = float("nan")
-    elif what == "infinite scale":
-        state[constants][0, 0] = float("inf")
-    elif what == "NaN scale":
-        state[constants][0, 2] = float("nan")
-    elif what == "infinite entropy coefficient":
-        state[constants][1, 0] = float("inf")
-    elif what == "NaN number of updates":
-        state[constants][2, 0] = float("nan")
-    elif what == "more weights than critics":
-        state[weights] = state[weights].repeat(3, 1)
-    elif what == "weights without their parts":
-        state[weights] = state[weights][:, :2]
-    elif what == "weights as a list":
-        state[weights] = state[weights].flatten()
-    elif what == "updates as a table":
-        state[updates] = state[updates].unsqueeze(1)
-    elif what == "updates as a number":
-        state[updates] = state[updates][0]
-    elif what == "too few constants":
-        state[constants] = state[constants][:2]
-    return state
+def replaced(tensor, index, value):
+    """A copy with one number replaced."""
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "NaN weight",
-        "infinite weight",
-        "NaN update",
-        "infinite scale",
-        "NaN scale",
-        "infinite entropy coefficient",
-        "NaN number of updates",
-        "more weights than critics",
-        "weights without their parts",
-        "weights as a list",
-        "updates as a table",
-        "updates as a number",
-        "too few constants",
-    ],
-)
+NAN, INF = float("nan"), float("inf")
+DAMAGES = {
+    "NaN weight": ("weights", lambda x: replaced(x, (1, 0), NAN)),
+    "infinite weight": ("weights", lambda x: replaced(x, (0, 1), INF)),
+    "more weights than critics": ("weights", lambda x: x.repeat(3, 1)),
+    "weights without their parts": ("weights", lambda x: x[:, :2]),
+    "weights as a list": ("weights", lambda x: x.flatten()),
+    "NaN update": ("updates", lambda x: replaced(x, 2, NAN)),
+    "updates as a table": ("updates", lambda x: x.unsqueeze(1)),
+    "updates as a number": ("updates", lambda x: x[0]),
+    "infinite scale": ("constants", lambda x: replaced(x, (0, 0), INF)),
+    "NaN scale": ("constants", lambda x: replaced(x, (0, 2), NAN)),
+    "infinite entropy coefficient": ("constants", lambda x: replaced(x, (1, 0), INF)),
+    "NaN number of updates": ("constants", lambda x: replaced(x, (2, 0), NAN)),
+    "too few constants": ("constants", lambda x: x[:2]),
+    "NaN time of an average": ("marked", lambda x: replaced(x, (2, 0), NAN)),
+    "too few averages": ("marked", lambda x: x[:2]),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
 def test_damaged_numbers_are_refused(what):
     """The error says so, and the policy stays as it was."""
     policy, other = make_policy("mlp"), make_policy("mlp")
@@ -662,8 +640,11 @@ def test_damaged_numbers_are_refused(what):
         push(other, seed=50 + i)
     obs = sample_obs(BOX, 6)
     before, online = both_sums(other, obs), other.critics(obs)
+    name, damage = DAMAGES[what]
+    state = policy.state_dict()
+    state[f"frozen_critics.{name}"] = damage(state[f"frozen_critics.{name}"])
     with pytest.raises(ValueError, match="saved stack is damaged"):
-        other.load_state_dict(damaged(policy.state_dict(), what))
+        other.load_state_dict(state)
     assert th.equal(both_sums(other, obs), before)
     assert th.equal(other.critics(obs), online)
     push(other, seed=99)
@@ -671,7 +652,9 @@ def test_damaged_numbers_are_refused(what):
 
 
 @pytest.mark.parametrize(
-    "names", [["weights", "updates", "constants"], ["weights"], ["updates"], ["constants"]], ids=str
+    "names",
+    [["weights", "updates", "constants", "marked"], ["weights"], ["updates"], ["constants"], ["marked"]],
+    ids=str,
 )
 def test_missing_numbers_are_refused(names):
     """By the error of PyTorch that names what is missing."""
@@ -752,7 +735,7 @@ def test_saved_stack_has_no_unused_rows(n_pushed):
     state = policy.frozen_critics.state_dict()
     size = sum(value.untyped_storage().nbytes() for value in state.values())
     critics = sum(param.numel() * param.element_size() for param in policy.critics.parameters())
-    numbers = 4 * (3 * n_pushed + n_pushed + 9)
+    numbers = 4 * (3 * n_pushed + n_pushed + 9 + 12)
     assert size == n_pushed * critics + numbers
 
 
