@@ -66,6 +66,9 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
             yield file
             file.flush()
             os.fsync(descriptor)
+            if fcntl is not None:  # under its lock, so that no other process takes it for a leftover
+                os.replace(temporary, path)
+        if fcntl is None:  # Windows renames closed files only
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

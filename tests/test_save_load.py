@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
+from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy, save_util
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
@@ -551,6 +551,29 @@ def test_names_as_long_as_they_may_be(tmp_path):
         save(path)
         assert list(tmp_path.iterdir()) == [path]
         path.unlink()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs the list of open files that Linux has")
+def test_renames_closed_files_where_there_are_no_locks(tmp_path, monkeypatch):
+    """As on Windows, which refuses to rename an open file."""
+    replace = os.replace
+
+    def replace_closed(source, target):
+        opened = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+        if os.path.realpath(source) in opened:
+            raise PermissionError(source)
+        replace(source, target)
+
+    monkeypatch.setattr(save_util, "fcntl", None)
+    monkeypatch.setattr(os, "replace", replace_closed)
+    model = make_model()
+    grow(model, 2)
+    for _ in range(2):
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "buffer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["buffer.pkl", "model.zip"]
+    obs = sample_obs(model.observation_space, 5)
+    assert th.equal(StaQ.load(tmp_path / "model").policy.logits(obs), model.policy.logits(obs))
 
 
 def test_several_writers(tmp_path):
