@@ -540,6 +540,8 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
     with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
         loaded.eval_policy = "mean"
     with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
+        loaded.policy.eval_policy = "mean"
+    with pytest.raises(ValueError, match=r"Invalid eval_policy='mean': expected 'average' or 'best' or 'last'"):
         StaQ.load(tmp_path / "model", eval_policy="mean")
 
 
