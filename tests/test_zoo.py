@@ -280,7 +280,7 @@ def test_continued_trainings_keep_the_shapes_of_their_networks(tmp_path: Path):
     manager = ExperimentManager(SimpleNamespace(), "staq", "Pendulum-v1", str(tmp_path), **arguments)
     model, hyperparams = manager.setup_experiment()  # type: ignore[misc]
     assert (model.action_bins, model.n_critics) == (7, 3) and hyperparams["action_bins"] == 5
-    assert model.memory_size == hyperparams["memory_size"] == 4
+    assert model.memory_size == hyperparams["memory_size"] == "auto"
     model.get_env().close()
 
 
