@@ -35,7 +35,10 @@ COLORS = (
     *(figures.BLUE, figures.ORANGE, figures.SKY, figures.BLACK, figures.PURPLE),
     *(figures.VERMILLION, figures.GREEN, "#999999", figures.YELLOW),
 )
-DASHES = ("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1))
+DASHES = (
+    *("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1)),
+    (4, 1),
+)
 
 # The prose, by heading
 TEXTS = {part.partition("\n")[0]: part.strip() for part in (FOLDER / "report.md").read_text().split("\n## ")}
