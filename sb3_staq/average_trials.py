@@ -60,12 +60,12 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         """
         ended = np.flatnonzero(dones).tolist()
         for i in ended:
-            if i < self._n_average_envs and i in self._trial_envs and "episode" in infos[i]:
+            if i < -(-self._n_average_envs // 2) and i in self._trial_envs and "episode" in infos[i]:
                 self._trial_returns.append((i, float(infos[i]["episode"]["r"])))
         n_whole, part = self._average_envs
         n_tried = len({i for i, _ in self._trial_returns})
         is_long_enough = self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps
-        if n_tried > 0 and n_tried >= n_whole + math.ceil(part) and is_long_enough:
+        if n_tried > 0 and n_tried >= -(-(n_whole + math.ceil(part)) // 2) and is_long_enough:
             self._end_trial()
         self._trial_envs = sorted({*self._trial_envs, *ended})
 

@@ -124,10 +124,15 @@ class BaseStaQ(AverageTrials):
             with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
             n_average = self._n_average_envs
-            if n_average > 0:  # greedily: their returns are those of the policy that may be delivered
-                obs: Any = select(self._last_obs, slice(n_average))
+            n_tries = -(-n_average // 2)
+            if n_tries > 0:  # greedily: their returns are those of the policy that may be delivered
+                obs: Any = select(self._last_obs, slice(n_tries))
                 with policy.acting_by(partial(policy.logit_sums, weighting="candidate")):
-                    actions[:n_average], _ = policy.predict(obs, deterministic=True)
+                    actions[:n_tries], _ = policy.predict(obs, deterministic=True)
+            if n_average > n_tries:
+                obs = select(self._last_obs, slice(n_tries, n_average))
+                with policy.acting_by(partial(policy.logit_sums, weighting="best")):
+                    actions[n_tries:n_average], _ = policy.predict(obs)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
