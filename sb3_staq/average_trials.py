@@ -67,14 +67,14 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         is_long_enough = self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps
         if n_tried > 0 and n_tried >= n_whole + math.ceil(part) and is_long_enough:
             self._end_trial()
-        self._trial_envs = sorted({*self._trial_envs, *ended})
 
+        self._average_lead += self._average_turn - part
         if part == 0:  # no environment alternates
             self._average_turn, self._average_lead = False, 0.0
-            return
-        self._average_lead += self._average_turn - part
-        if dones[n_whole]:  # between episodes
+        elif dones[n_whole]:  # between episodes
             self._average_turn = self._average_lead < 0
+        begun = [i for i in ended if i < self._n_average_envs]
+        self._trial_envs = sorted({*self._trial_envs}.difference(ended).union(begun))
 
     def _end_trial(self) -> None:
         """Accept the candidate as the best average if its mean return is the highest so far, and take the next one."""

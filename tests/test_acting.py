@@ -659,6 +659,35 @@ def test_best_average(n_envs, share, tmp_path):
     assert model._best_return < mean
 
 
+def test_only_whole_episodes_of_the_average_count():
+    """An environment that joins in the middle of an episode is judged from its next episode on."""
+
+    class OfLength(RandomObsEnv):
+        def __init__(self, length):
+            super().__init__()
+            self.length = length
+
+        def step(self, action):
+            obs, *_ = super().step(action)
+            return obs, 1.0, self.steps >= self.length, False, {}
+
+    returns = {}
+
+    class JoinAndWatch(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 300:  # the second environment is at the 50th of 100 steps
+                self.model.average_share = 1.0
+            returns[self.num_timesteps] = self.model._trial_returns.copy()
+            return True
+
+    env = DummyVecEnv([lambda n=n: Monitor(OfLength(n)) for n in (1000, 100)])
+    model = make_model(env, average_share=0.5, learning_starts=20, gradient_steps=0, buffer_size=1000)
+    grow(model, 3)
+    model.learn(700, callback=JoinAndWatch())
+    assert returns[402] == []
+    assert returns[602] == [(1, 100.0)]
+
+
 def test_best_without_monitor():
     """There are no returns, so it is the present average."""
     model = two_policies(n_envs=2, average_share=0.5, eval_policy="best")
