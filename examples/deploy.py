@@ -1,6 +1,5 @@
 """Train, distil the stack into one small network, export it, and act with the file alone."""
 
-import json
 import sys
 
 import gymnasium as gym
@@ -23,16 +22,7 @@ student.save("student.pth")
 # Export the student; or the stack, with export_policy(model, "policy.onnx")
 export_policy(student, "policy.onnx")
 
-# On the robot: greedy actions, and the probabilities of the bins
+# On the robot: greedy actions, sampled actions, and the probabilities of the bins
 session = onnxruntime.InferenceSession("policy.onnx")
-action, prob = session.run(["action", "prob"], {"obs": np.zeros((1, 4), np.float32)})
-print(f"Greedy action: {action[0]}, probabilities: {prob[0]}")
-
-# Sample an action with your own random numbers: bins[d] has the values of branch d
-meta = session.get_modelmeta().custom_metadata_map
-bins, sizes = json.loads(meta["bins"]), json.loads(meta["branch_sizes"])
-rng = np.random.default_rng()
-drawn = []
-for values, p in zip(bins, np.split(prob[0].astype(float), np.cumsum(sizes)[:-1]), strict=True):
-    drawn.append(values[rng.choice(len(values), p=p / p.sum())])
-print(f"Sampled action: {drawn}")
+action, sample, prob = session.run(["action", "sample", "prob"], {"obs": np.zeros((1, 4), np.float32)})
+print(f"Greedy action: {action[0]}, sampled action: {sample[0]}, probabilities: {prob[0]}")

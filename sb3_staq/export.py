@@ -3,9 +3,9 @@ Export of the policy to a file that runs without this package: ONNX, TorchScript
 
 ``python -m sb3_staq.export model.zip policy.onnx``, or :func:`export_policy`. The file takes a batch of observations as
 environments return them (statistics of ``VecNormalize`` are folded in; images channel-first), one input per key of a
-Dict. It returns ``action``, the deterministic actions of ``predict``, and ``prob``, the probabilities of the bins,
-branch after branch. To sample, draw a bin ``i`` of each branch ``d`` from its ``branch_sizes[d]`` probabilities, and
-look up ``bins[d][i]``; ``branch_sizes`` and ``bins`` are in the file's metadata.
+Dict. It returns ``action``, the deterministic actions of ``predict``, ``sample``, sampled ones, and ``prob``, the
+probabilities of the bins, branch after branch. To draw with other random numbers, choose a bin ``i`` of each branch
+``d`` by its ``branch_sizes[d]`` probabilities; its action is ``bins[d][i]``. Both lists are in the file's metadata.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from sb3_staq.policies import EVAL_POLICIES, StaQPolicy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import StaQ
 
-OUTPUTS = ["action", "prob"]
+OUTPUTS = ["action", "sample", "prob"]
 SUFFIXES = (".onnx", ".pt", ".pt2")
 N_CHECKED = 64  # observations at which a file must match `predict`
 TOLERANCE = 1e-3  # of probabilities, and of actions as a share of their range
@@ -69,20 +69,27 @@ def _run(data: bytes, suffix: str, arrays: list[np.ndarray]) -> list[np.ndarray]
 
 def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
     """Compare outputs with those of the policy at the (normalised) observations, one at a time."""
-    singles = [select(obs, slice(i, i + 1)) for i in range(len(outputs[0]))]
+    found, sampled, found_prob = outputs
+    singles = [select(obs, slice(i, i + 1)) for i in range(len(found))]
     actions = np.concatenate([policy.predict(single, deterministic=True)[0] for single in singles])
     with th.no_grad():
         logits = th.cat([policy.logits(policy.obs_to_tensor(single)[0]) for single in singles])
-    prob = log_policy(logits, policy.branches.sizes).exp().numpy()
-    error, difference = np.abs(outputs[1] - prob).max(), np.abs(outputs[0] - actions)
+    prob, branches = log_policy(logits, policy.branches.sizes).exp(), policy.branches
+    error, difference = np.abs(found_prob - prob.numpy()).max(), np.abs(found - actions)
     if isinstance(policy.action_space, spaces.Box):
         difference = difference / (policy.action_space.high - policy.action_space.low).clip(min=1e-30)
+        sampled = policy.scale_action(sampled)
     n_wrong = (difference > TOLERANCE).reshape(len(prob), -1).any(axis=1).sum()
-    if not error <= TOLERANCE or n_wrong > TIES * len(prob):
+    stored = th.as_tensor(sampled).reshape(len(prob), -1)
+    bins = branches.encode(stored)
+    are_bins = th.allclose(branches.decode(bins).float(), stored.float(), atol=TOLERANCE)
+    possible = are_bins and bool((prob.gather(1, branches.columns(bins)) > 0).all())
+    if not error <= TOLERANCE or n_wrong > TIES * len(prob) or not possible:
         raise RuntimeError(
             f"The exported file would be wrong, so it was not written: at {len(prob)} observations its probabilities "
-            f"differ by up to {error:.3g} from those of predict, and {n_wrong} actions do. A features extractor whose "
-            "computation depends on values cannot be exported"
+            f"differ by up to {error:.3g} from those of predict, {n_wrong} actions do, and sampled actions are "
+            f"{'' if possible else 'not '}all possible. A features extractor whose computation depends on values "
+            "cannot be exported"
         )
 
 

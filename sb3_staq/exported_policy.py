@@ -55,12 +55,12 @@ class ExportedPolicy(nn.Module):
             stored = (low + 0.5 * (stored + 1.0) * (high - low)).maximum(low).minimum(high)
         return stored.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 
-    def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Compute actions and probabilities.
 
         :param inputs: observations, one tensor for each key
-        :return: deterministic actions, and the probabilities of the bins
+        :return: deterministic actions, sampled actions, and the probabilities of the bins
         """
         obs = dict(zip(self.keys, inputs, strict=True))
         for key, rms in self.statistics.items():
@@ -68,7 +68,9 @@ class ExportedPolicy(nn.Module):
             obs[key] = ((obs[key].float() - _floats(rms.mean)) / _floats(std)).clamp(-clip, clip)
         x = preprocess_obs(self._unnamed(obs), self.space, normalize_images=self.normalize_images)
         logits = batched_forward(self.net, self.params, x, coef=self.coef)
-        return self.to_env(self.branches.deterministic(logits)), log_policy(logits, self.branches.sizes).exp()
+        log_prob = log_policy(logits, self.branches.sizes)
+        stored = self.branches.deterministic(logits), self.branches.decode(self.branches.sample(log_prob))
+        return self.to_env(stored[0]), self.to_env(stored[1]), log_prob.exp()
 
     def bins(self) -> list[Any]:
         """

@@ -462,7 +462,7 @@ TINY_ON_POLICY = dict(n_envs=2, n_steps=64, batch_size=32)
 def test_training_goes_on_as_if_nothing_had_been(
     algo: str, env_id: str, hyperparams: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted twice, not at a checkpoint: the same evaluations, each once, and the time of one training."""
+    """Interrupted twice, not at a checkpoint, and moved: the same evaluations, once, and the time of one training."""
     monkeypatch.chdir(tmp_path)  # MuJoCo leaves a log behind
     cell = Cell("tiny", env_id, algo, 1, 700, 128, 2, hyperparams, tmp_path / "interrupted")
     lived = replace(cell, folder=tmp_path / "lived")
@@ -480,6 +480,8 @@ def test_training_goes_on_as_if_nothing_had_been(
             cell_module.run_cell(cell, interrupt)
         assert not Results.read(cell.results_file).done
     assert evaluated_at[0] > 128  # it went on from a checkpoint
+    cell.folder.rename(tmp_path / "moved")
+    cell = replace(cell, folder=tmp_path / "moved")
     reports: list[tuple] = []
     cell_module.run_cell(cell, lambda *progress: reports.append(progress))
     assert but_for_times(cell.results_file) == but_for_times(lived.results_file)

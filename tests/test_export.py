@@ -69,7 +69,7 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
     path = export_policy(model, tmp_path / "policy.pt")
     for n in (1, 5):
         obs = draw(model.observation_space, n)
-        actions, prob = run_script(path, obs)
+        actions, _, prob = run_script(path, obs)
         np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-5)
         np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
 
@@ -83,6 +83,19 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
     if isinstance(action_space, spaces.Box):
         np.testing.assert_allclose(bins, np.linspace(action_space.low, action_space.high, 5).T, atol=1e-6)
 
+    # Sampled actions have these probabilities
+    one = {key: x[:1] for key, x in obs.items()} if isinstance(obs, dict) else obs[:1]
+    many = {key: x.repeat(4000, 0) for key, x in one.items()} if isinstance(one, dict) else one.repeat(4000, 0)
+    sampled = run_script(path, many)[1]
+    assert sampled.shape == (4000, *action_space.shape)
+    sampled = sampled.reshape(4000, -1)
+    prob, column = slow_prob(model.policy, one)[0], 0
+    for d, branch in enumerate(bins):
+        for value in dict.fromkeys(branch):  # a Box whose bounds are equal has one value, several times
+            same = [p for x, p in zip(branch, prob[column : column + len(branch)], strict=True) if x == value]
+            assert np.isclose(sampled[:, d], value, atol=1e-5).mean() == pytest.approx(sum(same), abs=0.04)
+        column += len(branch)
+
 
 @pytest.mark.parametrize("action_grid", ["axis", "joint"])
 @pytest.mark.parametrize(("kind", "policy"), [("discrete", "MlpPolicy"), ("image", "CnnPolicy")])
@@ -93,12 +106,13 @@ def test_whole_actions_as_bins(kind, policy, action_grid, tmp_path):
     grow(model, 2)
     path = export_policy(model, tmp_path / "policy.pt")
     obs = draw(model.observation_space, 4)
-    actions, prob = run_script(path, obs)
+    actions, sampled, prob = run_script(path, obs)
     extra = {"bins": ""}
     th.jit.load(path, _extra_files=extra)
     (bins,) = json.loads(extra["bins"])
     np.testing.assert_allclose(actions, np.array(bins)[prob.argmax(axis=1)], atol=1e-6)
     np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-6)
+    assert np.abs(sampled[:, None] - bins).max(axis=2).min(axis=1).max() < 1e-5
 
 
 @pytest.mark.parametrize("how", ["of the model", "object", "pkl", "npz"])
@@ -111,7 +125,7 @@ def test_normalisation_is_folded_in(how, tmp_path):
     source = {"of the model": None, "object": normalize}.get(how, str(tmp_path / f"normalize.{how}"))
     path = export_policy(model if source is None else model.policy, tmp_path / "policy.pt", source)
     obs = np.random.default_rng(0).normal(2, 4, (50, 4)).astype(np.float32)
-    actions, prob = run_script(path, obs)
+    actions, _, prob = run_script(path, obs)
     normalised = normalize.normalize_obs(obs)
     assert (np.abs(normalised) == 1.5).any()
     np.testing.assert_allclose(prob, slow_prob(model.policy, normalised), atol=1e-5)
@@ -127,10 +141,9 @@ obs = dict(np.load(sys.argv[2]))
 action, prob = session.run(["action", "prob"], obs)
 single = session.run(["action"], {key: x[:1] for key, x in obs.items()})[0]
 meta = session.get_modelmeta().custom_metadata_map
-bins, ends = json.loads(meta["bins"]), np.cumsum(json.loads(meta["branch_sizes"]))
-rng = np.random.default_rng(0)
-p = [branch / branch.sum() for branch in np.split(prob[0].astype(float), ends[:-1])]
-sampled = [[rng.choice(values, p=q) for values, q in zip(bins, p)] for _ in range(2000)]
+(sampled,) = session.run(["sample"], {key: x[:1].repeat(2000, 0) for key, x in obs.items()})
+again = session.run(["sample"], {key: x[:1].repeat(2000, 0) for key, x in obs.items()})[0]
+assert (sampled != again).any()
 np.savez(sys.argv[3], action=action, single=single, prob=prob, sampled=sampled, meta=json.dumps(meta))
 """
 
@@ -145,6 +158,7 @@ def test_onnx_without_torch(kind, policy, action_space, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra export")
     keys = dict(norm_obs_keys=["a"]) if kind == "dict" else {}
     model = make_normalised(kind, policy, action_space, **keys)
+    model.policy.frozen_critics.weights.scale /= 20  # several bins are probable
     path = export_policy(model, tmp_path / "policy.onnx")
     obs = draw(model.observation_space, 7)
     np.savez(tmp_path / "obs.npz", **(obs if isinstance(obs, dict) else dict(obs=obs)))
@@ -161,6 +175,7 @@ def test_onnx_without_torch(kind, policy, action_space, tmp_path):
     values = json.loads(json.loads(str(found["meta"]))["bins"])
     shares = [(found["sampled"][:, d] == value).mean() for d, branch in enumerate(values) for value in branch]
     np.testing.assert_allclose(shares, prob[0], atol=0.04)
+    assert 0.05 < prob[0].max() < 0.95
     meta = json.loads(str(found["meta"]))
     assert meta["algorithm"] == "StaQ" and meta["action_space"] == str(action_space)
 
@@ -172,7 +187,7 @@ def test_torch_export(tmp_path):
     for n in (1, 6):
         obs = draw(model.observation_space, n)
         normalised = model.get_vec_normalize_env().normalize_obs(obs)
-        np.testing.assert_allclose(module(th.as_tensor(obs))[1], slow_prob(model.policy, normalised), atol=1e-5)
+        np.testing.assert_allclose(module(th.as_tensor(obs))[2], slow_prob(model.policy, normalised), atol=1e-5)
 
 
 @pytest.mark.parametrize("eval_policy", ["average", "last"])
@@ -182,7 +197,7 @@ def test_either_policy(eval_policy, tmp_path):
     model = make_model(RandomObsEnv(), eval_policy=other, memory_size=3, average_window=1.0, average_size=8)
     grow(model, 8)
     obs = draw(model.observation_space, 5)
-    _, prob = run_script(export_policy(model, tmp_path / "policy.pt", eval_policy=eval_policy), obs)
+    *_, prob = run_script(export_policy(model, tmp_path / "policy.pt", eval_policy=eval_policy), obs)
     assert model.policy.eval_policy == other
     model.policy.eval_policy = eval_policy
     np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
@@ -206,6 +221,18 @@ def test_failure_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="The exported file would be wrong, so it was not written: at 64 obs"):
         export_policy(model, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_samples_are_checked(monkeypatch, tmp_path):
+    """Those of a bin that does not exist are no actions of the policy."""
+    model = make_model(RandomObsEnv())
+    grow(model, 2)
+    monkeypatch.setattr(
+        type(model.policy.branches), "sample", lambda self, log_prob: self.last.expand(len(log_prob), -1) + 1
+    )
+    with pytest.raises(RuntimeError, match=r"not written: .* sampled actions are not all possible"):
+        export_policy(model, tmp_path / "policy.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages(monkeypatch, tmp_path):
@@ -249,7 +276,7 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["export", *paths[:2], "--vecnormalize", paths[2], *args])
         export.main()
-        return run_script(paths[1], obs)[1]
+        return run_script(paths[1], obs)[2]
 
     np.testing.assert_allclose(run("--policy", "last"), expected, atol=1e-5)
     options = ["--env", "X", "--replay-buffer", paths[3], "--net-arch", "32", "--max-kl", "0.05"]
@@ -296,7 +323,7 @@ def test_module_runs(tmp_path):
     subprocess.run(command, check=True)
     loaded = StaQ.load(tmp_path / "model.zip")
     obs = draw(model.observation_space, 5)
-    actions, _ = run_script(tmp_path / "policy.pt", obs)
+    actions, *_ = run_script(tmp_path / "policy.pt", obs)
     np.testing.assert_array_equal(actions, loaded.predict(obs, deterministic=True)[0])
 
 
