@@ -169,19 +169,10 @@ class LogitCache:
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
         if not matches or len(state["keys"]) > self.capacity:
             return
-        n, device = len(state["keys"]), self.policy.device
-        room = {}
-        for name, array in state.items():
-            if name == "sums" or name.startswith("obs:"):
-                values = th.as_tensor(array)
-                room[name] = th.empty(self.capacity, *values.shape[1:], dtype=values.dtype, device=device)
-                room[name][:n] = values.to(device)
-        self._sums = room.pop("sums")
-        self._obs = room["obs:"] if "obs:" in room else {name.removeprefix("obs:"): x for name, x in room.items()}
-        self._keys = state["keys"].tolist()
-        self._slots = {key: slot for slot, key in enumerate(state["keys"].tolist())}
-        self._next = int(state["next"])
-        self._version = self.policy.frozen_critics.version
+        arrays = {name.removeprefix("obs:"): x for name, x in state.items() if name.startswith("obs:")}
+        obs, sums = map_fields(lambda x: th.as_tensor(x).to(self.policy.device), (arrays, state["sums"]))
+        self._remember(state["keys"].tolist(), obs.get("", obs), sums)
+        self._next, self._version = int(state["next"]), self.policy.frozen_critics.version
 
 
 def stack_digest(policy: StaQPolicy) -> bytes:
