@@ -62,7 +62,8 @@ wheel-test:
 figures: $(INSTALLED)
 	$(BIN)/python -m benchmarks run classic
 	$(BIN)/python -m benchmarks report classic
-	$(BIN)/python -m benchmarks run mujoco --steps 200000 --seeds 0 1 2 --algos staq sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
+	$(BIN)/python -m benchmarks run mujoco --algos staq --envs Hopper-v4 Walker2d-v4
+	$(BIN)/python -m benchmarks run mujoco --seeds 0 1 2 --algos staq_last sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
 	$(BIN)/python -m benchmarks report mujoco
 	$(BIN)/python -m docs.diagrams
 

@@ -94,7 +94,7 @@ def table(rows: pd.DataFrame) -> str:
     columns["ONNX file"] = (rows["onnx_bytes"] / 1e6).map("{:.2f} MB".format)
     columns["`predict`"] = rows["predict_ms"].map("{:.2f} ms".format)
     columns["onnxruntime"] = rows["onnx_ms"].map("{:.3f} ms".format)
-    kl = rows["kl_mean"].map("{:.3g}".format) + rows["kl_max"].map(" ({:.2g})".format)
+    kl = rows["kl_mean"].map("{:.3g}".format) + rows["kl_max"].map(" ({:.3g})".format)
     columns["KL, mean (largest)"] = kl.where(student, "")
     columns["same bin"] = rows["agreement"].map("{:.1%}".format).where(student, "")
     columns = columns.rename(columns={"critics": "networks that act"})

@@ -1,5 +1,7 @@
 """The agents in ``trained_agents/`` load, and have the returns that their model cards state."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,6 +11,7 @@ import torch as th
 import yaml
 
 from sb3_staq import StaQ
+from sb3_staq.export import export_policy
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "trained_agents"
@@ -48,6 +51,44 @@ def test_files(card):
     env_name = folder.name.removesuffix("_1")
     assert (folder / f"{env_name}.zip").stat().st_size < 3_000_000
     assert {"config.yml", "args.yml"} <= {path.name for path in (folder / env_name).iterdir()}
+
+
+ROBOT = """
+import sys
+sys.modules["torch"] = None  # an import of it would fail
+import gymnasium as gym, numpy as np, onnxruntime
+session, env = onnxruntime.InferenceSession(sys.argv[1]), gym.make(sys.argv[2])
+(obs, _), total, done = env.reset(seed=0), 0.0, False
+while not done:
+    (actions,) = session.run(["action"], {"obs": obs[None].astype(np.float32)})
+    obs, reward, *ends, _ = env.step(actions[0])
+    total, done = total + float(reward), any(ends)
+print(total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3", "HalfCheetah-v4", "Hopper-v4"])
+def test_exported_agent(env_id, tmp_path):
+    """One command exports an agent, and the file acts as the card says, in a process without PyTorch."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    try:
+        gym.make(env_id).close()
+    except (gym.error.Error, ImportError) as error:
+        pytest.skip(f"needs {env_id}: {error}")
+    folder, file = FOLDER / "staq" / f"{env_id}_1", tmp_path / "policy.onnx"
+    _, mean, std = read_card(folder / "README.md")
+    subprocess.run([sys.executable, "-m", "sb3_staq.export", folder / f"{env_id}.zip", file], check=True, cwd=ROOT)
+    robot = [sys.executable, "-c", ROBOT, file, env_id]
+    output = subprocess.run(robot, check=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout
+    assert abs(float(output.split()[-1]) - mean) < 4 * std + 0.02 * abs(mean)
+
+
+@pytest.mark.parametrize("card", [pytest.param(card, id=card.parent.name) for card in CARDS])
+def test_export(card, tmp_path):
+    """Whatever the size of the logits, and so of their rounding errors."""
+    model = StaQ.load(card.parent / f"{card.parent.name.removesuffix('_1')}.zip", device="cpu")
+    export_policy(model, tmp_path / "policy.pt")
 
 
 def test_kept_critics(tmp_path):

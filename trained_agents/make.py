@@ -24,6 +24,8 @@ from sb3_staq.q_stack import FrozenCritics
 FOLDER = Path(__file__).parent
 MAX_BYTES = 3_000_000
 N_EPISODES = 20
+# Added to the card if the policy is "best"
+BEST = ". It delivers the average that did best in the training's own trials"
 PACKAGES = ("stable-baselines3", "rl_zoo3", "gymnasium", "torch", "numpy", "mujoco", "Box2D", "MinAtar")
 
 CARD = """---
@@ -34,14 +36,14 @@ CARD = """---
 | | |
 |---|---|
 | return | {mean:.2f} +/- {std:.2f} ({n} greedy episodes, {low:.2f} to {high:.2f}) |
-| stack | {kept} critics of the average's {averaged} |
+| stack | {kept} critics of the average's {averaged}, of {n_networks} |
 | return with all {averaged} | {full_mean:.2f} +/- {full_std:.2f} |
 | trained by | `{command}` |
 | commit | {commit} |
 | versions | {versions} |
 
-The last model of the training, not the best one. The file has what acts: no optimizer state, and of the stack the
-critics of the average policy only. So every `eval_policy` gives the same policy, and training cannot go on from it.
+The model at the end of the training{note}. The file has what acts: no optimizer state, and of the stack the critics of
+the delivered average only. So every `eval_policy` gives the same policy, and training cannot go on from it.
 
 See its return:
 
@@ -169,6 +171,8 @@ def main() -> None:
         std=std,
         low=min(returns),
         high=max(returns),
+        note=BEST if model.eval_policy == "best" else "",
+        n_networks="one network each" if model.critic == "joint" else f"{model.n_critics} networks each",
         kept=len(model.policy.frozen_critics),
         averaged=averaged,
         full_mean=np.mean(full),
