@@ -34,10 +34,13 @@ def plot_learning_curve(folder: Path, title: str) -> Path:
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     training = "training episodes (exploring)"
     ax.plot(episodes["l"].cumsum(), episodes["r"], ".", color="0.75", markersize=3, label=training)
-    ax.plot(steps, returns.mean(axis=1), color=BLUE, label=f"evaluation, greedy: mean of {returns.shape[1]} episodes")
+    greedy = f"evaluation, greedy: mean of {returns.shape[1]} episodes"
+    ax.plot(steps, returns.mean(axis=1), color=BLUE, linewidth=2, label=greedy)
     ax.fill_between(steps, returns.min(axis=1), returns.max(axis=1), color=BLUE, alpha=0.2, label="min to max")
     ax.set(title=title, xlabel="environment steps", ylabel="return of an episode")
-    ax.legend(loc="best")
+    ax.legend(loc="best", frameon=False)
+    ax.grid(color="0.9")
+    ax.spines[["top", "right"]].set_visible(False)
     path = folder / "learning_curve.png"
     fig.savefig(path, dpi=120)
     return path

@@ -74,11 +74,13 @@ def plot_diagnostics(data: "pd.DataFrame") -> "Figure":
     figure.colorbar(mesh, ax=by_age, label="share of the logits", extend="min")
     by_age.set(title="Share of the logits by age of the critic (shares)", ylabel="age (policy updates)")
     for ax in axes[:3]:
-        ax.grid(alpha=0.3)
+        ax.grid(color="0.9")
     for ax in axes[2:]:
         ax.set_xlabel("policy update")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_age.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{len(data)} policy updates, {data['step'].iloc[-1]:,} environment steps")
     return figure
 
