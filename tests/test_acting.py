@@ -551,12 +551,13 @@ def test_choice_of_the_policy_is_saved_and_can_be_changed(choice, critic, tmp_pa
         (0.0, [0.0, 0.0, 0.0, 0.0]),
         (0.3, [1.0, 0.2, 0.0, 0.0]),
         (0.5, [1.0, 1.0, 0.0, 0.0]),
+        (0.7, [1.0, 1.0, 0.8, 0.0]),
         (0.5, [0.5]),
         (1.0, [1.0] * 4),
     ],
 )
 def test_a_share_of_the_environments_collects_with_the_average(share, by_average):
-    """Greedily. Frequencies of the actions that each environment got, in its only state. One may take turns."""
+    """The first greedily. Frequencies of the actions that each environment got, in its only state."""
     env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * len(by_average))
     model = make_model(
         env, learning_starts=0, gradient_steps=0, buffer_size=8000, average_share=share, average_window=1.0,
@@ -573,8 +574,8 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
     assert len(actions) == 2000
     for i, part in enumerate(by_average):
         frequencies = np.bincount(actions[:, i], minlength=3) / 2000
-        greedy = np.eye(3)[average.argmax()]
-        np.testing.assert_allclose(frequencies, part * greedy + (1 - part) * last, atol=0.05)
+        by_share = np.eye(3)[average.argmax()] if i == 0 else average
+        np.testing.assert_allclose(frequencies, part * by_share + (1 - part) * last, atol=0.05)
 
 
 class RisingAndFalling(RandomObsEnv):
@@ -621,16 +622,15 @@ class Watch(BaseCallback):
 
     def best(self):
         """When the best average was taken, and its mean return."""
-        trial, taken, best = self.model.learning_starts, None, (None, -np.inf)
-        for step in sorted(self.averages):
-            own = [(i, value) for i, began, ended, value in self.episodes if began >= trial and ended <= step]
-            tried = {i for i, _ in own}
-            if len(tried) < np.ceil(self.share * self.model.n_envs) or step - (taken or 0) < 0.05 * step:
+        trial, taken, returns, best = self.model.learning_starts, None, [], (None, -np.inf)
+        for i, began, step, value in self.episodes:
+            if i > 0 or began < trial:
                 continue
-            mean = np.mean([value for _, value in own])
-            if taken is not None and mean > best[1]:
-                best = taken, mean
-            taken = trial = step
+            returns.append(value)
+            if step - (taken or 0) >= 0.05 * step:
+                if taken is not None and np.mean(returns) > best[1]:
+                    best = taken, np.mean(returns)
+                trial, taken, returns = step, step, []
         return best
 
 
@@ -660,32 +660,27 @@ def test_best_average(n_envs, share, tmp_path):
 
 
 def test_only_whole_episodes_of_the_average_count():
-    """An environment that joins in the middle of an episode is judged from its next episode on."""
+    """What begins in the middle of an episode is judged from the next episode on."""
 
-    class OfLength(RandomObsEnv):
-        def __init__(self, length):
-            super().__init__()
-            self.length = length
-
+    class OfLength100(RandomObsEnv):
         def step(self, action):
             obs, *_ = super().step(action)
-            return obs, 1.0, self.steps >= self.length, False, {}
+            return obs, 1.0, self.steps >= 100, False, {}
 
-    returns = {}
+    ended = {}
 
-    class JoinAndWatch(BaseCallback):
+    class BeginAndWatch(BaseCallback):
         def _on_step(self):
-            if self.num_timesteps == 300:  # the second environment is at the 50th of 100 steps
-                self.model.average_share = 1.0
-            returns[self.num_timesteps] = self.model._trial_returns.copy()
+            if self.num_timesteps == 300:  # at the 50th of 100 steps
+                self.model.average_share = 0.5
+            ended[self.num_timesteps] = self.model._trial_step
             return True
 
-    env = DummyVecEnv([lambda n=n: Monitor(OfLength(n)) for n in (1000, 100)])
-    model = make_model(env, average_share=0.5, learning_starts=20, gradient_steps=0, buffer_size=1000)
+    env = DummyVecEnv([lambda: Monitor(OfLength100())] * 2)
+    model = make_model(env, average_share=0.0, learning_starts=20, gradient_steps=0, buffer_size=1000)
     grow(model, 3)
-    model.learn(700, callback=JoinAndWatch())
-    assert returns[402] == []
-    assert returns[602] == [(1, 100.0)]
+    model.learn(700, callback=BeginAndWatch())
+    assert ended[600] == 0 and ended[602] == 600
 
 
 def test_best_without_monitor():
