@@ -121,9 +121,9 @@ class StaQ(BaseStaQ):
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: largest number of critics in an average, evenly spaced in time; this is its cost in memory, and
         at most three times as much with ``average_share``
-    :param average_share: share of the environments that act by averages, each for 5% of the steps so far and at least
-        one whole episode. The first environment acts greedily, and its mean return tells which average is the best; the
-        others sample. If this is not a whole number of environments, one of them alternates, episode by episode
+    :param average_share: share of the environments that act by averages instead of the policy that learns; by each for
+        5% of the steps so far and at least one whole episode. The first environment acts greedily, and its mean return
+        tells which average is the best. If this is no whole number of environments, one alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where
