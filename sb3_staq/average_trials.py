@@ -1,4 +1,4 @@
-"""Some of the environments try averages of the stack, one after another, to find the best one to deliver.
+"""Some of the environments act by averages of the stack, one after another, to find the best one to deliver.
 
 Choosing the delivered policy by the training's own episodes is the idea of the checkpoints of TD7,
 https://arxiv.org/abs/2306.02451.
@@ -12,7 +12,7 @@ import numpy as np
 from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import StaQPolicy
 
-# A trial lasts for this share of the steps so far, and for at least one complete episode in each of the environments
+# A trial lasts for this share of the steps so far, and for at least one greedy episode
 TRIAL_SHARE = 0.05
 
 
@@ -24,19 +24,19 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # For the environment that alternates: whether it tries an average now, and how many such steps it is ahead
+        # For the environment that alternates: whether it acts by the average now, and how many such steps it is ahead
         self._average_turn, self._average_lead = False, 0.0
         self._forget_returns()
 
     @property
     def _average_envs(self) -> tuple[int, float]:
-        """Number of environments that always try averages, and the share of its steps for which the next one does."""
+        """Number of environments that always act by the average, and the share of its steps for which the next does."""
         part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
         return int(n_whole), part
 
     @property
     def _n_average_envs(self) -> int:
-        """Number of environments that try an average now."""
+        """Number of environments that act by the average now."""
         n_whole, part = self._average_envs
         return n_whole + (self._average_turn and part > 0)
 
@@ -46,10 +46,8 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         self._begin_trial(0)
 
     def _begin_trial(self, step: int) -> None:
-        self._trial_step = step
-        # Environments whose current episode began with the candidate; and pairs of environment and return
-        self._trial_envs: list[int] = []
-        self._trial_returns: list[tuple[int, float]] = []
+        self._trial_step, self._trial_episode = step, False
+        self._trial_returns: list[float] = []
 
     def _try_average(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """
@@ -58,28 +56,24 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         :param dones: whether the episode of each environment has ended
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
         """
-        ended = np.flatnonzero(dones).tolist()
-        for i in ended:
-            if i < self._n_average_envs and i in self._trial_envs and "episode" in infos[i]:
-                self._trial_returns.append((i, float(infos[i]["episode"]["r"])))
         n_whole, part = self._average_envs
-        n_tried = len({i for i, _ in self._trial_returns})
-        is_long_enough = self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps
-        if n_tried > 0 and n_tried >= n_whole + math.ceil(part) and is_long_enough:
-            self._end_trial()
+        if dones[0] and self._trial_episode and self._n_average_envs > 0 and "episode" in infos[0]:
+            self._trial_returns.append(float(infos[0]["episode"]["r"]))
+            if self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps:
+                self._end_trial()
 
         self._average_lead += self._average_turn - part
         if part == 0:  # no environment alternates
             self._average_turn, self._average_lead = False, 0.0
         elif dones[n_whole]:  # between episodes
             self._average_turn = self._average_lead < 0
-        begun = [i for i in ended if i < self._n_average_envs]
-        self._trial_envs = sorted({*self._trial_envs}.difference(ended).union(begun))
+        if dones[0]:  # whether the first environment's next episode is a whole one of the candidate
+            self._trial_episode = self._n_average_envs > 0
 
     def _end_trial(self) -> None:
         """Accept the candidate as the best average if its mean return is the highest so far, and take the next one."""
         stack = self.policy.frozen_critics
-        mean_return = float(np.mean([value for _, value in self._trial_returns]))
+        mean_return = float(np.mean(self._trial_returns))
         is_best = mean_return > self._best_return and stack.marked["candidate"][0] > 0
         if is_best:
             self._best_return = mean_return

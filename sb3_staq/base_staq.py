@@ -124,10 +124,12 @@ class BaseStaQ(AverageTrials):
             with policy.acting_by(partial(self.replay.logit_sums, remember=False)):
                 actions, _ = self.predict(self._last_obs)  # type: ignore[arg-type]
             n_average = self._n_average_envs
-            if n_average > 0:  # greedily: their returns are those of the policy that may be delivered
+            if n_average > 0:
                 obs: Any = select(self._last_obs, slice(n_average))
                 with policy.acting_by(partial(policy.logit_sums, weighting="candidate")):
-                    actions[:n_average], _ = policy.predict(obs, deterministic=True)
+                    actions[:n_average], _ = self.predict(obs)
+                    # Greedily, so that its returns are those of the policy that may be delivered
+                    actions[:1], _ = policy.predict(select(obs, slice(1)), deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
