@@ -28,6 +28,14 @@ def read_card(path: Path) -> tuple[str, float, float]:
     return result["dataset"]["type"], mean, std
 
 
+def skip_without(env_id: str) -> None:
+    """Skip the test where an environment is not installed."""
+    try:
+        gym.make(env_id).close()
+    except (gym.error.Error, ImportError) as error:
+        pytest.skip(f"needs {env_id}: {error}")
+
+
 @pytest.mark.parametrize("card", [pytest.param(card, id=card.parent.name) for card in CARDS])
 def test_return(card):
     """Two means of independent episodes differ by less than four standard errors, and 2% for other processors."""
@@ -35,10 +43,7 @@ def test_return(card):
     from trained_agents.make import evaluate
 
     env_id, mean, std = read_card(card)
-    try:
-        gym.make(env_id).close()
-    except (gym.error.Error, ImportError) as error:
-        pytest.skip(f"needs {env_id}: {error}")
+    skip_without(env_id)
     returns, _ = evaluate(FOLDER, env_id, N_EPISODES)
     tolerance = 4 * std * np.sqrt(1 / N_EPISODES + 1 / N_CARD) + 0.02 * abs(mean)
     assert abs(np.mean(returns) - mean) < tolerance
@@ -72,10 +77,7 @@ print(total)
 def test_exported_agent(env_id, tmp_path):
     """One command exports an agent, and the file acts as the card says, in a process without PyTorch."""
     pytest.importorskip("onnxruntime", reason="needs the extra export")
-    try:
-        gym.make(env_id).close()
-    except (gym.error.Error, ImportError) as error:
-        pytest.skip(f"needs {env_id}: {error}")
+    skip_without(env_id)
     folder, file = FOLDER / "staq" / f"{env_id}_1", tmp_path / "policy.onnx"
     _, mean, std = read_card(folder / "README.md")
     subprocess.run([sys.executable, "-m", "sb3_staq.export", folder / f"{env_id}.zip", file], check=True, cwd=ROOT)
