@@ -1,0 +1,72 @@
+"""
+How long must a trial of an average be? Trials simulated with the returns of evaluations that exist.
+
+    python -m benchmarks.trial_length
+
+A training from 200,000 to 1,000,000 steps that no longer learns: each candidate is one evaluation of a policy that has
+a gait, drawn at random, and the episodes of its trial are drawn from its ten. What is delivered is worth the
+candidate's mean. Nothing of what makes it deliver the best average is in the episodes but luck, so a rule that is
+easily deceived shows.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "results"
+N_TRAININGS, N_ENVS, EPISODE, TRIAL_SHARE = 1000, 8, 1000, 0.05
+# Evaluations with a mean return above this one count as those of a gait; the second pool of Hopper-v4 is of good ones
+POOLS = (("Hopper-v4", 2000), ("Hopper-v4", 2800), ("Walker2d-v4", 2000))
+# At least so many episodes in a trial, and whether the standard error is subtracted from their mean
+RULES = ((1, False), (2, False), (3, False), (5, False), (10, False), (2, True), (5, True))
+HEADER = "env floor n_evaluations episodes pessimistic last_to_mean last_to_best drawdown drawdown_90".split()
+
+
+def evaluations(env_id: str, floor: float) -> list[np.ndarray]:
+    """Return the returns of all evaluations of StaQ from 100,000 steps on with a mean above ``floor``."""
+    pool = []
+    for path in sorted([*FOLDER.glob(f"*/{env_id}/*/seed_*.csv")]):
+        if path.parent.name in ("sac", "ppo", "trpo", "td3"):
+            continue
+        for row in csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")):
+            # Where there are several averages, that of the last 15% of the training
+            if int(row["step"]) >= 100_000 and row.get("window", "0.15") == "0.15" and float(row["mean"]) > floor:
+                pool.append(np.array(row["returns"].split()[:10], dtype=float))
+    return pool
+
+
+def simulate(pool: list[np.ndarray], n_min: int, pessimistic: bool, rng: np.random.Generator) -> tuple[float, ...]:
+    """Return the last delivered mean, that of the candidates, the best one of them, and the relative drawdown."""
+    step, best, delivered, candidates = 200_000, -math.inf, [], []
+    while step < 1_000_000:
+        candidate = pool[rng.integers(len(pool))]
+        n_episodes = max(n_min, math.ceil(TRIAL_SHARE * step / (EPISODE * N_ENVS)))
+        returns = rng.choice(candidate, n_episodes)
+        measure = returns.mean() - (returns.std(ddof=1) / math.sqrt(n_episodes) if pessimistic else 0)
+        step += n_episodes * EPISODE * N_ENVS
+        candidates.append(candidate.mean())
+        delivered.append(candidates[-1] if measure > best else delivered[-1])
+        best = max(best, measure)
+    so_far = np.maximum.accumulate(delivered)
+    return delivered[-1], float(np.mean(candidates)), max(candidates), float(((so_far - delivered) / so_far).max())
+
+
+def main() -> None:
+    """Write the table."""
+    with open(FOLDER / "steadiness" / "trial_length.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for env_id, floor in POOLS:
+            pool = evaluations(env_id, floor)
+            for n_min, pessimistic in RULES:
+                rng = np.random.default_rng(0)
+                runs = np.array([simulate(pool, n_min, pessimistic, rng) for _ in range(N_TRAININGS)])
+                last, mean, best, drawdown = runs.T
+                numbers = last.mean() / mean.mean(), np.mean(last / best), drawdown.mean(), np.quantile(drawdown, 0.9)
+                writer.writerow([env_id, floor, len(pool), n_min, pessimistic, *(f"{x:.3f}" for x in numbers)])
+
+
+if __name__ == "__main__":
+    main()
