@@ -39,7 +39,9 @@ def evaluations(env_id: str, floor: float) -> list[np.ndarray]:
 
 def simulate(pool: list[np.ndarray], n_min: int, pessimistic: bool, rng: np.random.Generator) -> tuple[float, ...]:
     """Return the last delivered mean, that of the candidates, the best one of them, and the relative drawdown."""
-    step, best, delivered, candidates = 200_000, -math.inf, [], []
+    step, best = 200_000, -math.inf
+    delivered: list[float] = []
+    candidates: list[float] = []
     while step < 1_000_000:
         candidate = pool[rng.integers(len(pool))]
         n_episodes = max(n_min, math.ceil(TRIAL_SHARE * step / (EPISODE * N_ENVS)))
