@@ -14,6 +14,8 @@ from sb3_staq.policies import StaQPolicy
 
 # A trial lasts for this share of the steps so far, and for at least one greedy episode
 TRIAL_SHARE = 0.05
+# A candidate becomes the best only after so many: one or two may be lucky, and a comparison never forgets
+MIN_EPISODES = 5
 
 
 class AverageTrials(CheckedOffPolicyAlgorithm):
@@ -51,7 +53,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
 
     def _try_average(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """
-        Record the returns of the candidate, and end its trial when it is long enough.
+        Record the returns of the candidate, and judge it when its trial is long enough.
 
         :param dones: whether the episode of each environment has ended
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
@@ -60,7 +62,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         if dones[0] and self._trial_episode and self._n_average_envs > 0 and "episode" in infos[0]:
             self._trial_returns.append(float(infos[0]["episode"]["r"]))
             if self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps:
-                self._end_trial()
+                self._judge()
 
         self._average_lead += self._average_turn - part
         if part == 0:  # no environment alternates
@@ -70,11 +72,13 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         if dones[0]:  # whether the first environment's next episode is a whole one of the candidate
             self._trial_episode = self._n_average_envs > 0
 
-    def _end_trial(self) -> None:
-        """Accept the candidate as the best average if its mean return is the highest so far, and take the next one."""
+    def _judge(self) -> None:
+        """Accept or drop the candidate and take the next one, unless it is ahead after too few episodes."""
         stack = self.policy.frozen_critics
         mean_return = float(np.mean(self._trial_returns))
         is_best = mean_return > self._best_return and stack.marked["candidate"][0] > 0
+        if is_best and len(self._trial_returns) < MIN_EPISODES:
+            return
         if is_best:
             self._best_return = mean_return
         stack.propose(accept=is_best)

@@ -123,7 +123,8 @@ class StaQ(BaseStaQ):
         at most three times as much with ``average_share``
     :param average_share: share of the environments that act by averages instead of the policy that learns; by each for
         5% of the steps so far and at least one whole episode. The first environment acts greedily, and its mean return
-        tells which average is the best. If this is no whole number of environments, one alternates, episode by episode
+        over at least five episodes tells which average is the best. If this is no whole number of environments, one
+        alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where

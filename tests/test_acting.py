@@ -603,7 +603,7 @@ class Watch(BaseCallback):
 
     def __init__(self, share, obs):
         super().__init__()
-        self.share, self.obs, self.episodes, self.averages = share, obs, [], {}
+        self.share, self.obs, self.episodes, self.averages, self.updates = share, obs, [], {}, {}
 
     def _on_training_start(self):
         self.running = [(0, 0.0)] * self.model.n_envs
@@ -611,6 +611,7 @@ class Watch(BaseCallback):
     def _on_step(self):
         model, step = self.model, self.model.num_timesteps
         self.averages[step] = model.policy.log_prob(model.policy.logit_sums(self.obs, "average"))
+        self.updates[step] = model.n_policy_updates
         n_average = self.share * model.n_envs
         for i, (reward, done) in enumerate(zip(self.locals["rewards"], self.locals["dones"], strict=True)):
             began, total = self.running[i]
@@ -621,16 +622,18 @@ class Watch(BaseCallback):
         return True
 
     def best(self):
-        """When the best average was taken, and its mean return."""
+        """When the best average was taken, and its mean return, of at least five episodes."""
         trial, taken, returns, best = self.model.learning_starts, None, [], (None, -np.inf)
         for i, began, step, value in self.episodes:
             if i > 0 or began < trial:
                 continue
             returns.append(value)
-            if step - (taken or 0) >= 0.05 * step:
-                if taken is not None and np.mean(returns) > best[1]:
-                    best = taken, np.mean(returns)
-                trial, taken, returns = step, step, []
+            is_best = self.updates.get(taken, 0) > 0 and np.mean(returns) > best[1]  # no average of nothing
+            if step - (taken or 0) < 0.05 * step or (is_best and len(returns) < 5):
+                continue
+            if is_best:
+                best = taken, np.mean(returns)
+            trial, taken, returns = step, step, []
         return best
 
 
