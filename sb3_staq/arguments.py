@@ -200,6 +200,15 @@ def check_arguments(model: Any) -> None:
         value = getattr(model, name)
         setattr(model, name, value.item() if isinstance(value, np.generic) else value)
     check_policy_kwargs(model.policy_kwargs, model.critic)
+
+
+def check_best_can_be_found(model: Any) -> None:
+    """
+    Refuse to look for the best average without trying any. Only for new models: later, one may have been found.
+
+    :param model: the algorithm
+    :raise ValueError: if nothing is tried
+    """
     if model.eval_policy == "best" and model.average_share == 0:
         raise ValueError(
             "Invalid eval_policy='best': with average_share=0 the average collects nothing, so no return tells which "

@@ -5,17 +5,26 @@ https://arxiv.org/abs/2306.02451.
 """
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
+from sb3_staq.arguments import check_argument
 from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import StaQPolicy
 
 # A trial lasts for this share of the steps so far, and for at least one greedy episode
 TRIAL_SHARE = 0.05
-# A candidate becomes the best only after so many: one or two may be lucky, and a comparison never forgets
-MIN_EPISODES = 5
+# A candidate becomes the best once it is ahead by two standard errors, or after so many episodes: one or two may be
+# lucky, and the comparison never forgets
+ENOUGH_EPISODES = 5
+# The spread of the episodes is that of all trials, of which older ones count less and less, by this factor per trial
+FORGETTING = 0.9
 
 
 class AverageTrials(CheckedOffPolicyAlgorithm):
@@ -28,11 +37,13 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
         # For the environment that alternates: whether it acts by the average now, and how many such steps it is ahead
         self._average_turn, self._average_lead = False, 0.0
+        self._monitored = False  # whether a Monitor reports the returns of episodes
         self._forget_returns()
 
     @property
     def _average_envs(self) -> tuple[int, float]:
         """Number of environments that always act by the average, and the share of its steps for which the next does."""
+        check_argument("average_share", self.average_share)  # callbacks may have changed it
         part, n_whole = math.modf(round(self.average_share * self.n_envs, 6))
         return int(n_whole), part
 
@@ -42,9 +53,43 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         n_whole, part = self._average_envs
         return n_whole + (self._average_turn and part > 0)
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment, as in SB3. The best average is chosen anew, since the task may be a different one.
+
+        :param env: the environment
+        :param force_reset: whether the next ``learn`` resets it
+        """
+        super().set_env(env, force_reset)
+        self._forget_returns()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps:
+            self._trial_step, self._trial_episode = 0, False
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        assert self.env is not None
+        self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor))
+        if self.policy.eval_policy == "best" and self.average_share > 0 and not self._monitored:
+            warnings.warn(
+                "eval_policy='best' is the average: without a Monitor or VecMonitor around the environments, no return "
+                "tells which average is the best",
+                UserWarning,
+                stacklevel=3,
+            )
+        return result
+
     def _forget_returns(self) -> None:
         """Forget the returns so far, since the next task may be a different one."""
         self._best_return = -math.inf
+        # Squared deviations of returns from the means of their trials, and the degrees of freedom
+        self._squares, self._freedom = 0.0, 0.0
         self._begin_trial(0)
 
     def _begin_trial(self, step: int) -> None:
@@ -59,7 +104,10 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
         """
         n_whole, part = self._average_envs
-        if dones[0] and self._trial_episode and self._n_average_envs > 0 and "episode" in infos[0]:
+        if self._monitored:  # other ends are lost lives (``EpisodicLifeEnv``)
+            dones = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
+        self._trial_episode = self._trial_episode and self._n_average_envs > 0
+        if dones[0] and self._trial_episode and "episode" in infos[0]:
             self._trial_returns.append(float(infos[0]["episode"]["r"]))
             if self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps:
                 self._judge()
@@ -73,14 +121,18 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
             self._trial_episode = self._n_average_envs > 0
 
     def _judge(self) -> None:
-        """Accept or drop the candidate and take the next one, unless it is ahead after too few episodes."""
-        stack = self.policy.frozen_critics
+        """Accept or drop the candidate and take the next one, unless it is ahead and that may be luck."""
+        stack, n_episodes = self.policy.frozen_critics, len(self._trial_returns)
         mean_return = float(np.mean(self._trial_returns))
+        squares = self._squares + n_episodes * float(np.var(self._trial_returns))
+        freedom = self._freedom + n_episodes - 1
+        standard_error = math.sqrt(squares / freedom / n_episodes) if freedom > 0 else math.inf
         is_best = mean_return > self._best_return and stack.marked["candidate"][0] > 0
-        if is_best and len(self._trial_returns) < MIN_EPISODES:
+        if is_best and n_episodes < ENOUGH_EPISODES and mean_return - self._best_return < 2 * standard_error:
             return
         if is_best:
             self._best_return = mean_return
+        self._squares, self._freedom = FORGETTING * squares, FORGETTING * freedom
         stack.propose(accept=is_best)
         self.logger.record("rollout/candidate_ep_rew_mean", mean_return)
         if self._best_return > -math.inf:

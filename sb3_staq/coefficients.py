@@ -20,6 +20,8 @@ FIRST_ENT_COEF = 0.1
 MAX_ENT_COEF_CHANGE = 1.3
 # ... and never falls below this share of its first value: where all Q-values are equal, none gives the target entropy
 MIN_ENT_COEF = 1e-6
+# The largest automatic memory_size, as in the paper: where ent_coef falls to 0, what the theorem asks for has no limit
+MAX_AUTO_MEMORY = 300
 # Mean entropy that an automatic ent_coef keeps, as a share of the largest: at the start and at the end of training
 TARGET_ENTROPY = (0.6, 0.2)
 # ... for a Box with this many values per dimension
@@ -229,7 +231,8 @@ class Coefficients:
 
         :param kl_coef: weight of the KL term
         :param ent_coef: weight of the entropy term
-        :return: ``memory_size``; if it is "auto", what the theorem asks for, or the number of custom weights
+        :return: ``memory_size``; if it is "auto", what the theorem asks for, up to ``MAX_AUTO_MEMORY``, or the number
+            of custom weights
         :raise ValueError: if it is "auto" and ``ent_coef`` is 0
         """
         if not isinstance(self.memory_size, str):
@@ -238,7 +241,7 @@ class Coefficients:
             return 1  # memory_size has no effect
         if self.rule is None and isinstance(self.logit_rule, Sized):
             return len(self.logit_rule)
-        return auto_memory_size(self.gamma, kl_coef, ent_coef)
+        return min(MAX_AUTO_MEMORY, auto_memory_size(self.gamma, kl_coef, ent_coef))
 
     def check(self) -> int:
         """

@@ -13,6 +13,7 @@ from sb3_staq.action_spaces import SUPPORTED_ACTION_SPACES
 from sb3_staq.arguments import (
     ARGUMENTS,
     check_arguments,
+    check_best_can_be_found,
     check_changed_arguments,
     check_custom_weights,
     defaults_for,
@@ -77,8 +78,9 @@ class StaQ(BaseStaQ):
     :param train_freq: steps between two calls of ``train``; also ``(5, "step")`` or ``(2, "episode")``
     :param gradient_steps: number of gradient steps per call; -1 means one per environment step since the last call
     :param memory_size: ``M``, the largest number of frozen critics in the policy that learns. "auto" is what the
-        paper's theorem asks for, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99``, 10 for
-        ``kl_coef = ent_coef / 2`` and 137 for ``kl_coef = 10 * ent_coef``. Fewer are cheaper, but outside the guarantee
+        paper's theorem asks for, up to 300, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99``,
+        10 for ``kl_coef = ent_coef / 2`` and 137 for ``kl_coef = 10 * ent_coef``. Fewer are cheaper, but outside the
+        guarantee
     :param logit_rule: "weight_corrected" (the published rule: deleting old critics causes no error), "truncated" (a
         plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or custom weights
         of the critics by age, newest first: ``memory_size`` numbers, or a function of the age (0 is the newest);
@@ -123,8 +125,8 @@ class StaQ(BaseStaQ):
         at most three times as much with ``average_share``
     :param average_share: share of the environments that act by averages instead of the policy that learns; by each for
         5% of the steps so far and at least one whole episode. The first environment acts greedily, and its mean return
-        over at least five episodes tells which average is the best. If this is no whole number of environments, one
-        alternates, episode by episode
+        tells which average is the best, once it is ahead by two standard errors or for five episodes. If this is no
+        whole number of environments, one alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where
@@ -246,6 +248,7 @@ class StaQ(BaseStaQ):
         self.policy_update_hooks: list[Callable[[PolicyUpdateInfo], None]] = []
 
         if _init_setup_model:
+            check_best_can_be_found(self)
             self._setup_model()
 
     def _setup_model(self) -> None:
@@ -268,7 +271,7 @@ class StaQ(BaseStaQ):
             return
         asked = auto_memory_size(self.gamma, *self._coefficients().at(1.0))
         if self.policy.memory_size < asked:
-            print(f"memory_size={self.memory_size} is below {asked}, the memory that the paper's theorem asks for")
+            print(f"{self.policy.memory_size} critics are fewer than the {asked} that the paper's theorem asks for")
 
     # Policy evaluation and policy update
 
@@ -415,8 +418,6 @@ class StaQ(BaseStaQ):
     ) -> SelfStaQ:
         """Train the model, like any SB3 algorithm."""
         self._learns = True
-        if reset_num_timesteps:
-            self._forget_returns()
         try:
             return super().learn(
                 total_timesteps=int(total_timesteps),

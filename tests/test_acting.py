@@ -5,10 +5,12 @@ import io
 import itertools
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TransformReward
 from helpers import (
     SMALL,
     OneStateEnv,
@@ -622,17 +624,26 @@ class Watch(BaseCallback):
         return True
 
     def best(self):
-        """When the best average was taken, and its mean return, of at least five episodes."""
+        """When the best average was taken, and its mean return."""
         trial, taken, returns, best = self.model.learning_starts, None, [], (None, -np.inf)
+        trials = []  # earlier ones
         for i, began, step, value in self.episodes:
             if i > 0 or began < trial:
                 continue
             returns.append(value)
             is_best = self.updates.get(taken, 0) > 0 and np.mean(returns) > best[1]  # no average of nothing
-            if step - (taken or 0) < 0.05 * step or (is_best and len(returns) < 5):
+            if step - (taken or 0) < 0.05 * step:
+                continue
+            # Ahead by two standard errors, with the variance within the trials pooled, the older the less
+            weighted = [(0.9**age, x) for age, x in enumerate([returns, *reversed(trials)])]
+            freedom = sum(weight * (len(x) - 1) for weight, x in weighted)
+            squares = sum(weight * np.sum((x - np.mean(x)) ** 2) for weight, x in weighted)
+            error = np.sqrt(squares / freedom / len(returns)) if freedom > 0 else np.inf
+            if is_best and len(returns) < 5 and np.mean(returns) - best[1] < 2 * error:
                 continue
             if is_best:
                 best = taken, np.mean(returns)
+            trials.append(returns)
             trial, taken, returns = step, step, []
         return best
 
@@ -648,28 +659,94 @@ def test_best_average(n_envs, share, tmp_path):
     watch = Watch(share, sample_obs(env.observation_space, 20))
     model.learn(1200, callback=watch)
     step, mean = watch.best()
-    assert 50 < step < 1000 and model._best_return == pytest.approx(mean)
+    assert 20 < step < 1000 and model._best_return == pytest.approx(mean)
     assert model.policy.frozen_critics.marked["best"][0] < 0.9 * model.n_policy_updates
     model.save(tmp_path / "model")
     for policy in (model.policy, StaQ.load(tmp_path / "model").policy, copy.deepcopy(model.policy)):
         actual = policy.get_distribution(watch.obs).distribution.logits
         th.testing.assert_close(actual, watch.averages[step], rtol=1e-4, atol=1e-4)
 
-    # Perhaps another task: what comes is judged by itself
-    model.learn(100, reset_num_timesteps=False)
-    assert model._best_return == pytest.approx(mean)
+    # In another task, what comes is judged by itself
     model.learn(100)
-    assert model._best_return < mean
+    assert model._best_return == pytest.approx(mean)
+    model.set_env(make_vec_env(lambda: TransformReward(RisingAndFalling(), lambda reward: reward - 1000), n_envs))
+    model.learn(300, reset_num_timesteps=False)
+    assert -np.inf < model._best_return < mean - 1000
+
+
+def test_best_average_over_many_calls_of_learn():
+    """A trial goes on in the next call, whether or not the steps are counted from 0 again."""
+    for reset in (True, False):
+        model = make_model(
+            make_vec_env(RisingAndFalling, 2), average_share=0.5, eval_policy="best", learning_starts=0,
+            policy_update_interval=10,
+        )  # fmt: skip
+        for _ in range(30):
+            model.learn(30, reset_num_timesteps=reset)
+        assert model.policy.frozen_critics.marked["best"][0] > 0
+
+
+class OfLength100(RandomObsEnv):
+    """Episodes of 100 steps, with 1 as each reward."""
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        return obs, 1.0, self.steps >= 100, False, {}
+
+
+class ThreeLives(gym.Wrapper):
+    """Ends an episode at each of two lost lives as well, like SB3's ``EpisodicLifeEnv``."""
+
+    def reset(self, **kwargs):
+        if not hasattr(self, "obs") or self.is_over:
+            self.obs, _ = self.env.reset(**kwargs)
+        self.is_over = False
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs, reward, self.is_over, truncated, info = self.env.step(action)
+        return self.obs, reward, self.is_over or self.unwrapped.steps in (30, 60), truncated, info
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_lost_lives_are_no_ends_of_episodes(n_envs, wrapped, monkeypatch):
+    """The ``Monitor`` inside reports whole games: a game counts if the average has played all of it."""
+    actors, counted = [], []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            model = self.model
+            actors.append(model._n_average_envs > 0)
+            if self.num_timesteps == 600:  # also off and on within a game
+                model.average_share = 0.0
+            if self.num_timesteps == 602:
+                model.average_share = 0.5
+            return True
+
+    def make_env():
+        env = Monitor(OfLength100())
+        return ThreeLives(env) if wrapped else env
+
+    model = make_model(
+        DummyVecEnv([make_env] * n_envs), average_share=0.5, eval_policy="best", learning_starts=0, gradient_steps=0,
+        buffer_size=4000,
+    )  # fmt: skip
+    grow(model, 3)
+    judge = model._judge
+    monkeypatch.setattr(model, "_judge", lambda: (counted.extend(model._trial_returns), judge()))
+    model.learn(2000 * n_envs, callback=Record())
+    games = np.reshape(actors, (-1, 100))
+    whole = games.all(axis=1)
+    assert (n_envs == 2 or not whole.all()) and whole.sum() > 5
+    # Who acts changes only between games, but where it was switched off
+    mixed = games.any(axis=1) & ~whole
+    assert mixed.sum() == (600 // n_envs // 100 in np.flatnonzero(mixed))
+    assert set(counted) == {100.0}
 
 
 def test_only_whole_episodes_of_the_average_count():
     """What begins in the middle of an episode is judged from the next episode on."""
-
-    class OfLength100(RandomObsEnv):
-        def step(self, action):
-            obs, *_ = super().step(action)
-            return obs, 1.0, self.steps >= 100, False, {}
-
     ended = {}
 
     class BeginAndWatch(BaseCallback):
@@ -693,7 +770,8 @@ def test_best_without_monitor():
     logits = model.policy.logits(obs).double()
     expected = slow_log_probs(model, obs)["average"]
     th.testing.assert_close(slow_log_policy(model.policy, logits), expected, rtol=1e-5, atol=1e-5)
-    model.learn(100)
+    with pytest.warns(UserWarning, match="eval_policy='best' is the average: without a Monitor or VecMonitor"):
+        model.learn(100)
     assert model.policy.frozen_critics.marked["best"][0] == 0
 
 

@@ -843,6 +843,27 @@ def test_best_of_nothing():
         make_model(eval_policy="best")
 
 
+def test_best_is_kept_when_the_trials_end(tmp_path):
+    """By a callback or in ``load``; a saved model of either can be loaded."""
+    model = make_model(eval_policy="best", average_share=0.5).learn(40)
+    model.average_share = 0.0
+    model.learn(40, reset_num_timesteps=False).save(tmp_path / "model")
+    for arguments in ({}, dict(average_share=0.5), dict(average_share=0.0)):
+        loaded = StaQ.load(tmp_path / "model", "CartPole-v1", **arguments)
+        assert loaded.eval_policy == "best"
+        loaded.learn(40, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan"), "half", None])
+def test_average_share_is_checked_when_it_changes(share):
+    model = make_model(average_share=0.5).learn(40)
+    model.average_share = share
+    with pytest.raises(ValueError, match=rf"Invalid average_share={share!r}: expected a number in \[0, 1\]"):
+        model.learn(40)
+    model.average_share = 0.5
+    model.learn(40)
+
+
 def test_custom_weights_without_an_average():
     with pytest.raises(ValueError, match=r"Invalid eval_policy='average' and .*: custom weights that sum to 0"):
         make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="average")
