@@ -3,78 +3,103 @@ How long must a trial of an average be? Trials simulated with the returns of eva
 
     python -m benchmarks.trial_length
 
-A training from 200,000 to 1,000,000 steps that no longer learns: each candidate is one evaluation, drawn at random, and
-the episodes of its trial are drawn from its ten. A trial lasts for 5% of the steps so far. A candidate that is ahead
-then has to stay ahead until it has enough episodes. What is delivered is worth the mean of the candidate's evaluation.
+Two kinds of trainings. One no longer learns, from 200,000 to 1,000,000 steps: each candidate is one evaluation of the
+task, drawn at random. The other learns, from 10,000 steps on: each candidate is what a training of HalfCheetah-v4
+returned at that step. The episodes of a trial are drawn from the ten of the evaluation, and a trial lasts for 5% of the
+steps so far. A candidate that is ahead then is accepted if it is ahead by enough standard errors, or stays ahead until
+it has enough episodes. What is delivered is worth the mean of the candidate's evaluation.
 """
 
 import csv
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.statistics import relative_drawdown
-from sb3_staq.average_trials import TRIAL_SHARE
+from sb3_staq.average_trials import FORGETTING, TRIAL_SHARE
 
 FOLDER = Path(__file__).parent / "results"
-N_TRAININGS, N_ENVS, EPISODE = 1000, 8, 1000
+N_TRAININGS, N_ENVS, EPISODE, STEPS = 1000, 8, 1000, 1_000_000
 # Candidates are evaluations with a mean return above this one; the second pool of Hopper-v4 is of good ones
 POOLS = (("Hopper-v4", 1000), ("Hopper-v4", 2800), ("Walker2d-v4", 1000))
-# Episodes that it takes to be accepted, and whether the standard error is subtracted from their mean
-RULES = ((1, False), (2, False), (3, False), (5, False), (10, False), (2, True), (5, True))
+LEARNING = "steadiness/HalfCheetah-v4/mixed_1m/seed_10.csv"
+# Episodes that it takes to be accepted, and standard errors that are enough with fewer; with None, nothing is
+RULES = ((1, None), (3, None), (5, None), (10, None), (5, 1.0), (5, 2.0), (5, 3.0))
 
 
-def evaluations(env_id: str, floor: float) -> list[np.ndarray]:
+def evaluations(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """Read the step and the ten returns of each evaluation of the average over the last 15% of the training."""
+    for row in csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")):
+        if row.get("window", "0.15") == "0.15" and row.get("evaluation", "training") == "training":
+            yield int(row["step"]), np.array(row["returns"].split()[:10], dtype=float)
+
+
+def pool_of(env_id: str, floor: float) -> list[np.ndarray]:
     """Return the returns of StaQ's evaluations from 100,000 to 200,000 steps with a mean above ``floor``."""
-    pool = []
-    for path in sorted([*FOLDER.glob(f"steadiness/{env_id}/*/*.csv"), *FOLDER.glob(f"mujoco/{env_id}/staq*/*.csv")]):
-        if path.parent.name.endswith("_1m"):  # trainings of a million steps
-            continue
-        for row in csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")):
-            # Where there are several averages, that of the last 15% of the training
-            if int(row["step"]) >= 100_000 and row.get("window", "0.15") == "0.15" and float(row["mean"]) > floor:
-                pool.append(np.array(row["returns"].split()[:10], dtype=float))
-    return pool
+    paths = sorted([*FOLDER.glob(f"steadiness/{env_id}/*/*.csv"), *FOLDER.glob(f"mujoco/{env_id}/staq*/*.csv")])
+    short = [path for path in paths if not path.parent.name.endswith("_1m")]
+    found = [x for path in short for step, x in evaluations(path) if step >= 100_000]
+    return [returns for returns in found if returns.mean() > floor]
 
 
-def measure(returns: list[float], pessimistic: bool) -> float:
-    """Return the mean, less its standard error if ``pessimistic``."""
-    error = np.std(returns, ddof=1) / math.sqrt(len(returns)) if pessimistic else 0.0
-    return float(np.mean(returns) - error)
-
-
-def simulate(pool: list[np.ndarray], n_min: int, pessimistic: bool, rng: np.random.Generator) -> dict[str, float]:
-    """Simulate one training: the last mean that is delivered, the mean and the best of all, the relative drawdown."""
-    step, best = 200_000, -math.inf
-    delivered: list[float] = []
-    candidates: list[float] = []
-    while step < 1_000_000:
-        candidate = pool[rng.integers(len(pool))]
-        returns = [rng.choice(candidate) for _ in range(math.ceil(TRIAL_SHARE * step / (EPISODE * N_ENVS)))]
-        while (value := measure(returns, pessimistic)) > best and len(returns) < n_min:
+def simulate(
+    candidate_at: Callable[[int], np.ndarray], step: int, enough: int, errors: float | None, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Simulate one training: the worth of each candidate, when it was taken, when its trial ended, and how."""
+    best, squares, freedom = -math.inf, 0.0, 0.0
+    trials = []
+    while step < STEPS:
+        candidate, taken = candidate_at(step), step
+        returns: list[float] = []
+        is_open = True
+        while is_open:
             returns.append(rng.choice(candidate))
-        step += len(returns) * EPISODE * N_ENVS
-        candidates.append(candidate.mean())
-        delivered.append(candidates[-1] if value > best else delivered[-1])
-        best = max(best, value)
-    drawdown = relative_drawdown(np.array(delivered))
-    return dict(last=delivered[-1], mean=float(np.mean(candidates)), best=max(candidates), drawdown=drawdown)
+            step += EPISODE * N_ENVS
+            n, mean = len(returns), float(np.mean(returns))
+            squares_now, freedom_now = squares + n * float(np.var(returns)), freedom + n - 1
+            error = math.sqrt(squares_now / freedom_now / n) if freedom_now > 0 else math.inf
+            is_clear = errors is not None and mean - best >= errors * error
+            is_open = step - taken < TRIAL_SHARE * step or (mean > best and n < enough and not is_clear)
+        trials.append((taken, step, candidate.mean(), mean > best))
+        best, squares, freedom = max(best, mean), FORGETTING * squares_now, FORGETTING * freedom_now
+    return pd.DataFrame(trials, columns=["taken", "ended", "worth", "accepted"])
+
+
+def measure(trials: pd.DataFrame, curve: dict[int, np.ndarray] | None) -> tuple[float, float]:
+    """Return the delivered worth as a share of the best so far, on average over the steps, and its drawdown."""
+    accepted = trials[trials["accepted"]]
+    # As long as nothing is accepted, the present average of a training that learns is delivered
+    steps = np.arange(accepted["ended"].iloc[0] if curve is None else trials["taken"][0], STEPS, 10_000)
+    last = np.searchsorted(accepted["ended"], steps, side="right") - 1
+    present = np.zeros(len(steps)) if curve is None else np.array([curve[step].mean() for step in steps])
+    delivered = np.where(last < 0, present, accepted["worth"].to_numpy()[last])
+    taken = np.searchsorted(trials["taken"], steps, side="right") - 1
+    best = np.maximum.accumulate(trials["worth"].to_numpy())[taken]
+    return delivered.mean() / best.mean(), relative_drawdown(delivered)
 
 
 def main() -> None:
     """Write the table."""
+    curve = dict(evaluations(FOLDER / LEARNING))
     rows = []
-    for env_id, floor in POOLS:
-        pool = evaluations(env_id, floor)
-        for n_min, pessimistic in RULES:
+    for env_id, floor in (*POOLS, ("HalfCheetah-v4", None)):
+        pool = list(curve.values()) if floor is None else pool_of(env_id, floor)
+        for enough, errors in RULES:
             rng = np.random.default_rng(0)
-            runs = pd.DataFrame([simulate(pool, n_min, pessimistic, rng) for _ in range(N_TRAININGS)])
-            row = dict(env=env_id, floor=floor, n_evaluations=len(pool), episodes=n_min, pessimistic=pessimistic)
-            row |= dict(last_to_mean=runs["last"].mean() / runs["mean"].mean())
-            row |= dict(last_to_best=(runs["last"] / runs["best"]).mean(), drawdown=runs["drawdown"].mean())
-            row |= {"drawdown_90": runs["drawdown"].quantile(0.9), "above_0.2": (runs["drawdown"] > 0.2).mean()}
+
+            def candidate_at(step: int, rng=rng, pool=pool, learns=floor is None) -> np.ndarray:
+                return curve[step // 10_000 * 10_000] if learns else pool[rng.integers(len(pool))]
+
+            start = 10_000 if floor is None else 200_000
+            trainings = (simulate(candidate_at, start, enough, errors, rng) for _ in range(N_TRAININGS))
+            runs = [measure(trials, curve if floor is None else None) for trials in trainings]
+            share, drawdown = np.transpose(runs)
+            row = dict(env=env_id, floor=floor, n_evaluations=len(pool), episodes=enough, errors=errors)
+            row |= dict(delivered_to_best=share.mean(), drawdown=drawdown.mean())
+            row |= {"drawdown_90": np.quantile(drawdown, 0.9), "above_0.2": (drawdown > 0.2).mean()}
             rows.append(row)
     pd.DataFrame(rows).to_csv(FOLDER / "steadiness" / "trial_length.csv", index=False, float_format="%.3f")
 
