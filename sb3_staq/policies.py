@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,9 @@ from sb3_staq.observations import in_parts
 from sb3_staq.q_networks import CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics
 
+# What replaces the weighted sums of the delivered policy in `acting_by`. Only in the thread that collects: others may
+# call `predict` meanwhile
+_ACTING_SUMS: ContextVar[Callable[[PyTorchObs], th.Tensor] | None] = ContextVar("acting_sums", default=None)
 CRITICS = ("additive", "joint")
 EVAL_POLICIES = ("average", "best", "last")
 # Arguments of the algorithm that determine the shapes of the networks
@@ -126,7 +130,6 @@ class StaQPolicy(CriticPolicy):
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
-        self._acting_sums: Callable[[PyTorchObs], th.Tensor] | None = None
         self.average_window = average_window
         self.average_size = average_size
 
@@ -201,11 +204,11 @@ class StaQPolicy(CriticPolicy):
 
         :param logit_sums: computes them from observations, shape (batch, n_bins)
         """
-        self._acting_sums = logit_sums
+        token = _ACTING_SUMS.set(logit_sums)
         try:
             yield
         finally:
-            self._acting_sums = None
+            _ACTING_SUMS.reset(token)
 
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -214,10 +217,8 @@ class StaQPolicy(CriticPolicy):
         :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        if self._acting_sums is not None:
-            sums = self._acting_sums(obs)
-        else:
-            sums = self.logit_sums(obs, self.eval_policy)
+        acting_sums = _ACTING_SUMS.get()
+        sums = self.logit_sums(obs, self.eval_policy) if acting_sums is None else acting_sums(obs)
         return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:

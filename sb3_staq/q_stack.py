@@ -113,8 +113,8 @@ class FrozenCritics(nn.ModuleList):
         while values and values[-1] == 0.0:
             values.pop()
         # The mean of an ensemble is a weighted sum as well: each network gets a factor
-        coefs = th.tensor(values, dtype=block.dtype, device=block.device) / block.shape[1]
-        coefs = coefs.unsqueeze(1).repeat(1, block.shape[1])
+        with th.inference_mode(False):  # they are cached, and gradients may be asked for later
+            coefs = block.new_tensor(values)[:, None].repeat(1, block.shape[1]) / block.shape[1]
         runs: list[range] = []
         for row, value in enumerate(values):
             if value != 0.0:

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import gymnasium as gym
@@ -345,6 +346,8 @@ def test_gradients_with_respect_to_observations(critic, eval_policy):
     kwargs = dict(policy_kwargs=dict(activation_fn=nn.Tanh), eval_policy=eval_policy)
     model = make_model(RandomObsEnv(), critic=critic, **kwargs).learn(100)
     policy, obs = model.policy, sample_obs(model.observation_space, 5)
+    with th.inference_mode():
+        policy.logits(obs)
     obs.requires_grad_(True)
     (gradients,) = th.autograd.grad(policy.logits(obs)[:, 1].sum(), obs)
     with th.no_grad():
@@ -743,6 +746,16 @@ def test_lost_lives_are_no_ends_of_episodes(n_envs, wrapped, monkeypatch):
     mixed = games.any(axis=1) & ~whole
     assert mixed.sum() == (600 // n_envs // 100 in np.flatnonzero(mixed))
     assert set(counted) == {100.0}
+
+
+def test_predict_in_another_thread_while_learning():
+    """It acts by the delivered policy, also while the candidate acts in the environments."""
+    policy = two_policies().policy
+    obs = sample_obs(policy.observation_space, 4)
+    expected = policy.logits(obs)
+    with ThreadPoolExecutor(1) as other, policy.acting_by(lambda obs: 1000 + th.zeros(len(obs), policy.branches.n_bins)):
+        assert th.equal(other.submit(policy.logits, obs).result(), expected)
+        assert not th.isclose(policy.logits(obs), expected).any()
 
 
 def test_only_whole_episodes_of_the_average_count():
