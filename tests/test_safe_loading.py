@@ -171,6 +171,22 @@ def test_plain_schedules():
         assert from_json(to_json(schedule))(0.9) == schedule(0.9) == pytest.approx(expected)
 
 
+def test_what_is_left_out_is_nowhere_in_the_file(tmp_path):
+    """The plain values are of what SB3 itself saves."""
+    model = make_model(RandomObsEnv())
+    model.own, model.secret = np.arange(5.0), np.array([123456789])
+    for exclude in ["secret"], iter(["secret"]):
+        model.save(tmp_path / "model.zip", exclude, include=["device"])
+        with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+            text = archive.read("data").decode()
+        data = json.loads(text)
+        assert data["_plain"].keys() < data.keys() and {"own", "device"} <= data["_plain"].keys()
+        assert "secret" not in text and "123456789" not in text
+    given = dict(device=th.device("cpu"))
+    loaded = StaQ.load(tmp_path / "model.zip", weights_only=True, custom_objects=given)
+    assert loaded.own.tolist() == [0, 1, 2, 3, 4] and not hasattr(loaded, "secret")
+
+
 def test_policy_of_the_package(tmp_path):
     """One that is no alias, as the RL Zoo makes it."""
     env = RandomObsEnv("image")
