@@ -128,7 +128,7 @@ class ResumeCallback(BaseCallback):
         for path in self.save_path.glob("unfinished_*"):
             shutil.rmtree(path, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        model.save(unfinished / "model.zip")
+        model.save(unfinished / "model.zip", include=["_last_lstm_states"])  # RecurrentPPO leaves them out
         if hasattr(model, "save_replay_buffer"):
             model.save_replay_buffer(unfinished / "replay_buffer.pkl")
         assert model.env is not None
