@@ -11,7 +11,7 @@ import pytest
 import torch as th
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
-from stable_baselines3 import DQN, SAC
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -282,6 +282,8 @@ def test_other_algorithms(tmp_path):
 
 
 LASTING = {
+    "noise on policy": (PPO, "MlpPolicy", dict(use_sde=True, n_steps=20, batch_size=20)),
+    "noise off policy": (SAC, "MlpPolicy", dict(use_sde=True, train_freq=20, learning_starts=30, buffer_size=250)),
     "states of the LSTM": (RecurrentPPO, "MlpLstmPolicy", dict(n_steps=20, batch_size=40, n_epochs=1)),
 }
 
