@@ -59,8 +59,8 @@ class ResumeCallback(BaseCallback):
 
     It saves between two rollouts, where nothing is in flight: the model, the replay buffer with the logit cache,
     wrappers with their statistics, environments, callbacks, and the states of all random number generators. Whatever
-    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm. The files are
-    pickles, so load only your own.
+    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm; only ARS does not
+    continue bitwise. The files are pickles, so load only your own.
 
     Example::
 
