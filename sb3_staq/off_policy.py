@@ -126,8 +126,10 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param exclude: names of attributes to leave out, besides those that always are
         :param include: names of attributes to save although they are normally left out
         """
+        exclude, include = set(exclude or ()), set(include or ())
+        left_out = {*LEFT_OUT, *(exclude.union(self._excluded_save_params()) - include)}  # the latter as SB3 does
         self._on_save()
-        vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in LEFT_OUT})
+        vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in left_out})
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
 

@@ -120,6 +120,8 @@ def from_json(item: Any) -> Any:
     if ":array" in item:
         return np.full(item["shape"], item["values"], item[":array"])[()]
     parts = {key: from_json(each) for key, each in item.items() if key != ":make"}
+    if item.get(":make") == _full_name(spaces.Box):
+        parts["shape"] = np.shape(parts["low"])  # otherwise scalar bounds make a shape of (1,)
     return _known_class(item[":make"], _MAKERS)(**parts) if ":make" in item else parts
 
 

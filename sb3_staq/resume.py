@@ -18,6 +18,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
@@ -46,14 +47,20 @@ def _set_random_states(states: dict[str, Any]) -> None:
         th.cuda.set_rng_state_all(states["cuda"])
 
 
+def _noise(model: BaseAlgorithm) -> list[dict[str, Any]]:
+    """Return the attributes of distributions whose noise lasts for several steps (``use_sde=True``)."""
+    found = [getattr(module, "action_dist", None) for module in model.policy.modules()]
+    return [vars(distribution) for distribution in found if isinstance(distribution, StateDependentNoiseDistribution)]
+
+
 class ResumeCallback(BaseCallback):
     """
     Save checkpoints regularly, and continue from the newest complete one when the same script is started again.
 
     It saves between two rollouts, where nothing is in flight: the model, the replay buffer with the logit cache,
     wrappers with their statistics, environments, callbacks, and the states of all random number generators. Whatever
-    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm. The files are
-    pickles, so load only your own.
+    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm; only ARS does not
+    continue bitwise. The files are pickles, so load only your own.
 
     Example::
 
@@ -82,12 +89,18 @@ class ResumeCallback(BaseCallback):
         return sorted(self.save_path.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
 
     def _on_training_start(self) -> None:
+        self._drawn_twice: dict[str, Any] = {}
         self._arguments = self._own_arguments()
         if self._checkpoints():
             self._resume(self._checkpoints()[-1])
         self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
 
     def _on_rollout_start(self) -> None:
+        if self._drawn_twice:  # SB3 draws noise before it calls callbacks, so it has just drawn once more
+            for own, noise in zip(_noise(self.model), self._drawn_twice["noise"], strict=True):
+                own.update({name: value.to(self.model.device) for name, value in noise.items()})
+            _set_random_states(self._drawn_twice["random"])
+            self._drawn_twice = {}
         if self.model.num_timesteps >= self._next_save:
             self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
             self.save()
@@ -128,15 +141,19 @@ class ResumeCallback(BaseCallback):
         for path in self.save_path.glob("unfinished_*"):
             shutil.rmtree(path, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        model.save(unfinished / "model.zip")
+        model.save(unfinished / "model.zip", include=["_last_lstm_states"])  # RecurrentPPO leaves them out
         if hasattr(model, "save_replay_buffer"):
             model.save_replay_buffer(unfinished / "replay_buffer.pkl")
         assert model.env is not None
+        names = "exploration_mat", "exploration_matrices"
+        is_over = model.num_timesteps >= model._total_timesteps
         rest = dict(
             arguments=self._arguments,
             env=get_vec_env_state(model.env),
             callbacks=[self._state_of(callback) for callback in self._callbacks()],
             random=_random_states(),
+            # Not at the end of a training: if it is prolonged, its next rollout draws new noise
+            noise=[] if is_over else [{name: own[name].detach().cpu() for name in names} for own in _noise(model)],
         )
         with open(unfinished / "rest.pkl", "wb") as file:
             pickle.dump(rest, file)
@@ -185,6 +202,7 @@ class ResumeCallback(BaseCallback):
         if not exact:
             self._begin_episodes_anew(model)
         _set_random_states(rest["random"])
+        self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
             how = (
                 "exactly where it was"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import SMALL, RandomObsEnv
-from stable_baselines3 import DQN, SAC
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -278,6 +279,37 @@ def test_other_algorithms(tmp_path):
     for a, b in zip(model.policy.parameters(), expected.policy.parameters(), strict=True):
         assert th.equal(a, b)
     assert th.equal(model.log_ent_coef, expected.log_ent_coef)
+
+
+LASTING = {
+    "noise on policy": (PPO, "MlpPolicy", dict(use_sde=True, n_steps=20, batch_size=20)),
+    "noise off policy": (SAC, "MlpPolicy", dict(use_sde=True, train_freq=20, learning_starts=30, buffer_size=250)),
+    "states of the LSTM": (RecurrentPPO, "MlpLstmPolicy", dict(n_steps=20, batch_size=40, n_epochs=1)),
+}
+
+
+@pytest.mark.parametrize("prolonged", [False, True])
+@pytest.mark.parametrize("case", LASTING)
+def test_what_lasts_for_several_steps_goes_on(case, prolonged, tmp_path):
+    """In other algorithms, between the steps of a rollout or across rollouts; also if more steps are asked for."""
+    algorithm, policy, arguments = LASTING[case]
+
+    def learn(n, **kwargs):
+        policy_kwargs = dict(net_arch=[8], **(dict(lstm_hidden_size=8) if algorithm is RecurrentPPO else {}))
+        env = make_vec_env("Pendulum-v1", 2, seed=0)
+        model = algorithm(policy, env, seed=0, device="cpu", policy_kwargs=policy_kwargs, **arguments)
+        return model.learn(n, **kwargs)
+
+    expected = learn(200)
+    if prolonged:
+        learn(120, callback=ResumeCallback(1000, tmp_path, verbose=0))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            learn(200, callback=[Stop(70), ResumeCallback(40, tmp_path, verbose=0)])
+    model = learn(200, callback=ResumeCallback(1000, tmp_path, verbose=0))
+    np.testing.assert_array_equal(model._last_obs, expected._last_obs)
+    for a, b in zip(model.policy.parameters(), expected.policy.parameters(), strict=True):
+        assert th.equal(a, b)
 
 
 def test_random_actions_go_on(tmp_path):

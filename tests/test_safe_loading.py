@@ -149,6 +149,9 @@ VALUES = [
     spaces.Box(np.array([-np.inf, 0.1], np.float32), np.array([1.5, np.inf], np.float32)),
     spaces.Box(-1.0, 1.0, (2,), np.float64),
     spaces.Box(0, 1, (0,), np.float32),
+    spaces.Box(-1, 1, (), np.float32),
+    spaces.Box(-np.inf, np.inf, (), np.float64),
+    spaces.Dict([("b", spaces.Dict(c=spaces.Box(0, 5, (), np.int32))), ("a", spaces.Box(-3, 2**62, (2,), np.int64))]),
     spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
     spaces.MultiBinary([2, 2]),
     np.float64(0.1),
@@ -166,9 +169,51 @@ def test_plain_values(value):
         assert list(found.spaces) == ["b", "a"]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_boxes_of_older_files(shape):
+    """They have no shape but that of the bounds."""
+    low, high = ({":array": "<f4", "shape": list(shape), "values": value} for value in (-1.0, 2.0))
+    entry = {":make": "gymnasium.spaces.box.Box", "low": low, "high": high, "dtype": "<f4"}
+    assert from_json(entry) == spaces.Box(-1, 2, shape)
+
+
+def test_scalar_actions(tmp_path):
+    """Actions of shape () stay so; the training goes on with its buffer."""
+
+    def make_env():
+        return RandomObsEnv(action_space=spaces.Box(-1, 1, ()))
+
+    model = make_model(make_env()).learn(30)
+    model.save(tmp_path / "model.zip"), model.policy.save(tmp_path / "policy.pth")
+    model.save_replay_buffer(tmp_path / "buffer.npz")
+    loaded = StaQ.load(tmp_path / "model.zip", env=make_env(), device="cpu", weights_only=True)
+    loaded.load_replay_buffer(tmp_path / "buffer.npz")
+    policy = StaQPolicy.load(tmp_path / "policy.pth", "cpu", weights_only=True)
+    obs = model.observation_space.sample()
+    for each in (model, loaded, policy):
+        assert each.predict(obs, deterministic=True)[0].shape == ()
+    assert loaded.learn(10, reset_num_timesteps=False).num_timesteps == 40
+
+
 def test_plain_schedules():
     for schedule, expected in (FloatSchedule(LinearSchedule(0.3, 0.1, 0.5)), 0.26), (SimpleLinearSchedule(0.1), 0.09):
         assert from_json(to_json(schedule))(0.9) == schedule(0.9) == pytest.approx(expected)
+
+
+def test_what_is_left_out_is_nowhere_in_the_file(tmp_path):
+    """The plain values are of what SB3 itself saves."""
+    model = make_model(RandomObsEnv())
+    model.own, model.secret = np.arange(5.0), np.array([123456789])
+    for exclude in ["secret"], iter(["secret"]):
+        model.save(tmp_path / "model.zip", exclude, include=["device"])
+        with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+            text = archive.read("data").decode()
+        data = json.loads(text)
+        assert data["_plain"].keys() < data.keys() and {"own", "device"} <= data["_plain"].keys()
+        assert "secret" not in text and "123456789" not in text
+    given = dict(device=th.device("cpu"))
+    loaded = StaQ.load(tmp_path / "model.zip", weights_only=True, custom_objects=given)
+    assert loaded.own.tolist() == [0, 1, 2, 3, 4] and not hasattr(loaded, "secret")
 
 
 def test_policy_of_the_package(tmp_path):
