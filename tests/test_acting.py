@@ -753,7 +753,8 @@ def test_predict_in_another_thread_while_learning():
     policy = two_policies().policy
     obs = sample_obs(policy.observation_space, 4)
     expected = policy.logits(obs)
-    with ThreadPoolExecutor(1) as other, policy.acting_by(lambda obs: 1000 + th.zeros(len(obs), policy.branches.n_bins)):
+    others = th.full((4, policy.branches.n_bins), 1000.0)
+    with ThreadPoolExecutor(1) as other, policy.acting_by(lambda obs: others):
         assert th.equal(other.submit(policy.logits, obs).result(), expected)
         assert not th.isclose(policy.logits(obs), expected).any()
 

@@ -350,6 +350,23 @@ def test_automatic_coefficient_and_its_target_take_effect():
     assert callback.of("ent_coef")[-1] > 1.5 * unchanged.of("ent_coef")[-1]
 
 
+@pytest.mark.parametrize("ent_coef", ["lin_0.05", "auto"])
+def test_automatic_memory_is_bounded(ent_coef):
+    """By the largest of the paper, where the entropy's weight falls to nothing: on a task without reward, too."""
+
+    class NoReward(RandomObsEnv):
+        def step(self, action):
+            obs, _, *rest = super().step(action)
+            return obs, 0.0, *rest
+
+    model = make_model(
+        NoReward(), ent_coef=ent_coef, memory_size="auto", policy_update_interval=1, train_freq=1, learning_starts=4,
+        batch_size=2, net_arch=[2], average_size=2,
+    )  # fmt: skip
+    model.learn(400)
+    assert model.n_policy_updates > 350 and len(model.policy.frozen_critics.weights) == 300
+
+
 @pytest.mark.parametrize("logit_cache", [True, False])
 @pytest.mark.parametrize("rule", ["weight_corrected", "truncated"])
 def test_memory_size_takes_effect(rule, logit_cache):
