@@ -37,10 +37,10 @@ def _full_name(cls: type) -> str:
 
 # Classes whose objects are rebuilt, and how to get the arguments for this
 _ARGUMENTS: dict[type, Callable[[Any], Mapping[str, Any]]] = {
-    spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype),
+    spaces.Box: lambda x: dict(low=x.low, high=x.high, dtype=x.dtype.str),
     # Gymnasium < 1.2 takes no dtype here
-    spaces.Discrete: lambda x: dict(n=x.n, start=x.start, **({} if x.dtype == np.int64 else {"dtype": x.dtype})),
-    spaces.MultiDiscrete: lambda x: dict(nvec=x.nvec, start=x.start, dtype=x.dtype),
+    spaces.Discrete: lambda x: dict(n=x.n, start=x.start, **({} if x.dtype == np.int64 else {"dtype": x.dtype.str})),
+    spaces.MultiDiscrete: lambda x: dict(nvec=x.nvec, start=x.start, dtype=x.dtype.str),
     spaces.MultiBinary: lambda x: dict(n=x.n),
     spaces.Dict: lambda x: dict(spaces=list(x.spaces.items())),  # pairs keep their order
     ConstantSchedule: vars,
@@ -91,8 +91,6 @@ def to_json(value: Any) -> Any:
         is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # like the bounds of images
         values = flat[:1].tolist() or [0] if is_constant else value.tolist()
         return {":array": value.dtype.str, "shape": list(value.shape), "values": values[0] if is_constant else values}
-    if isinstance(value, np.dtype):
-        return value.str
     if isinstance(value, type):
         return {":class": _full_name(value)}
     return {":code": name}

@@ -105,13 +105,14 @@ def test_code_is_named_and_can_be_passed(tmp_path):
 
     kwargs = dict(net_arch=[8], features_extractor_class=Extractor)
     model = StaQ("MlpPolicy", "CartPole-v1", learning_rate=lambda x: 0.01 * x, policy_kwargs=kwargs, device="cpu")
-    model.own = object()
+    model.own, model.own_type = object(), np.dtype(np.float32)
     model.save(tmp_path / "model.zip")
     with pytest.raises(ValueError, match=r"model.zip has code for ") as error:
         StaQ.load(tmp_path / "model.zip", weights_only=True)
     for name in ("learning_rate (an object of builtins.function", "policy_kwargs (the class ", "own (an object of "):
         assert name in str(error.value)
-    own = dict(custom_objects=dict(policy_kwargs=kwargs, own=3), learning_rate=0.3)
+    assert "own_type (an object of numpy" in str(error.value)
+    own = dict(custom_objects=dict(policy_kwargs=kwargs, own=3, own_type=None), learning_rate=0.3)
     loaded = StaQ.load(tmp_path / "model.zip", weights_only=True, device="cpu", **own)
     assert (loaded.own, loaded.lr_schedule(1.0)) == (3, 0.3)
     assert th.equal(logits(loaded.policy), logits(model.policy))
@@ -153,6 +154,7 @@ VALUES = [
     spaces.Box(-np.inf, np.inf, (), np.float64),
     spaces.Dict([("b", spaces.Dict(c=spaces.Box(0, 5, (), np.int32))), ("a", spaces.Box(-3, 2**62, (2,), np.int64))]),
     spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
+    spaces.MultiDiscrete([2, 3], np.int32),
     spaces.MultiBinary([2, 2]),
     np.float64(0.1),
     np.array([True, False]),
