@@ -16,7 +16,7 @@ version = release
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the site shows formulas without a network, too
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
