@@ -101,7 +101,9 @@ def main() -> None:
             row |= dict(delivered_to_best=share.mean(), drawdown=drawdown.mean())
             row |= {"drawdown_90": np.quantile(drawdown, 0.9), "above_0.2": (drawdown > 0.2).mean()}
             rows.append(row)
-    pd.DataFrame(rows).to_csv(FOLDER / "steadiness" / "trial_length.csv", index=False, float_format="%.3f")
+    path = FOLDER / "steadiness" / "trial_length.csv"
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.3f")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -80,13 +80,14 @@ def main() -> None:
     manager.learn(model)
     manager.save_trained_model(model)
 
-    model, env = load_agent(args.folder, args.env, seed=EVAL_SEED)
-    mean, std = evaluate_policy(model, env, n_eval_episodes=20)
     folder = Path(manager.save_path)
+    exp_id = int(folder.name.rpartition("_")[2])  # another demo may have begun meanwhile
+    model, env = load_agent(args.folder, args.env, EVAL_SEED, exp_id=exp_id)
+    mean, std = evaluate_policy(model, env, n_eval_episodes=20)
     figure = plot_learning_curve(folder, f"StaQ on {args.env}, seed {args.seed}")
     try:
         video = folder / "video.gif"
-        record(*load_agent(args.folder, args.env, seed=EVAL_SEED, render=True), video)
+        record(*load_agent(args.folder, args.env, EVAL_SEED, render=True, exp_id=exp_id), video)
     except Exception as error:  # of many kinds: the rendering libraries are optional
         video = f'none: {error!r} (drawing needs pip install ".[all]", and for MuJoCo without a screen libegl1)'
     print(f"Model:          {folder / manager.env_name}.zip ({len(model.policy.frozen_critics)} frozen critics)")

@@ -19,18 +19,21 @@ import sb3_staq.zoo  # noqa: F401 (registers StaQ and MinAtar)
 from sb3_staq import StaQ
 
 
-def load_agent(folder: str | Path, env_id: str, seed: int = 0, render: bool = False) -> tuple[StaQ, VecEnv]:
+def load_agent(
+    folder: str | Path, env_id: str, seed: int = 0, render: bool = False, exp_id: int = 0
+) -> tuple[StaQ, VecEnv]:
     """
-    Load the newest agent of an environment, and the environment with the wrappers of its training.
+    Load an agent, and the environment with the wrappers of its training.
 
     :param folder: folder with the agent in ``staq/ENV_1``
     :param env_id: id of the environment
     :param seed: seed of the environment
     :param render: whether ``env.render()`` is to return images
+    :param exp_id: number of the training, 0 for the newest
     :return: model and environment
     """
     name = EnvironmentName(env_id)
-    _, model_path, log_path = get_model_path(0, str(folder), "staq", name)
+    _, model_path, log_path = get_model_path(exp_id, str(folder), "staq", name)
     hyperparams, stats_path = get_saved_hyperparams(str(Path(log_path) / name), test_mode=True)
     env_kwargs = hyperparams.pop("env_kwargs", {}) | ({"render_mode": "rgb_array"} if render else {})
     if render and str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco"):

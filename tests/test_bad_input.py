@@ -849,7 +849,7 @@ def test_best_is_kept_when_the_trials_end(tmp_path):
     model.average_share = 0.0
     model.learn(40, reset_num_timesteps=False).save(tmp_path / "model")
     for arguments in ({}, dict(average_share=0.5), dict(average_share=0.0)):
-        loaded = StaQ.load(tmp_path / "model", "CartPole-v1", **arguments)
+        loaded = StaQ.load(tmp_path / "model", gym.make("CartPole-v1"), **arguments)
         assert loaded.eval_policy == "best"
         loaded.learn(40, reset_num_timesteps=False)
 

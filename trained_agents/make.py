@@ -139,10 +139,10 @@ def main() -> None:
     name = EnvironmentName(args.env)
     source = Path(args.logs) / "staq" / f"{name}_{get_latest_run_id(str(Path(args.logs) / 'staq'), name)}"
     target = args.folder / "staq" / f"{name}_1"
+    full, _ = evaluate(Path(args.logs), args.env)  # first, as it fails if the training has left no agent
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("command.txt"))
     command = args.command or " ".join(["python", *(source / name / "command.txt").read_text().split()[1:]])
-    full, _ = evaluate(Path(args.logs), args.env)
     for size in (60, 45, 30, 20, 15, 10):
         model = StaQ.load(source / f"{name}.zip", device="cpu")
         averaged = keep_average(model.policy.frozen_critics, size, model.policy.eval_policy)
