@@ -187,20 +187,18 @@ def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
     for name, (mdp, kl_coef, ent_coef) in CONVERGENCE_SETTINGS.items():
         limit = bound(mdp, kl_coef, ent_coef, N_ITERATIONS).reshape(N_ITERATIONS, -1)
         for rule, memory_size in VARIANTS:
-            key = {"MDPs": name, "rule": rule, "M": memory_size or math.inf}
-            row: dict[str, Any] = dict(key)
+            row: dict[str, Any] = {"MDPs": name, "rule": rule, "M": memory_size or math.inf}
             distances = convergence(TabularStaQ(mdp, rule, memory_size, kl_coef, ent_coef), N_ITERATIONS)
             distances = distances.reshape(2, N_ITERATIONS, -1)
+            q_worst, logits_worst = distances.max(axis=2)
+            curve = {"iteration": np.arange(N_ITERATIONS), "Q": q_worst, "logits": logits_worst}
+            curves.append(pd.DataFrame({**row, **curve, "bound": limit.max(axis=1)}))
             for quantity, runs, factor in zip(("Q", "logits"), distances, (mdp.gamma, 1.0), strict=True):
                 row[f"rate, {quantity}"] = np.max([measured_rate(run) for run in runs.T])
                 # Rounding errors are not violations
                 row[f"over bound, {quantity}"] = ((runs - RESOLUTION) / (factor * limit)).max()
                 row[f"left, {quantity}"] = runs[-1].max()
-            q_worst, logits_worst = distances.max(axis=2)
-            row["iterations to 1e-6 (Q)"] = next(iter(np.flatnonzero(q_worst < 1e-6)), math.nan)
-            rates.append(row)
-            curve = {"iteration": np.arange(N_ITERATIONS), "Q": q_worst, "logits": logits_worst}
-            curves.append(pd.DataFrame({**key, **curve, "bound": limit.max(axis=1)}))
+            rates.append({**row, "iterations to 1e-6 (Q)": next(iter(np.flatnonzero(q_worst < 1e-6)), math.nan)})
     return pd.concat(curves), pd.DataFrame(rates)
 
 
