@@ -47,11 +47,12 @@ def run(n_updates: int) -> pd.DataFrame:
         with th.no_grad():
             direct = policy.logit_sums(states)
             drift = (model.replay.logit_sums(states, remember=False) - direct).abs().max() / direct.abs().max()
+        n_pages = int(Path("/proc/self/statm").read_text().split()[1])
         rows.append(
             {
                 "policy updates": model.n_policy_updates,
                 "frozen critics": len(policy.frozen_critics),
-                "resident memory (MB)": resident_megabytes(),
+                "resident memory (MB)": n_pages * resource.getpagesize() / 1e6,
                 "time per step (ms)": milliseconds[0],
                 "time of the processor per step (ms)": milliseconds[1],
                 "relative drift of cached sums": drift.item(),
@@ -62,11 +63,6 @@ def run(n_updates: int) -> pd.DataFrame:
     model.policy_update_hooks.append(measure)
     model.learn(200 + STEPS_PER_UPDATE * n_updates)
     return pd.DataFrame(rows)
-
-
-def resident_megabytes() -> float:
-    """Return the current memory of this process in megabytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def plot(table: pd.DataFrame) -> Figure:

@@ -18,13 +18,14 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch as th
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -33,7 +34,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_staq import StaQ
-from sb3_staq.env_state import TrainingState
+from sb3_staq.env_state import TrainingState, get_attributes, set_attributes
 from sb3_staq.q_stack import FrozenCritics
 from sb3_staq.resume import ResumeCallback
 
@@ -44,13 +45,7 @@ N_STEPS, SAVE_FREQ = 400, 10
 class BitFlipping(BitFlippingEnv):
     """An environment that provides its own state."""
 
-    def get_training_state(self) -> dict[str, Any]:
-        """Return the attributes."""
-        return {name: value for name, value in vars(self).items() if name != "spec"}
-
-    def set_training_state(self, state: dict[str, Any]) -> None:
-        """Set the attributes."""
-        vars(self).update(state)
+    get_training_state, set_training_state = get_attributes, set_attributes
 
 
 def subproc_env() -> SubprocVecEnv:
@@ -88,7 +83,7 @@ def make(training: str, **kwargs: Any) -> StaQ:
 
 def digest(model: StaQ) -> str:
     """Hash every bit of parameters, stack, optimizer, replay buffer, statistics, counters and returns of episodes."""
-    hashed = hashlib.sha256()
+    hashed, buffer, normalize = hashlib.sha256(), model.replay_buffer, model.get_vec_normalize_env()
 
     def add(value: Any) -> None:
         if isinstance(value, dict):
@@ -97,16 +92,13 @@ def digest(model: StaQ) -> str:
             for part in value:
                 add(part)
         else:
-            array = value.detach().numpy() if isinstance(value, th.Tensor) else np.asarray(value)
-            hashed.update(np.ascontiguousarray(array).tobytes())
+            hashed.update(np.asarray(value).tobytes())
 
-    add(model.policy.state_dict())
-    add(model.policy.optimizer.state_dict()["state"])
-    buffer = model.replay_buffer
+    add([model.policy.state_dict(), model.policy.optimizer.state_dict()["state"]])
     add([getattr(buffer, name) for name in ("observations", "next_observations", "actions", "rewards", "dones", "pos")])
     add([model.num_timesteps, model._n_updates, model.n_policy_updates, model._episode_num])
     add([info["r"] for info in model.ep_info_buffer or ()])
-    if (normalize := model.get_vec_normalize_env()) is not None:
+    if normalize is not None:
         add([normalize.obs_rms.mean, normalize.obs_rms.var, normalize.ret_rms.var, normalize.returns])  # type: ignore
     return hashed.hexdigest()
 
@@ -127,31 +119,32 @@ def load_and_train(training: str, folder: Path) -> StaQ:
     return model
 
 
-# Faults within the process: each function returns one that repairs the damage
+# Faults within the process: entering injects the damage, leaving repairs it
 
 
-def full_disk(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+@contextmanager
+def full_disk(model: StaQ, folder: Path, rng: random.Random) -> Iterator[None]:
     """Limit files to a random size, and at once try to save over what was saved before."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(20_000), limits[1]))
     with suppress(OSError):
         save(model, folder)
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+@contextmanager
+def no_folder(model: StaQ, folder: Path, rng: random.Random) -> Iterator[None]:
     """Put a file in place of the folder, so that no user at all can write into it."""
     (folder / "checkpoints").rename(folder / "elsewhere")
     (folder / "checkpoints").touch()
-
-    def mend() -> None:
-        (folder / "checkpoints").unlink()
-        (folder / "elsewhere").rename(folder / "checkpoints")
-
-    return mend
+    yield
+    (folder / "checkpoints").unlink()
+    (folder / "elsewhere").rename(folder / "checkpoints")
 
 
-def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+@contextmanager
+def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Iterator[None]:
     """Let the next policy update run out of memory for one of the tensors and modules that it makes."""
     push, left = FrozenCritics.push, [rng.randrange(1, 8)]
 
@@ -169,15 +162,15 @@ def no_memory(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any
         with clones, mock.patch.object(copy, "deepcopy", scarce(copy.deepcopy)):
             return push(*args)
 
-    patch = mock.patch.object(FrozenCritics, "push", failing)
-    patch.start()
-    return patch.stop
+    with mock.patch.object(FrozenCritics, "push", failing):
+        yield
 
 
-def worker_dies(model: StaQ, folder: Path, rng: random.Random) -> Callable[[], Any]:
+@contextmanager
+def worker_dies(model: StaQ, folder: Path, rng: random.Random) -> Iterator[None]:
     """Kill one of the processes of the environments."""
     rng.choice(model.env.processes).kill()  # type: ignore[union-attr]
-    return lambda: None
+    yield
 
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "Ctrl-C": signal.SIGINT}
@@ -194,14 +187,13 @@ class Inject(BaseCallback):
 
     def __init__(self, fault: str, folder: Path, seed: int):
         super().__init__()
-        self.inject, self.folder, self.rng = INJECTED[fault], folder, random.Random(seed)
+        self.inject, self.folder, self.rng, self.damage = INJECTED[fault], folder, random.Random(seed), ExitStack()
         self.at = self.rng.randrange(SAVE_FREQ + 30, N_STEPS // 4)  # calls, of up to three steps
-        self.mend: Callable[[], Any] = lambda: None
 
     def _on_step(self) -> bool:
         if self.n_calls == self.at:
             save(self.model, self.folder)  # type: ignore[arg-type]
-            self.mend = self.inject(self.model, self.folder, self.rng)  # type: ignore[arg-type]
+            self.damage.enter_context(self.inject(self.model, self.folder, self.rng))  # type: ignore[arg-type]
         return True
 
 
@@ -222,7 +214,7 @@ def train(training: str, folder: Path, fault: str | None = None, seed: int = 0) 
         if fault is None:
             raise
         if inject is not None:
-            inject.mend()
+            inject.damage.close()
             load_and_train(training, folder)  # what had been saved
         save(model, folder)
         loaded = load_and_train(training, folder)
@@ -249,49 +241,41 @@ def undisturbed(training: str) -> tuple[str, float]:
 
 def try_fault(fault: str, training: str, expected: str, seconds: float, seed: int) -> dict[str, Any] | None:
     """
-    Disturb a training with a fault, and start it again.
+    Disturb a training, and start it again; return what happened, None if the training ended before the fault.
 
-    :param fault: one of ``SIGNALS`` or ``INJECTED``
-    :param training: one of ``TRAININGS``
-    :param expected: digest of the training without a fault
-    :param seconds: how long that took
-    :param seed: seed of the random moment
-    :return: what happened, None if the training ended before the fault
+    ``expected`` and ``seconds`` are the digest and the duration of the training without a fault, ``seed`` is that of
+    the random moment.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(training, folder, fault, seed)
         if fault in SIGNALS:
-            while process.is_alive() and not list(folder.glob("checkpoints/*")):
+            while process.is_alive() and not any(folder.glob("checkpoints/*")):
                 time.sleep(0.01)
             process.join(random.Random(seed).uniform(0, seconds))
-            during_save = bool(list(folder.glob("checkpoints/unfinished_*")))
+            during_save = any(folder.glob("checkpoints/unfinished_*"))
             if process.is_alive():
                 os.kill(process.pid, SIGNALS[fault])
+        else:
+            during_save = INJECTED[fault] in (full_disk, no_folder)
         process.join()
         if (folder / "digest").exists():
             return None
-        during_save = during_save if fault in SIGNALS else fault in ("full disk", "folder that cannot be written")
-        killed = process.exitcode == -signal.SIGKILL
-        survived = folder / "survived"
-        error = survived.read_text() if survived.exists() else "" if killed else "unusable afterwards"
+        error = "" if process.exitcode == -signal.SIGKILL else "unusable afterwards"
+        if (folder / "survived").exists():
+            error = (folder / "survived").read_text()
         start(training, folder).join()
-        resumed = (folder / "digest").read_text() if (folder / "digest").exists() else ""
-        lost = resumed != expected or error == "unusable afterwards"
+        resumed = (folder / "digest").exists() and (folder / "digest").read_text() == expected
+        lost = not resumed or error == "unusable afterwards"
         return dict(fault=fault, training=training, error=error, during_save=during_save, lost=lost)
 
 
 def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
     """
-    Try all faults, and write ``faults.csv`` and ``report.md``. Tries that are in ``faults.csv`` are not repeated.
+    Try each fault as often as it counts, spread over the trainings; return whether no training was lost.
 
-    :param folder: where to write
-    :param counts: number of tries by fault, spread over the trainings
-    :param trainings: some of ``TRAININGS``
-    :return: whether no training was lost
+    Writes ``faults.csv`` and ``report.md``. Tries that are in ``faults.csv`` are not repeated.
     """
-    import pandas as pd
-
     folder.mkdir(parents=True, exist_ok=True)
     baselines = {training: undisturbed(training) for training in trainings}
     path = folder / "faults.csv"
@@ -310,16 +294,15 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
             print(*row.values(), flush=True)
             pd.DataFrame(rows).to_csv(path, index=False)
     table = pd.DataFrame(rows)
-    summary = table.groupby("fault", sort=False).agg(
-        tried=("fault", "size"), during_a_save=("during_save", "sum"), trainings_lost=("lost", "sum")
-    )
+    sums = {"tried": ("fault", "size"), "during a save": ("during_save", "sum"), "trainings lost": ("lost", "sum")}
+    summary = table.groupby("fault", sort=False).agg(**sums)
     by_training = table.groupby(["training", "fault"], sort=False)["lost"].agg(["size", "sum"])
     cells = (by_training["size"].astype(str) + " / " + by_training["sum"].astype(str)).unstack(fill_value="")
-    options = " ".join(f"--{name} {n}" for name, n in (("kills", counts["SIGKILL"]), ("others", counts["full disk"])))
+    options = f"--kills {counts['SIGKILL']} --others {counts['full disk']}"
     text = [
         "# Faults",
         f"Written by `python -m benchmarks.faults {options}`, which says what counts as lost.",
-        summary.rename(columns=lambda name: name.replace("_", " ")).to_markdown(),
+        summary.to_markdown(),
         "By training: tried / lost.",
         cells.to_markdown(),
     ]

@@ -35,12 +35,7 @@ MAX_RETRIES = 5
 
 
 def connect(address: str) -> None:
-    """
-    Connect this process to a cluster.
-
-    :param address: "auto" for the cluster of this machine, "HOST:PORT" or "ray://HOST:PORT"
-    :raise ConnectionError: if it is not an address, or no cluster can be reached there
-    """
+    """Connect this process to a cluster; raise ``ConnectionError`` if there is none, or this is not an address."""
     try:
         if address != "auto":
             parts = urlsplit(f"//{address.removeprefix('ray://')}")
@@ -98,18 +93,14 @@ def train_on_ray(jobs: list[Job], shared: bool) -> Generator[None, None, None]:
             if node in nodes:
                 jobs[index].step, jobs[index].seconds, jobs[index].last_return = progress
         for task in ended:
-            _finish(jobs[tasks.pop(task)], task)
+            job = jobs[tasks.pop(task)]
+            try:
+                contents = ray.get(task)
+            except RayError as error:
+                job.state, job.error = "failed", str(error)
+                continue
+            with atomic_write(job.cell.results_file) as file:
+                file.write(contents)
+            job.show(Results.read(job.cell.results_file))
+            job.state = "done"
         yield
-
-
-def _finish(job: Job, task: Any) -> None:
-    """Record the outcome of a task."""
-    try:
-        contents = ray.get(task)
-    except RayError as error:
-        job.state, job.error = "failed", str(error)
-        return
-    with atomic_write(job.cell.results_file) as file:
-        file.write(contents)
-    job.show(Results.read(job.cell.results_file))
-    job.state = "done"

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from benchmarks import figures, statistics
 from benchmarks.figures import save, share_legend, text_table
 from benchmarks.results import Results
+from benchmarks.statistics import time_to_return
 from benchmarks.suites import FOLDER, Suite, file_name
 
 LABELS = {
@@ -61,11 +62,6 @@ SHARES = {"relative drawdown": statistics.relative_drawdown, "low share": statis
 STABILITY = (*RISKS, "across runs", "across episodes", *SHARES)
 
 
-def own_version(algo: str, metadata: dict[str, Any]) -> str | None:
-    """The version of this package, in the trainings that used it: defaults may have changed since."""
-    return metadata.get("versions", {}).get("sb3-staq") if algo.startswith("staq") else None
-
-
 def label(algo: str) -> str:
     """Return what an algorithm of a suite is called in reports."""
     base, _, variant = algo.partition("_")
@@ -99,6 +95,7 @@ def write_report(suite: Suite, folder: Path) -> Path:
         text.append(f"Published: {source}. A number in brackets after a name: gradient steps per environment step.")
     if not finals.empty:
         curves = curves.merge(finals[TRAINING])  # from here on, only complete trainings
+        published = published.assign(asked=published["env"].map(finals.groupby("env")["asked"].max()))
         text += final_section(curves, finals, published) + time_section(suite, curves)
         text += aggregate_section(finals, folder) + stability_section(curves, finals, published, folder)
     report = folder / "report.md"
@@ -124,6 +121,8 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
         found = [Results.read(path) for path in (folder / file_name(env_id) / algo).glob("seed_*.csv")]
         for results in sorted(found, key=lambda results: results.metadata["seed"]):
             metadata = results.metadata
+            # In the trainings that used this package, also its version: defaults may have changed since
+            version = metadata.get("versions", {}).get("sb3-staq") if algo.startswith("staq") else None
             for evaluation in results.evaluations:
                 # With several environments, evaluations are a few steps late
                 late = 0 if evaluation.final else evaluation.step % metadata["eval_freq"]
@@ -138,7 +137,7 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                     "score": statistics.normalise(evaluation.mean, env.random, env.reference),
                     "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
                     "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
-                    "settings": (*(metadata[key] for key in SETTINGS), own_version(algo, metadata)),
+                    "settings": (*(metadata[key] for key in SETTINGS), version),
                 }
                 rows.append(row)
     if not rows:
@@ -215,9 +214,9 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: 
     return share_legend(grid.figure)
 
 
-def each(values: pd.Series) -> str:
+def each(values: Iterable[float], number: str = "{:,.1f}") -> str:
     """Format the numbers of a group, one by one."""
-    return ", ".join(map("{:,.1f}".format, values))
+    return ", ".join(map(number.format, values)).replace("nan", "-")
 
 
 def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.DataFrame) -> list[str]:
@@ -247,9 +246,9 @@ def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.Data
         }
     )
     # Published trainings as long as ours, and longer ones of the same algorithm
-    steps = published["env"].map(finals.groupby("env")["asked"].max())
     known = published.set_index(["env", "algo"]).index.isin(own.index)
-    published = published[(published["steps"] == steps) | (known & (published["steps"] > steps))]
+    steps, asked = published["steps"], published["asked"]
+    published = published[(steps == asked) | (known & (steps > asked))]
     lengths = published["steps"].map("{:,}".format)
     others = pd.DataFrame(
         {
@@ -269,13 +268,10 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
     for env_id, of_env in curves.dropna(subset="cpu_seconds").groupby("env", sort=False):
         env = suite.envs[env_id]
         targets = [env.random + score * (env.reference - env.random) for score in TARGETS]
-        trainings = of_env.groupby(["algo", "seed"], sort=False)[["cpu_seconds", "return"]]
-        minutes = {
-            f"{target:,.1f}": trainings.apply(
-                lambda x, y=target: statistics.time_to_return(x["cpu_seconds"], x["return"], y) / 60
-            )
-            for target in targets
-        }
+        minutes = [
+            {"algo": algo, **{f"{y:,.1f}": time_to_return(x["cpu_seconds"], x["return"], y) / 60 for y in targets}}
+            for (algo, _), x in of_env.groupby(["algo", "seed"], sort=False)
+        ]
         groups = pd.DataFrame(minutes).groupby("algo", sort=False)
         text += [f"### {env_id}", text_table(groups.agg(median_of_those_that_reach_it).assign(seeds=groups.size()))]
     return text if len(text) > 1 else []
@@ -353,16 +349,14 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.
     """Report the measures of stability, one table per environment."""
     measures = stability_measures(curves, finals)
     save(plot_stability(measures), folder / "stability.png")
-    asked = finals.groupby("env")["asked"].max()
-    published = published[published["steps"] == published["env"].map(asked)].dropna()
+    published = published[published["steps"] == published["asked"]].dropna()
     rows = pd.concat([measures, published.assign(algo=published["algo"] + ", published")]).set_index(["env", "algo"])
     cells = rows[[*STABILITY, "seeds"]].astype(object)
     for name in STABILITY:
-        digits = 2 if name in SHARES else 3
-        cells[name] = rows[name].map(f"{{:.{digits}f}}".format, na_action="ignore")
-        if name in SHARES:
-            texts = rows[f"{name}, each"].dropna().map(lambda values: ", ".join(map("{:.2f}".format, values)))
-            cells[name] += (" (" + texts.str.replace("nan", "-") + ")").reindex(cells.index, fill_value="")
+        cells[name] = rows[name].map(("{:.2f}" if name in SHARES else "{:.3f}").format, na_action="ignore")
+    for name in SHARES:
+        texts = rows[f"{name}, each"].map(lambda shares: f" ({each(shares, '{:.2f}')})", na_action="ignore")
+        cells[name] += texts.fillna("")
     text = [section("Stability"), *by_env(cells)]
     if not published.empty:
         text.append(

@@ -126,8 +126,19 @@ def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
                 process.start()
                 child_end.close()  # so that the pipe ends with the process
                 job.state, running[parent_end] = "running", (job, process)
-            for connection in wait(list(running), timeout=1.0):
-                if _receive(*running[connection], connection) != "running":
+            ready: list[Any] = wait(list(running), timeout=1.0)
+            for connection in ready:
+                job, process = running[connection]
+                try:
+                    job.state, *report = connection.recv()
+                except EOFError:  # no last message: the process was killed
+                    process.join()
+                    job.state, report = "failed", [f"The process ended with exit code {process.exitcode}"]
+                if job.state == "running":
+                    job.step, job.seconds, job.last_return = report
+                else:
+                    job.error = "".join(report)
+                    process.join()
                     del running[connection]
             yield
     finally:
@@ -135,29 +146,11 @@ def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
             process.terminate()
 
 
-def _receive(job: Job, process: Any, connection: Any) -> str:
-    """Receive a report from the process of a cell, and return the state of the cell."""
-    try:
-        state, *report = connection.recv()
-    except EOFError:  # no last message: the process was killed
-        process.join()
-        state, report = "failed", [f"The process ended with exit code {process.exitcode}"]
-    if state == "running":
-        job.step, job.seconds, job.last_return = report
-    else:
-        job.state, job.error = state, "".join(report)
-        process.join()
-    return job.state
-
-
 def run_cells(cells: list[Cell], train: Train, fresh: bool = False) -> bool:
     """
     Run all cells that are not done, with a line for each new state and evaluation, and bars on a terminal.
 
-    :param cells: the cells
-    :param train: function that trains those that are not done
-    :param fresh: whether to replace results of other settings
-    :return: whether all cells are done in the end
+    With ``fresh``, results of other settings are replaced. Returns whether all cells are done in the end.
     """
     jobs = [look_up(cell, fresh) for cell in cells]
     to_do = [job for job in jobs if job.state == "waiting"]

@@ -71,63 +71,51 @@ def actions(n_rows: int, memory_size: int, eval_policy: str) -> Work:
     return lambda n: [policy.predict(obs, deterministic=True) for _ in range(n)]
 
 
+def train(env_id: str, batch_size: int, n_networks: int) -> Work:
+    """Prepare gradient steps of StaQ with default arguments."""
+    return gradient_steps(full_stack(env_id), batch_size, n_networks)
+
+
 def dqn() -> Work:
     """Prepare gradient steps of SB3's DQN."""
     model = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[256, 256]), learning_starts=1000, seed=0)
     return gradient_steps(model.learn(1000), 256, 1)
 
 
-def sac() -> Work:
-    """Prepare environment steps of SB3's SAC."""
-    return steps(SAC("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
+def rival(algo: type[SAC] | type[CrossQ]) -> Work:
+    """Prepare environment steps of another algorithm for Box action spaces."""
+    return steps(algo("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
 
 
-def crossq() -> Work:
-    """Prepare environment steps of sb3-contrib's CrossQ."""
-    return steps(CrossQ("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
-
-
-# By name: how to prepare the work, how often it is done, and what it is
-MEASURES: dict[str, tuple[Callable[[], Work], int, str]] = {
-    "dqn gradient step": (dqn, 500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network"),
-    "gradient step": (
-        lambda: gradient_steps(full_stack("CartPole-v1"), 256, 2),
-        1000,
-        "StaQ, the same; per network of the ensemble of two",
-    ),
-    "box gradient step": (
-        lambda: gradient_steps(full_stack("HalfCheetah-v4"), 128, 1),
-        500,
-        "StaQ, HalfCheetah-v4 with default arguments",
-    ),
+# By name: how often it is done, what it is, and the function that prepares the work, with its arguments
+MEASURES: dict[str, tuple[Any, ...]] = {
+    "dqn gradient step": (500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network", dqn),
+    "gradient step": (1000, "StaQ, the same; per network of the ensemble of two", train, "CartPole-v1", 256, 2),
+    "box gradient step": (500, "StaQ, HalfCheetah-v4 with default arguments", train, "HalfCheetah-v4", 128, 1),
     "iteration M=1, 1 env": (
-        lambda: iteration(1, 1),
         2000,
         "environment steps with gradient steps and the policy updates that are due; CartPole-v1",
+        *(iteration, 1, 1),
     ),
-    "iteration M=300, 1 env": (lambda: iteration(300, 1), 2000, "the same with a full stack of 300"),
-    "iteration M=1, 8 envs": (lambda: iteration(1, 8), 2000, "the same with 8 environments"),
-    "iteration M=300, 8 envs": (
-        lambda: iteration(300, 8),
-        2000,
-        "the same with a full stack of 300 and 8 environments",
-    ),
-    "act M=50, 1 row": (lambda: actions(1, 50, "last"), 200, "policy.predict, greedy, by the last policy"),
-    "act M=300, 1 row": (lambda: actions(1, 300, "last"), 200, "the same with a stack of 300"),
-    "act average, 1 row": (lambda: actions(1, 60, "average"), 200, "the same by the average of 60 critics"),
-    "act M=300, 64 rows": (lambda: actions(64, 300, "last"), 200, "64 observations at once"),
-    "act average, 64 rows": (lambda: actions(64, 60, "average"), 200, "64 observations at once"),
+    "iteration M=300, 1 env": (2000, "the same with a full stack of 300", iteration, 300, 1),
+    "iteration M=1, 8 envs": (2000, "the same with 8 environments", iteration, 1, 8),
+    "iteration M=300, 8 envs": (2000, "the same with a full stack of 300 and 8 environments", iteration, 300, 8),
+    "act M=50, 1 row": (200, "policy.predict, greedy, by the last policy", actions, 1, 50, "last"),
+    "act M=300, 1 row": (200, "the same with a stack of 300", actions, 1, 300, "last"),
+    "act average, 1 row": (200, "the same by the average of 60 critics", actions, 1, 60, "average"),
+    "act M=300, 64 rows": (200, "64 observations at once", actions, 64, 300, "last"),
+    "act average, 64 rows": (200, "64 observations at once", actions, 64, 60, "average"),
     "cartpole step": (
-        lambda: steps(full_stack("CartPole-v1")),
         2000,
         "StaQ, CartPole-v1, default arguments: environment step, gradient steps and policy updates",
+        lambda: steps(full_stack("CartPole-v1")),
     ),
-    "sac step": (sac, 600, "SAC of SB3, HalfCheetah-v4, RL Zoo's settings: environment step and gradient step"),
-    "crossq step": (crossq, 60, "CrossQ of sb3-contrib with its default arguments: the same"),
+    "sac step": (600, "SAC of SB3, HalfCheetah-v4, RL Zoo's settings: environment step and gradient step", rival, SAC),
+    "crossq step": (60, "CrossQ of sb3-contrib with its default arguments: the same", rival, CrossQ),
     "box step": (
-        lambda: steps(full_stack("HalfCheetah-v4", 8, train_freq=1, gradient_steps=8)),
         2400,
         "StaQ, HalfCheetah-v4, 8 environments, default arguments: the same",
+        lambda: steps(full_stack("HalfCheetah-v4", 8, train_freq=1, gradient_steps=8)),
     ),
 }
 RATIOS = [
@@ -137,24 +125,23 @@ RATIOS = [
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
-# Variants of this version: (module, name, value) of what they replace
-VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "this version": [],
-    "plain kernels": [],  # by the environment variable
-    "no large pages": [(kernels, "LARGE_PAGE_BYTES", math.inf)],
-    "no read-ahead": [(kernels, "READ_AHEAD_BYTES", math.inf)],
-    "no few rows": [(kernels, "FEW_ROWS", 0)],
-    "other version": [],
+# Variants, and what they replace in the kernels of this version
+VARIANTS: dict[str, dict[str, float]] = {
+    "this version": {},
+    "plain kernels": {},  # by the environment variable
+    "no large pages": {"LARGE_PAGE_BYTES": math.inf},
+    "no read-ahead": {"READ_AHEAD_BYTES": math.inf},
+    "no few rows": {"FEW_ROWS": 0},
+    "other version": {},
 }
 
 
 def measure(name: str, variant: str, scale: float) -> float:
     """Do one measurement in this process, and return CPU seconds."""
     th.set_num_threads(1)
-    for module, attribute, value in VARIANTS[variant]:
-        setattr(module, attribute, value)
-    prepare, n, _ = MEASURES[name]
-    work, n = prepare(), max(8, round(n * scale / 4))
+    vars(kernels).update(VARIANTS[variant])
+    n, _, prepare, *arguments = MEASURES[name]
+    work, n = prepare(*arguments), max(8, round(n * scale / 4))
     work(8)  # warm-up
     times = Timer("work(n)", globals={"work": work, "n": n}, timer=time.process_time).timeit(4)
     return times.mean / n
@@ -192,7 +179,7 @@ def report(data: pd.DataFrame, variants: list[str]) -> str:
     table = 1000 * times.groupby("measure").median()
     ratios = times.div(times["this version"], axis=0).groupby("measure").median().drop(columns="this version")
     table = table.join(ratios.add_suffix(" / this")).reindex([name for name in MEASURES if name in table.index])
-    table["what"] = [MEASURES[name][2] for name in table.index]
+    table["what"] = [MEASURES[name][1] for name in table.index]
     own = times["this version"].unstack("measure")
     lines = []
     for numerator, denominator, text in RATIOS:

@@ -88,10 +88,7 @@ def bootstrap(
     """
     Compute statistics with 95% confidence intervals: a percentile bootstrap that resamples runs per environment.
 
-    :param scores: scores by algorithm, of shape (number of runs, number of environments)
-    :param function: computes a vector of statistics from such scores
-    :param n_resamples: number of resamples
-    :return: statistics by algorithm, and their intervals, of shape (2, number of statistics)
+    Scores, by algorithm, have the shape (number of runs, number of environments), intervals (2, number of statistics).
     """
     from rliable.library import get_interval_estimates  # takes seconds
 

@@ -51,7 +51,12 @@ N_ITERATIONS = 400
 ENT_COEF, NOISE = 0.1, 0.5  # of the floors, the noise and the average
 SMALL_KL_COEF, SMALL_ENT_COEF, N_SMALL_MDPS = 1.0, 1e-4, 500
 
-LINES = dict(zip(MEMORY_SIZES, zip((VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^v", strict=True), strict=True))
+# Lines by M
+LINES: dict[float, dict[str, Any]] = {
+    memory_size: {"color": color, "marker": marker, "label": f"M = {memory_size}"}
+    for memory_size, color, marker in zip(MEMORY_SIZES, (VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^v", strict=True)
+}
+LINES[math.inf] = {"color": "black", "linestyle": "--", "linewidth": 1.5, "label": "exact"}
 REFERENCE: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 2}
 STYLE: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11, "lines.linewidth": 2}
 STYLE |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 1}
@@ -187,20 +192,18 @@ def run_convergence() -> tuple[pd.DataFrame, pd.DataFrame]:
     for name, (mdp, kl_coef, ent_coef) in CONVERGENCE_SETTINGS.items():
         limit = bound(mdp, kl_coef, ent_coef, N_ITERATIONS).reshape(N_ITERATIONS, -1)
         for rule, memory_size in VARIANTS:
-            key = {"MDPs": name, "rule": rule, "M": memory_size or math.inf}
-            row: dict[str, Any] = dict(key)
+            row: dict[str, Any] = {"MDPs": name, "rule": rule, "M": memory_size or math.inf}
             distances = convergence(TabularStaQ(mdp, rule, memory_size, kl_coef, ent_coef), N_ITERATIONS)
             distances = distances.reshape(2, N_ITERATIONS, -1)
+            q_worst, logits_worst = distances.max(axis=2)
+            curve = {"iteration": np.arange(N_ITERATIONS), "Q": q_worst, "logits": logits_worst}
+            curves.append(pd.DataFrame({**row, **curve, "bound": limit.max(axis=1)}))
             for quantity, runs, factor in zip(("Q", "logits"), distances, (mdp.gamma, 1.0), strict=True):
                 row[f"rate, {quantity}"] = np.max([measured_rate(run) for run in runs.T])
                 # Rounding errors are not violations
                 row[f"over bound, {quantity}"] = ((runs - RESOLUTION) / (factor * limit)).max()
                 row[f"left, {quantity}"] = runs[-1].max()
-            q_worst, logits_worst = distances.max(axis=2)
-            row["iterations to 1e-6 (Q)"] = next(iter(np.flatnonzero(q_worst < 1e-6)), math.nan)
-            rates.append(row)
-            curve = {"iteration": np.arange(N_ITERATIONS), "Q": q_worst, "logits": logits_worst}
-            curves.append(pd.DataFrame({**key, **curve, "bound": limit.max(axis=1)}))
+            rates.append({**row, "iterations to 1e-6 (Q)": next(iter(np.flatnonzero(q_worst < 1e-6)), math.nan)})
     return pd.concat(curves), pd.DataFrame(rates)
 
 
@@ -285,11 +288,8 @@ def rule_panels(table: pd.DataFrame, x: str, measures: dict[str, str], x_label: 
     n = len(measures)
     figure, axes = plt.subplots(2, n, figsize=(2 + 4.3 * n, 7.5), sharex=True, sharey="col", squeeze=False)
     for ax, (rule, (column, label)) in zip(axes.flat, product(FINITE_RULES, measures.items()), strict=True):
-        for memory_size, (color, marker) in LINES.items():
-            line = table[(table["rule"] == rule) & (table["M"] == memory_size)].set_index(x)[column]
-            ax.plot(line, color=color, marker=marker, markevery=markevery, label=f"M = {memory_size}")
-        exact = table[table["rule"] == "exact"].set_index(x)[column]
-        ax.plot(exact, color="black", linestyle="--", linewidth=1.5, label="exact")
+        for memory_size, line in table[table["rule"].isin([rule, "exact"])].groupby("M"):
+            ax.plot(line[x], line[column], markevery=markevery, **LINES[memory_size])
         ax.set(title=f'"{rule}"', xlabel=x_label, ylabel=label, yscale="log")
     for ax in axes[0]:
         ax.set_xlabel("")

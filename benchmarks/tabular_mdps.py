@@ -83,25 +83,23 @@ def garnet(seeds: Sequence[int], n_states: int, n_actions: int, branching: int, 
     return TabularMDP(th.stack(rewards), th.stack(transitions), gamma)
 
 
-def grid_cells(grid: str = GRID) -> list[tuple[int, int]]:
-    """List row and column of each state of a map, in which ``#`` is a wall."""
-    rows = grid.strip().splitlines()
-    return [(i, j) for i, row in enumerate(rows) for j, symbol in enumerate(row) if symbol != "#"]
+def grid_cells() -> list[tuple[int, int]]:
+    """List row and column of each state of the map, in which ``#`` is a wall."""
+    return [(i, j) for i, row in enumerate(GRID.split()) for j, symbol in enumerate(row) if symbol != "#"]
 
 
-def grid_world(gamma: float, slip: float = 0.0, grid: str = GRID) -> TabularMDP:
+def grid_world(gamma: float, slip: float = 0.0) -> TabularMDP:
     """
     Make a maze with reward -1 for every step until the goal ``G``: one MDP, a batch of no dimensions.
 
     The states are in the order of :func:`grid_cells`, the actions in that of ``MOVES``; with probability ``slip``, a
     random move is made instead of the chosen one.
     """
-    rows = grid.strip().splitlines()
-    index = {cell: state for state, cell in enumerate(grid_cells(grid))}
+    index = {cell: state for state, cell in enumerate(grid_cells())}
     moved = th.zeros(len(index), len(MOVES), len(index), dtype=th.float64)
     reward = th.zeros(moved.shape[:2], dtype=th.float64)
     for (i, j), state in index.items():
-        at_goal = rows[i][j] == "G"
+        at_goal = GRID.split()[i][j] == "G"
         reward[state] = 0.0 if at_goal else -1.0
         for action, (down, right) in enumerate(MOVES):
             target = state if at_goal else index.get((i + down, j + right), state)
