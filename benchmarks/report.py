@@ -29,7 +29,7 @@ LABELS = {
     "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",
-    "staq_last": "StaQ, settings of 0.1.0",
+    "staq_last": "StaQ 0.1.0",
 }
 # Dashes are for readers who cannot see the colours
 COLORS = (

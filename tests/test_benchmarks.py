@@ -219,8 +219,8 @@ def test_make_cells_selects() -> None:
         ("ppo", "CartPole-v1", 8, 99),
     ]
     n_seeds = len(SUITES["classic"].seeds)
-    assert len(make_cells(SUITES["classic"])) == 5 * 4 * n_seeds
-    assert len({cell.results_file for cell in make_cells(SUITES["classic"])}) == 5 * 4 * n_seeds
+    assert len(make_cells(SUITES["classic"])) == 6 * 4 * n_seeds
+    assert len({cell.results_file for cell in make_cells(SUITES["classic"])}) == 6 * 4 * n_seeds
 
 
 def test_hyperparameters_of_the_suite_replace_those_of_the_zoo() -> None:
