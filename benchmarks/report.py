@@ -25,11 +25,11 @@ LABELS = {
     "ppo": "PPO",
     "trpo": "TRPO",
     "sac": "SAC",
-    "td3": "TD3",
+    "staq_last": "StaQ 0.1.0",
     "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",
-    "staq_last": "StaQ 0.1.0",
+    "td3": "TD3",
 }
 # Dashes are for readers who cannot see the colours
 COLORS = (
