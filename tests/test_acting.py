@@ -700,8 +700,10 @@ class OfLength100(RandomObsEnv):
 class ThreeLives(gym.Wrapper):
     """Ends an episode at each of two lost lives as well, like SB3's ``EpisodicLifeEnv``."""
 
+    is_over = True
+
     def reset(self, **kwargs):
-        if not hasattr(self, "obs") or self.is_over:
+        if self.is_over:
             self.obs, _ = self.env.reset(**kwargs)
         self.is_over = False
         return self.obs, {}
