@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.statistics import relative_drawdown
-from sb3_staq.average_trials import FORGETTING, TRIAL_SHARE
+from sb3_staq.average_trials import FORGETTING, TRIAL_SHARE, standard_error
 
 FOLDER = Path(__file__).parent / "results"
 N_TRAININGS, N_ENVS, EPISODE, STEPS = 1000, 8, 1000, 1_000_000
@@ -59,8 +59,7 @@ def simulate(
             returns.append(rng.choice(candidate))
             step += EPISODE * N_ENVS
             n, mean = len(returns), float(np.mean(returns))
-            squares_now, freedom_now = squares + n * float(np.var(returns)), freedom + n - 1
-            error = math.sqrt(squares_now / freedom_now / n) if freedom_now > 0 else math.inf
+            error, squares_now, freedom_now = standard_error(returns, squares, freedom)
             is_clear = errors is not None and mean - best >= errors * error
             is_open = step - taken < TRIAL_SHARE * step or (mean > best and n < enough and not is_clear)
         trials.append((taken, step, candidate.mean(), mean > best))

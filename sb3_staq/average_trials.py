@@ -9,9 +9,8 @@ import warnings
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
 from sb3_staq.arguments import check_argument
@@ -25,6 +24,20 @@ TRIAL_SHARE = 0.05
 ENOUGH_EPISODES = 5
 # The spread of the episodes is that of all trials, of which older ones count less and less, by this factor per trial
 FORGETTING = 0.9
+
+
+def standard_error(returns: list[float], squares: float, freedom: float) -> tuple[float, float, float]:
+    """
+    Compute the standard error of the mean return of a trial, with a variance that is pooled over trials.
+
+    :param returns: of the trial
+    :param squares: squared deviations of earlier returns from the means of their trials, summed
+    :param freedom: degrees of freedom of these
+    :return: the error, infinite without any freedom; then ``squares`` and ``freedom`` with this trial
+    """
+    n = len(returns)
+    squares, freedom = squares + n * float(np.var(returns)), freedom + n - 1
+    return math.sqrt(squares / freedom / n) if freedom > 0 else math.inf, squares, freedom
 
 
 class AverageTrials(CheckedOffPolicyAlgorithm):
@@ -63,17 +76,9 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         super().set_env(env, force_reset)
         self._forget_returns()
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
+    def _on_learn(self, reset_num_timesteps: bool) -> None:
         if reset_num_timesteps:
             self._trial_step, self._trial_episode = 0, False
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self.env is not None
         self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor))
         if self.policy.eval_policy == "best" and self.average_share > 0 and not self._monitored:
@@ -81,15 +86,13 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
                 "eval_policy='best' is the average: without a Monitor or VecMonitor around the environments, no return "
                 "tells which average is the best",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
-        return result
 
     def _forget_returns(self) -> None:
         """Forget the returns so far, since the next task may be a different one."""
         self._best_return = -math.inf
-        # Squared deviations of returns from the means of their trials, and the degrees of freedom
-        self._squares, self._freedom = 0.0, 0.0
+        self._squares, self._freedom = 0.0, 0.0  # see standard_error
         self._begin_trial(0)
 
     def _begin_trial(self, step: int) -> None:
@@ -122,13 +125,12 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
 
     def _judge(self) -> None:
         """Accept or drop the candidate and take the next one, unless it is ahead and that may be luck."""
-        stack, n_episodes = self.policy.frozen_critics, len(self._trial_returns)
+        stack = self.policy.frozen_critics
         mean_return = float(np.mean(self._trial_returns))
-        squares = self._squares + n_episodes * float(np.var(self._trial_returns))
-        freedom = self._freedom + n_episodes - 1
-        standard_error = math.sqrt(squares / freedom / n_episodes) if freedom > 0 else math.inf
+        error, squares, freedom = standard_error(self._trial_returns, self._squares, self._freedom)
         is_best = mean_return > self._best_return and stack.marked["candidate"][0] > 0
-        if is_best and n_episodes < ENOUGH_EPISODES and mean_return - self._best_return < 2 * standard_error:
+        is_clear = len(self._trial_returns) >= ENOUGH_EPISODES or mean_return - self._best_return >= 2 * error
+        if is_best and not is_clear:
             return
         if is_best:
             self._best_return = mean_return

@@ -49,7 +49,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
         self._check_finite("observation", self._last_obs if original is None else original)
         self._remember_statistics()
+        self._on_learn(reset_num_timesteps)
         return result
+
+    def _on_learn(self, reset_num_timesteps: bool) -> None:
+        """Hook: called when ``learn`` is ready to begin, before the callbacks are told."""
 
     def _on_step(self) -> None:
         self._remember_statistics()
