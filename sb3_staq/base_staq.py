@@ -52,6 +52,9 @@ class BaseStaQ(AverageTrials):
         self._replay: PolicyReplay | None = None
         self._learns = False  # whether `learn` is running
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_learns": False}  # of a copy, `learn` is not running
+
     # Acting and collecting
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -245,6 +246,27 @@ def test_lists_are_observations(action_space, kind):
                 actions.append(predict(obs, deterministic=deterministic)[0])
             assert actions[0].shape == actions[1].shape == (() if array is one else (5,)) + action_space.shape
             assert np.array_equal(*actions)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_observations_that_are_not_finite_are_refused(kind, value):
+    """... by name and place, whatever would be done with them: the mean of NaNs, or always the first bin."""
+    env = RandomObsEnv(kind, action_space=spaces.Box(-1, 1, (2,), np.float32))
+    model = make_model(env, "MultiInputPolicy" if kind == "dict" else "MlpPolicy")
+    grow(model, 2)
+    batch = sample_obs(env.observation_space, 3)
+    if kind == "dict":
+        batch, where = {key: x.numpy().astype(np.float64) for key, x in batch.items()}, r"\['a'\]\[2\]\[1\]"
+        batch["a"][2, 1] = value
+    else:
+        batch, where = batch.numpy().astype(np.float64), r"\[2\]\[1\]"
+        batch[2, 1] = value
+    for predict, deterministic in itertools.product((model.predict, model.policy.predict), (True, False)):
+        with pytest.raises(
+            ValueError, match=rf"Invalid observation: .*got observation{where} = {re.escape(str(value))}$"
+        ):
+            predict(batch, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("channel_last", [False, True])

@@ -1,5 +1,6 @@
 """When policy updates come, and what is changed while a model learns."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -457,6 +458,30 @@ def test_offline_after_a_rollout_that_was_stopped(stop_at):
     before = model.n_policy_updates
     model.learn(200, reset_num_timesteps=False)
     assert model.n_policy_updates - before in (3, 4, 5)
+
+
+class CopyAt(BaseCallback):
+    """Keep a copy of the model."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def _on_step(self):
+        if self.num_timesteps == self.step:
+            self.copy = copy.deepcopy(self.model)
+        return True
+
+
+def test_offline_with_a_copy_made_while_learning():
+    """Of the copy, ``learn`` is not running: its gradient steps count."""
+    model, copies = make_model(RandomObsEnv(), policy_update_interval=50), CopyAt(151)
+    model.learn(200, callback=copies)
+    copied, after_learn = copies.copy, copy.deepcopy(model)
+    for trained in (copied, after_learn):
+        before = trained.n_policy_updates
+        trained.train(500, 16)
+        assert trained.n_policy_updates - before in (10, 11)
 
 
 def test_schedules_see_no_negative_progress():
