@@ -22,6 +22,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
+smartquotes = False  # values of arguments can be copied from the text
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "linkify"]
 myst_heading_anchors = 3

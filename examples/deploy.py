@@ -15,7 +15,11 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 model = StaQ("MlpPolicy", gym.make("CartPole-v1"), seed=0).learn(steps)
 
 # Distil: `student` is a policy like any other, `report` says what was lost
-student, report = model.distill(max_kl=0.01, max_steps=max(1000, steps // 5), progress_bar=True)
+student, report = model.distill(
+    max_kl=0.01,
+    max_steps=max(1000, steps // 5),
+    progress_bar=True,
+)
 print(report)
 student.save("student.pth")
 
@@ -24,5 +28,6 @@ export_policy(student, "policy.onnx")
 
 # On the robot: greedy actions, sampled actions, and the probabilities of the bins
 session = onnxruntime.InferenceSession("policy.onnx")
-action, sample, prob = session.run(["action", "sample", "prob"], {"obs": np.zeros((1, 4), np.float32)})
+obs = np.zeros((1, 4), np.float32)
+action, sample, prob = session.run(["action", "sample", "prob"], {"obs": obs})
 print(f"Greedy action: {action[0]}, sampled action: {sample[0]}, probabilities: {prob[0]}")
