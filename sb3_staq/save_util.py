@@ -11,7 +11,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 try:
@@ -58,20 +58,20 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     # Of a fixed length, because the file's own name may be as long as the file system allows
     prefix = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}."
     _remove_leftovers(path.parent, prefix)
-    temporary, descriptor = _create(path.parent, prefix)
+    file = _create(path.parent, prefix)
     try:
-        with open(descriptor, "wb") as file:
+        with file:
             if path.exists() and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
             if fcntl is not None:  # under its lock, so that no other process takes it for a leftover
-                os.replace(temporary, path)
+                os.replace(file.name, path)
         if fcntl is None:  # Windows renames closed files only
-            os.replace(temporary, path)
+            os.replace(file.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        pathlib.Path(file.name).unlink(missing_ok=True)
 
 
 def _is_special(path: pathlib.Path) -> bool:
@@ -79,20 +79,19 @@ def _is_special(path: pathlib.Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:
+def _create(folder: pathlib.Path, prefix: str) -> io.BufferedWriter:
     """Create a temporary file that is locked as long as its process lives."""
     while True:
-        temporary = folder / f"{prefix}{uuid.uuid4().hex}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        if fcntl is None or not _is_abandoned(descriptor) or temporary.exists():
-            return temporary, descriptor
-        os.close(descriptor)  # another process took it for a leftover before it was locked
+        file = open(folder / f"{prefix}{uuid.uuid4().hex}.tmp", "xb")
+        if fcntl is None or not _is_abandoned(file) or os.path.exists(file.name):
+            return file
+        file.close()  # another process took it for a leftover before it was locked
 
 
-def _is_abandoned(descriptor: int) -> bool:
+def _is_abandoned(file: Any) -> bool:
     """Lock a temporary file, and return whether nobody held it; without support for locks, all seem to be held."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError:
         return False
@@ -103,15 +102,10 @@ def _remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
     if fcntl is None:
         return
     for path in folder.glob(f"{prefix}*.tmp"):
-        try:
-            descriptor = os.open(path, os.O_WRONLY)
-        except OSError:  # just finished or removed by another process
-            continue
-        try:
-            if _is_abandoned(descriptor):
+        # Some other process may just have finished or removed it
+        with suppress(OSError), open(path, "r+b") as file:
+            if _is_abandoned(file):
                 path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
 
 
 class _HashingFile(io.RawIOBase):
