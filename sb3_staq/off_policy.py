@@ -224,7 +224,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_stored_numbers()
         except Exception as error:
             self.replay_buffer = own
-            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
+            if isinstance(error, (OSError, ValueError, AssertionError)):
                 raise
             raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
 
