@@ -22,7 +22,7 @@ from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
 from sb3_staq.observations import finite_numbers, place
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
-from sb3_staq.save_util import atomic_write, check_pickle, file_name, open_archive, read_data, with_checksum
+from sb3_staq.save_util import atomic_write, check_pickle, dump_checked, file_name, open_archive, read_data
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
@@ -187,12 +187,12 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param path: the file
         :raise ValueError: if an ".npz" would need more than arrays of numbers
         """
+        assert self.replay_buffer is not None
         if is_npz(path):
-            assert self.replay_buffer is not None
             save_buffer(path, self.replay_buffer)
         else:
-            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
-                super().save_replay_buffer(checked_file)
+            with atomic_write(path, "pkl") as file:
+                dump_checked(self.replay_buffer, file)
 
     def load_replay_buffer(
         self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False

@@ -5,14 +5,17 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import re
 import stat
 import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
+
+from stable_baselines3.common.save_util import open_path
 
 try:
     import fcntl
@@ -108,34 +111,25 @@ def _remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
                 path.unlink(missing_ok=True)
 
 
-class _HashingFile(io.RawIOBase):
+class _HashingFile:
+    """Passes everything on to a file, and keeps the checksum of what is written."""
+
     def __init__(self, file: Any):
-        super().__init__()
-        self.file = file
-        self.hash = hashlib.sha256()
+        self.file, self.hash = file, hashlib.sha256()
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> None:
         self.hash.update(data)
         self.file.write(data)
-        return memoryview(data).nbytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
-@contextmanager
-def with_checksum(file: Any) -> Iterator[Any]:
-    """
-    Write a pickle, followed by a checksum that later shows whether it is complete.
-
-    :param file: an open file
-    :return: context manager giving the file to write to
-    """
+def dump_checked(value: Any, file: Any) -> None:
+    """Pickle a value into an open file, followed by a checksum that later shows whether it is complete."""
     hashing_file = _HashingFile(file)
-    with io.BufferedWriter(hashing_file, 2**20) as buffered:
-        yield buffered
-        buffered.flush()
-        file.write(TRAILER + hashing_file.hash.hexdigest().encode())
+    pickle.dump(value, hashing_file, pickle.HIGHEST_PROTOCOL)
+    file.write(TRAILER + hashing_file.hash.hexdigest().encode())
 
 
 def check_pickle(path: PathOrFile, suffix: str = "") -> None:
@@ -148,21 +142,16 @@ def check_pickle(path: PathOrFile, suffix: str = "") -> None:
     """
     with _opened(path, suffix) as file:
         start = file.tell()
-        size = file.seek(0, os.SEEK_END) - start
-        n_trailer = len(TRAILER) + 64
-        file.seek(start + max(0, size - n_trailer))
-        trailer = file.read()
+        left = file.seek(0, os.SEEK_END) - start - len(TRAILER) - 64
+        file.seek(start + max(0, left))
+        trailer, digest = file.read(), hashlib.sha256()
         file.seek(start)
-        if not trailer.startswith(TRAILER):
-            return
-        digest, left = hashlib.sha256(), size - n_trailer
-        while left > 0:
-            data = file.read(min(left, 2**24))
-            digest.update(data)
-            left -= len(data)
-        file.seek(start)
-        if digest.hexdigest().encode() != trailer[len(TRAILER) :]:
-            raise ValueError(f"{file_name(path)} is damaged: its contents do not fit its checksum")
+        if trailer.startswith(TRAILER):
+            for done in range(0, left, 2**24):
+                digest.update(file.read(min(left - done, 2**24)))
+            file.seek(start)
+            if trailer != TRAILER + digest.hexdigest().encode():
+                raise ValueError(f"{file_name(path)} is damaged: its contents do not fit its checksum")
 
 
 @contextmanager
@@ -209,11 +198,8 @@ def read_data(file: Any) -> dict[str, Any]:
     :param file: the open file
     :return: its data, as parsed from JSON; empty if it is not a model
     """
-    start = file.tell()
     with zipfile.ZipFile(file) as archive:
-        data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-    file.seek(start)
-    return data
+        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
 
 
 def check_algorithm(data: dict[str, Any], file: str) -> None:
@@ -226,12 +212,8 @@ def check_algorithm(data: dict[str, Any], file: str) -> None:
     """
     if data.keys() >= STAQ_ARGUMENTS:
         return
-    policy = data.get("policy_class", {})
-    text = f"{policy.get('__init__', '')} {policy.get(':type:', '')}" if isinstance(policy, dict) else ""
-    found = re.search(r"function (\w+)\.", text)
-    name = found.group(1) if found else "something else"
-    algorithm = name.removesuffix("Policy")
-    what = f"a file of {algorithm} (its policy is {name})" if found else "no model of SB3"
+    found = re.search(r"<function (\w+)\.", str(data.get("policy_class")))
+    what = f"a file of {found[1].removesuffix('Policy')} (its policy is {found[1]})" if found else "no model of SB3"
     raise ValueError(f"{file} is {what}; expected a file of StaQ")
 
 
@@ -245,14 +227,6 @@ def file_name(path: PathOrFile) -> str:
     return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
 
 
-@contextmanager
-def _opened(path: PathOrFile, suffix: str) -> Iterator[Any]:
+def _opened(path: PathOrFile, suffix: str) -> Any:
     """Open a file, found in the same way as SB3 does; an open one stays open."""
-    if not isinstance(path, (str, pathlib.Path)):
-        yield path
-        return
-    path = pathlib.Path(path)
-    if not path.exists() and path.suffix == "" and suffix:
-        path = pathlib.Path(f"{path}.{suffix}")
-    with open(path, "rb") as file:
-        yield file
+    return open_path(path, "r", suffix=suffix) if isinstance(path, (str, pathlib.Path)) else nullcontext(path)
