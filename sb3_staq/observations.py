@@ -1,6 +1,6 @@
 """Functions that treat observations alike, whether they are tensors or dictionaries of tensors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,18 +67,20 @@ def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor
     return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])
 
 
-def finite_numbers(array: Any) -> np.ndarray:
+def not_finite(values: Any) -> Iterator[tuple[str, np.ndarray, list[int]]]:
     """
-    Find out which numbers are finite as single-precision floats.
+    Find the arrays with numbers that are not finite in single precision.
 
-    :param array: numbers of any type
-    :return: booleans of the same shape; for integers, which always are finite, a single True
+    :param values: numbers of any type, or a dictionary of them
+    :return: for each such array its key, or "", the array itself, and the index of its first such number
     """
-    array = np.asarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        return np.array(True)
-    with np.errstate(over="ignore"):
-        return np.isfinite(array.astype(np.float32, copy=False))
+    for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+        array = np.asarray(array)
+        if np.issubdtype(array.dtype, np.floating):  # integers always are finite
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32, copy=False))
+            if not finite.all():
+                yield key, array, np.argwhere(~finite)[0].tolist()
 
 
 def place(key: str, index: Iterable[int]) -> str:
@@ -89,4 +91,4 @@ def place(key: str, index: Iterable[int]) -> str:
     :param index: index in the array
     :return: for instance "['image'][0][3]"
     """
-    return "".join(f"[{part!r}]" for part in ([key] if key else []) + [int(i) for i in index])
+    return "".join(f"[{part!r}]" for part in (*([key] if key else []), *index))

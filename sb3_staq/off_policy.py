@@ -20,7 +20,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
-from sb3_staq.observations import finite_numbers, place
+from sb3_staq.observations import not_finite, place
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
 from sb3_staq.save_util import atomic_write, check_pickle, dump_checked, file_name, open_archive, read_data
 
@@ -99,20 +99,16 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param values: of all environments, or of one
         :param env_index: the environment, if they are of one
         """
-        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
-            if finite_numbers(array).all():
-                continue
+        for key, array, index in not_finite(values):
             self._restore_statistics()
             self._last_obs = None  # the environments are a step ahead, so the next learn() resets them
-            array = np.asarray(array)
             if env_index is None:
-                env_index = int(np.argmin(finite_numbers(array).reshape(len(array), -1).all(axis=1)))
+                env_index, *index = index
                 array = array[env_index]
-            where = place(key, np.argwhere(~finite_numbers(array))[0])
             raise ValueError(
-                f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
-                f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                "can be saved, and learn() can be called again, which resets the environments"
+                f"Environment {env_index} returned a non-finite {what}{place(key, index)} at step "
+                f"{self.num_timesteps}: {array}; expected finite numbers in single precision. Nothing of this step was "
+                "stored: the model can be saved, and learn() can be called again, which resets the environments"
             )
 
     # Files
@@ -246,9 +242,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             name, _, key = path.partition("/")
             if array.shape[:2] != (buffer.buffer_size, buffer.n_envs):
                 continue
-            finite = finite_numbers(array[: buffer.size()])
-            if not finite.all():
-                step, env_index, *entry = index = np.argwhere(~finite)[0].tolist()
+            for _, _, index in not_finite(array[: buffer.size()]):
+                step, env_index, *entry = index
                 raise ValueError(
                     f"Invalid replay buffer: its {name}{place(key, entry)} of environment {env_index} at step {step} "
                     f"is {array[tuple(index)]}; expected finite numbers in single precision"
