@@ -1,7 +1,5 @@
 """The base of the policy: what training needs from its critics, and SB3's conventions, but not how it acts."""
 
-import io
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +19,7 @@ from sb3_staq.observations import in_parts, not_finite, place
 from sb3_staq.plain_data import load_policy, save_policy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.q_stack import FrozenCritics
+from sb3_staq.save_util import PathOrFile
 
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": partial(th.mean, dim=0),
@@ -182,7 +181,7 @@ class CriticPolicy(BasePolicy):
         super().load_from_vector(vector)
         self.frozen_critics.gather()
 
-    def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
+    def save(self, path: PathOrFile) -> None:  # type: ignore[override]
         """
         Save the policy with its whole stack. An existing file is replaced once the new one is complete.
 
@@ -193,7 +192,7 @@ class CriticPolicy(BasePolicy):
     @classmethod
     def load(  # type: ignore[override]
         cls: type[SelfPolicy],
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: PathOrFile,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         weights_only: bool = False,

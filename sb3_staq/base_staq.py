@@ -1,7 +1,5 @@
 """The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
-import io
-import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +24,7 @@ from sb3_staq.policies import (
     MultiInputPolicy,
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
-from sb3_staq.save_util import check_algorithm
+from sb3_staq.save_util import PathOrFile, check_algorithm
 
 
 class BaseStaQ(AverageTrials):
@@ -221,7 +219,7 @@ class BaseStaQ(AverageTrials):
                 raise ValueError(f"Invalid {argument}={given!r}: {name} is of a model with {data[argument]!r}")
         return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had only the last policy
 
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def save_replay_buffer(self, path: PathOrFile) -> None:
         """
         Save the replay buffer with the logit cache, as a pickle file with a checksum or as ".npz".
 
@@ -234,9 +232,7 @@ class BaseStaQ(AverageTrials):
         finally:
             del vars(buffer)["logit_cache"]
 
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
-    ) -> None:
+    def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True, mmap: bool = False) -> None:
         """Load a replay buffer, and the logit cache if it was saved with it."""
         super().load_replay_buffer(path, truncate_last_traj, mmap)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})

@@ -4,8 +4,6 @@ Non-finite numbers are refused before they can spread, and so are files that are
 """
 
 import copy
-import io
-import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,7 +20,7 @@ from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
 from sb3_staq.observations import not_finite, place
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
-from sb3_staq.save_util import atomic_write, check_pickle, dump_checked, file_name, open_archive, read_data
+from sb3_staq.save_util import PathOrFile, atomic_write, check_pickle, dump_checked, file_name, open_archive, read_data
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
@@ -114,10 +112,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     # Files
 
     def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
+        self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> None:
         """
         Save the model in a zip file, without the replay buffer. An existing file is replaced once all is written.
@@ -139,7 +134,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     @classmethod
     def load(  # type: ignore[override]
         cls: type[SelfAlgorithm],
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: PathOrFile,
         env: GymEnv | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
@@ -174,7 +169,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """Refuse unsuitable files, and return the arguments that an older version did not have."""
         return {}
 
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def save_replay_buffer(self, path: PathOrFile) -> None:
         """
         Save the replay buffer as a pickle file with a checksum, or as arrays if the path ends in ".npz".
 
@@ -190,9 +185,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             with atomic_write(path, "pkl") as file:
                 dump_checked(self.replay_buffer, file)
 
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
-    ) -> None:
+    def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True, mmap: bool = False) -> None:
         """
         Load a replay buffer from a pickle file, or from an ".npz", which runs no code.
 
