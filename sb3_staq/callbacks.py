@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.mirror_descent import StackWeights, entropy, kl_divergence, log_policy, max_entropy
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import PolicyUpdateInfo, StaQ
@@ -63,8 +64,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
 
     def __init__(self, path: str | Path, n_states: int = 256, verbose: int = 0):
         super().__init__(verbose)
-        if not (isinstance(n_states, (int, np.integer)) and n_states >= 1):
-            raise ValueError(f"Invalid n_states={n_states!r}: expected an integer >= 1")
+        check_argument("n_states", n_states, CALLBACK_ARGUMENTS)
         self.path = Path(path)
         self.n_states = n_states
 

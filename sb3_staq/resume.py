@@ -21,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.save_util import load_from_zip_file
 
+from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
 
 NOT_OF_THE_MODEL = (
@@ -76,9 +77,8 @@ class ResumeCallback(BaseCallback):
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
         super().__init__(verbose)
-        for name, value in (("save_freq", save_freq), ("keep", keep)):
-            if not (isinstance(value, (int, np.integer)) and value >= 1):
-                raise ValueError(f"Invalid {name}={value!r}: expected an integer >= 1")
+        check_argument("save_freq", save_freq, CALLBACK_ARGUMENTS)
+        check_argument("keep", keep, CALLBACK_ARGUMENTS)
         self.save_freq = save_freq
         self.save_path = Path(save_path)
         self.keep = keep
