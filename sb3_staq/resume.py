@@ -23,6 +23,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
+from sb3_staq.save_util import atomic_write
 
 NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
@@ -155,10 +156,8 @@ class ResumeCallback(BaseCallback):
             # Not at the end of a training: if it is prolonged, its next rollout draws new noise
             noise=[] if is_over else [{name: own[name].detach().cpu() for name in names} for own in _noise(model)],
         )
-        with open(unfinished / "rest.pkl", "wb") as file:
+        with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
             pickle.dump(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
         complete = self.save_path / f"step_{model.num_timesteps}"
         shutil.rmtree(complete, ignore_errors=True)
         unfinished.rename(complete)
@@ -199,16 +198,13 @@ class ResumeCallback(BaseCallback):
                 set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
         exact = set_vec_env_state(model.env, rest["env"])
         model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
+        how = "exactly where it was"
         if not exact:
             self._begin_episodes_anew(model)
+            how = "with new episodes, since the environments cannot give their states"
         _set_random_states(rest["random"])
         self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
-            how = (
-                "exactly where it was"
-                if exact
-                else "with new episodes, since the environments cannot give their states"
-            )
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
 
     @staticmethod
