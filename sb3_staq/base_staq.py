@@ -1,5 +1,6 @@
 """The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from sb3_staq.policies import (
     MultiInputPolicy,
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
-from sb3_staq.save_util import PathOrFile, check_algorithm
+from sb3_staq.save_util import PathOrFile
 
 
 class BaseStaQ(AverageTrials):
@@ -212,7 +213,11 @@ class BaseStaQ(AverageTrials):
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        check_algorithm(data, name)
+        if not data.keys() >= {"policy_update_interval", "kl_coef", "logit_rule"}:  # no other algorithm has these
+            found = re.search(r"<function (\w+)\.", str(data.get("policy_class")))
+            policy = found[1] if found else ""
+            what = f"a file of {policy.removesuffix('Policy')} (its policy is {policy})" if found else "no model of SB3"
+            raise ValueError(f"{name} is {what}; expected a file of StaQ")
         for argument in SHAPE_ARGUMENTS:
             given = arguments.get(argument, data.get(argument))
             if given != data.get(argument, given):

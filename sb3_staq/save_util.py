@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import pickle
-import re
 import stat
 import uuid
 import warnings
@@ -25,8 +24,6 @@ except ImportError:  # Windows
 PathOrFile = str | pathlib.Path | io.BufferedIOBase
 # Begins the checksum behind a pickle, which unpickling does not reach
 TRAILER = b"\nsha256:"
-# Arguments that every StaQ model has and other algorithms do not
-STAQ_ARGUMENTS = {"policy_update_interval", "kl_coef", "logit_rule"}
 
 
 @contextmanager
@@ -200,21 +197,6 @@ def read_data(file: Any) -> dict[str, Any]:
     """
     with zipfile.ZipFile(file) as archive:
         return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-
-
-def check_algorithm(data: dict[str, Any], file: str) -> None:
-    """
-    Refuse the model of another algorithm.
-
-    :param data: the data of a model
-    :param file: name of its file
-    :raise ValueError: if it is of another algorithm; the message says which
-    """
-    if data.keys() >= STAQ_ARGUMENTS:
-        return
-    found = re.search(r"<function (\w+)\.", str(data.get("policy_class")))
-    what = f"a file of {found[1].removesuffix('Policy')} (its policy is {found[1]})" if found else "no model of SB3"
-    raise ValueError(f"{file} is {what}; expected a file of StaQ")
 
 
 def file_name(path: PathOrFile) -> str:
