@@ -163,8 +163,6 @@ def complete_lines(path: str | Path) -> list[str]:
     """
     Read the lines below the header, except a last one that was cut short when the training was killed.
 
-    :param path: a file of :class:`PolicyUpdateDiagnostics`
-    :return: the lines
     :raise ValueError: if it is another kind of file
     """
     header, *lines = Path(path).read_text().splitlines(keepends=True) or [""]

@@ -31,23 +31,12 @@ def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
 
 
 def select(fields: Any, rows: Any) -> Any:
-    """
-    Select rows of all fields.
-
-    :param fields: tensors or arrays, or dictionaries or tuples of them
-    :param rows: an index, a slice, a list or a mask
-    :return: these rows in the same structure
-    """
+    """Select rows of all fields, by whatever tensors or arrays can be indexed with."""
     return map_fields(lambda x: x[rows], fields)
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """
-    Concatenate observations.
-
-    :param parts: tensors, or dictionaries of them
-    :return: their concatenation, in the same structure
-    """
+    """Concatenate observations: tensors, or dictionaries of them."""
     return map_fields(lambda *tensors: th.cat(tensors), *parts)
 
 
@@ -84,11 +73,5 @@ def not_finite(values: Any) -> Iterator[tuple[str, np.ndarray, list[int]]]:
 
 
 def place(key: str, index: Iterable[int]) -> str:
-    """
-    Write the position of a number as a Python index, for error messages.
-
-    :param key: key of a Dict observation, or ""
-    :param index: index in the array
-    :return: for instance "['image'][0][3]"
-    """
+    """Write the position of a number as a Python index, for instance ``['image'][0][3]``; the key may be empty."""
     return "".join(f"[{part!r}]" for part in (*([key] if key else []), *index))

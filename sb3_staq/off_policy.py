@@ -93,7 +93,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Refuse numbers that are not finite in single precision, before they can spread.
 
-        :param what: what the numbers are, for the error message
         :param values: of all environments, or of one
         :param env_index: the environment, if they are of one
         """

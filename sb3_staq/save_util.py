@@ -133,8 +133,6 @@ def check_pickle(path: PathOrFile, suffix: str = "") -> None:
     """
     Compare a pickle with its checksum. Files without one, such as SB3's, are not checked.
 
-    :param path: the file, or an open one
-    :param suffix: suffix for a path that has none, without the dot
     :raise ValueError: if it is damaged
     """
     with _opened(path, suffix) as file:
@@ -156,8 +154,6 @@ def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
     Open a zip file, such as a model or a policy, if all its members match their checksums.
 
-    :param path: the file, or an open one
-    :param suffix: suffix for a path that has none, without the dot
     :return: context manager giving the open file
     :raise ValueError: if it is damaged
     """
@@ -189,23 +185,13 @@ def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
 
 
 def read_data(file: Any) -> dict[str, Any]:
-    """
-    Read the data in a zip file of SB3 without unpickling anything.
-
-    :param file: the open file
-    :return: its data, as parsed from JSON; empty if it is not a model
-    """
+    """Read the data of a model from its open zip file, without unpickling anything; empty if it is no model."""
     with zipfile.ZipFile(file) as archive:
         return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
 
 
 def file_name(path: PathOrFile) -> str:
-    """
-    Return the name of a file, for messages.
-
-    :param path: the file, or an open one
-    :return: its path, or "the file" if it has none
-    """
+    """Return the path of a file for messages, or "the file" if it has none."""
     return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
 
 
