@@ -61,10 +61,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         names = own.keys() & {"obs_rms", "ret_rms", "returns"}
         self._statistics = {name: copy.deepcopy(own[name]) for name in names}
 
-    def _restore_statistics(self) -> None:
-        if self._vec_normalize_env is not None:
-            vars(self._vec_normalize_env).update(self._statistics)
-
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -97,7 +93,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param env_index: the environment, if they are of one
         """
         for key, array, index in not_finite(values):
-            self._restore_statistics()
+            if self._vec_normalize_env is not None:
+                vars(self._vec_normalize_env).update(self._statistics)
             self._last_obs = None  # the environments are a step ahead, so the next learn() resets them
             if env_index is None:
                 env_index, *index = index

@@ -168,17 +168,16 @@ class ResumeCallback(BaseCallback):
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
         for name, value in rest["arguments"].items():
-            if name not in NOT_COMPARED and name in self._arguments and self._arguments[name] != value:
+            if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
                 raise ValueError(
                     f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
                     f"{value!r}; expected the same, or another save_path"
                 )
         data, params, variables = load_from_zip_file(checkpoint / "model.zip", device=model.device)
         assert data is not None and params is not None
-        # Statistics of batch normalisation are a part of the networks, which are loaded below
-        skip = [*NOT_OF_THE_MODEL, *(name for name in data if "batch_norm_stats" in name)]
         for name, value in data.items():
-            if name not in skip:
+            # Statistics of batch normalisation are a part of the networks, which are loaded below
+            if name not in NOT_OF_THE_MODEL and "batch_norm_stats" not in name:
                 was_tuple = isinstance(getattr(model, name, None), tuple) and isinstance(value, list)  # JSON has none
                 setattr(model, name, tuple(value) if was_tuple else value)
         model.set_parameters(params, exact_match=True, device=model.device)
