@@ -124,6 +124,8 @@ DISTILL_ARGUMENTS = {
     "n_eval_episodes": _integer(1),
     "seed": _integer(0),
 }
+# Arguments of callbacks
+CALLBACK_ARGUMENTS = {name: _integer(1) for name in ("n_states", "save_freq", "keep")}
 
 
 def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:

@@ -53,12 +53,7 @@ def _map(npz: Any, name: str) -> np.ndarray:
 
 
 def is_npz(path: Any) -> bool:
-    """
-    Return whether something is a path that ends in ".npz".
-
-    :param path: a path, or anything else
-    :return: whether it is
-    """
+    """Return whether something is a path that ends in ".npz"; it may be an open file, or anything else."""
     return isinstance(path, (str, pathlib.Path)) and pathlib.Path(path).suffix == ".npz"
 
 
@@ -66,8 +61,6 @@ def save_buffer(path: PathOrFile, buffer: ReplayBuffer) -> None:
     """
     Save all arrays of a replay buffer.
 
-    :param path: the file
-    :param buffer: any replay buffer
     :raise ValueError: if it holds more than numbers, as HER's does with ``copy_info_dict``
     """
     arrays = dict(buffer_arrays(buffer))
@@ -82,7 +75,6 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     """
     Load a replay buffer.
 
-    :param path: the file
     :param own: a buffer of the same kind, which is not changed
     :param mmap: whether the arrays stay in the file until they are used
     :return: a copy of ``own`` with the saved contents
@@ -113,12 +105,7 @@ def _spaces(buffer: ReplayBuffer) -> dict[str, Any]:
 
 
 def buffer_arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
-    """
-    Yield the arrays of a replay buffer, including those in its dictionaries.
-
-    :param buffer: any replay buffer
-    :return: pairs of name and array; the name is "dictionary/key" for those in a dictionary
-    """
+    """Yield names and arrays of a replay buffer; those in its dictionaries are named "dictionary/key"."""
     for name, value in vars(buffer).items():
         for key, array in value.items() if isinstance(value, dict) else [("", value)]:
             if isinstance(array, np.ndarray):

@@ -1,7 +1,5 @@
 """The base of the policy: what training needs from its critics, and SB3's conventions, but not how it acts."""
 
-import io
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -17,10 +15,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sb3_staq.action_spaces import Branches
 from sb3_staq.main_effects import SampledActions, StateActionCritics, Sweep, expected_q_values
 from sb3_staq.mirror_descent import expected_value
-from sb3_staq.observations import finite_numbers, in_parts, place
+from sb3_staq.observations import in_parts, not_finite, place
 from sb3_staq.plain_data import load_policy, save_policy
 from sb3_staq.q_networks import CriticEnsemble
 from sb3_staq.q_stack import FrozenCritics
+from sb3_staq.save_util import PathOrFile
 
 CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "mean": partial(th.mean, dim=0),
@@ -128,14 +127,11 @@ class CriticPolicy(BasePolicy):
         """Convert as SB3 does, but accept nested lists for images, too, and refuse numbers that are not finite."""
         parts = observation if isinstance(observation, dict) else {"": observation}
         arrays = {key: np.asarray(value) for key, value in parts.items()}
-        for key, array in arrays.items():
-            finite = finite_numbers(array)
-            if not finite.all():
-                index = np.argwhere(~finite)[0]
-                raise ValueError(
-                    "Invalid observation: expected finite numbers in single precision, got "
-                    f"observation{place(key, index)} = {array[tuple(index)]}"
-                )
+        for key, array, index in not_finite(arrays):
+            raise ValueError(
+                "Invalid observation: expected finite numbers in single precision, got "
+                f"observation{place(key, index)} = {array[tuple(index)]}"
+            )
         return super().obs_to_tensor(arrays if isinstance(observation, dict) else arrays[""])
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
@@ -185,7 +181,7 @@ class CriticPolicy(BasePolicy):
         super().load_from_vector(vector)
         self.frozen_critics.gather()
 
-    def save(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:  # type: ignore[override]
+    def save(self, path: PathOrFile) -> None:  # type: ignore[override]
         """
         Save the policy with its whole stack. An existing file is replaced once the new one is complete.
 
@@ -196,7 +192,7 @@ class CriticPolicy(BasePolicy):
     @classmethod
     def load(  # type: ignore[override]
         cls: type[SelfPolicy],
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: PathOrFile,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         weights_only: bool = False,

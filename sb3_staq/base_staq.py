@@ -1,7 +1,6 @@
 """The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
-import io
-import pathlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +25,7 @@ from sb3_staq.policies import (
     MultiInputPolicy,
 )
 from sb3_staq.replay import PolicyReplay, cache_pays
-from sb3_staq.save_util import check_algorithm
+from sb3_staq.save_util import PathOrFile
 
 
 class BaseStaQ(AverageTrials):
@@ -214,14 +213,18 @@ class BaseStaQ(AverageTrials):
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        check_algorithm(data, name)
+        if not data.keys() >= {"policy_update_interval", "kl_coef", "logit_rule"}:  # no other algorithm has these
+            found = re.search(r"<function (\w+)\.", str(data.get("policy_class")))
+            policy = found[1] if found else ""
+            what = f"a file of {policy.removesuffix('Policy')} (its policy is {policy})" if found else "no model of SB3"
+            raise ValueError(f"{name} is {what}; expected a file of StaQ")
         for argument in SHAPE_ARGUMENTS:
             given = arguments.get(argument, data.get(argument))
             if given != data.get(argument, given):
                 raise ValueError(f"Invalid {argument}={given!r}: {name} is of a model with {data[argument]!r}")
         return {} if "eval_policy" in data else {"eval_policy": "last"}  # version 0.1.0 had only the last policy
 
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def save_replay_buffer(self, path: PathOrFile) -> None:
         """
         Save the replay buffer with the logit cache, as a pickle file with a checksum or as ".npz".
 
@@ -234,9 +237,7 @@ class BaseStaQ(AverageTrials):
         finally:
             del vars(buffer)["logit_cache"]
 
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
-    ) -> None:
+    def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True, mmap: bool = False) -> None:
         """Load a replay buffer, and the logit cache if it was saved with it."""
         super().load_replay_buffer(path, truncate_last_traj, mmap)
         remembered = vars(self.replay_buffer).pop("logit_cache", {})

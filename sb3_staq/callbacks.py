@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,7 +9,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.mirror_descent import StackWeights, entropy, kl_divergence, log_policy, max_entropy
+from sb3_staq.observations import select
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import PolicyUpdateInfo, StaQ
 
@@ -63,8 +64,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
 
     def __init__(self, path: str | Path, n_states: int = 256, verbose: int = 0):
         super().__init__(verbose)
-        if not (isinstance(n_states, (int, np.integer)) and n_states >= 1):
-            raise ValueError(f"Invalid n_states={n_states!r}: expected an integer >= 1")
+        check_argument("n_states", n_states, CALLBACK_ARGUMENTS)
         self.path = Path(path)
         self.n_states = n_states
 
@@ -149,11 +149,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
         n_stored = buffer.size() * buffer.n_envs
         index = np.linspace(0, n_stored - 1, min(self.n_states, n_stored)).astype(int)
         envs, rows = np.divmod(index, buffer.size())
-        stored: Any = buffer.observations
-        if isinstance(stored, dict):
-            obs: Any = {key: array[rows, envs] for key, array in stored.items()}
-        else:
-            obs = stored[rows, envs]
+        obs = select(buffer.observations, (rows, envs))
         normalization = self.model.get_vec_normalize_env()
         return obs_as_tensor(obs if normalization is None else normalization.normalize_obs(obs), self.model.device)
 
@@ -167,8 +163,6 @@ def complete_lines(path: str | Path) -> list[str]:
     """
     Read the lines below the header, except a last one that was cut short when the training was killed.
 
-    :param path: a file of :class:`PolicyUpdateDiagnostics`
-    :return: the lines
     :raise ValueError: if it is another kind of file
     """
     header, *lines = Path(path).read_text().splitlines(keepends=True) or [""]

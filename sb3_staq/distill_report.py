@@ -1,7 +1,7 @@
 """The report of a distillation: how close the student is, and what both policies achieve and cost."""
 
 import io
-import time
+import timeit
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_staq.observations import map_fields
 from sb3_staq.policies import StaQPolicy
 
 
@@ -72,14 +73,10 @@ def measure_policy(policy: StaQPolicy, obs: Any, env: VecEnv | None, n_episodes:
         env.seed(seed + len(returns))
         n = min(env.num_envs, n_episodes - len(returns))
         returns += evaluate_policy(policy, env, n, return_episode_rewards=True, warn=False)[0]  # type: ignore
-    first: Any = {k: x[0].cpu().numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs[0].cpu().numpy()
-    times, file = [], io.BytesIO()
-    for _ in range(50):
-        start = time.perf_counter()
-        policy.predict(first, deterministic=True)
-        times.append(1000 * (time.perf_counter() - start))
-    policy.save(file)
+    first = map_fields(lambda x: x[0].cpu().numpy(), obs)
+    times = timeit.repeat(lambda: policy.predict(first, deterministic=True), number=1, repeat=50)
+    policy.save(file := io.BytesIO())
     stack = policy.frozen_critics
     n_acting = int(stack.coefs(policy.eval_policy).count_nonzero())
     n_parameters = n_acting * sum(param[0].numel() for param in stack.newest.params.values())
-    return PolicyNumbers(returns, n_parameters, file.tell(), float(np.median(times)))
+    return PolicyNumbers(returns, n_parameters, file.tell(), 1000 * float(np.median(times)))

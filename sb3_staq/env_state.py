@@ -20,13 +20,7 @@ MONITOR_FILE = "contents of the monitor's file"
 
 
 def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
-    """
-    Copy the attributes that can be pickled, and the contents of a monitor's file.
-
-    :param owner: any object
-    :param skip: names to leave out
-    :return: copies by name
-    """
+    """Copy the attributes that can be pickled, and the contents of a monitor's file."""
     state = {}
     for name, value in vars(owner).items():
         if name in skip or name in IN_OTHER_PROCESSES:
@@ -43,10 +37,9 @@ def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, A
 
 def set_attributes(owner: Any, state: dict[str, Any]) -> None:
     """
-    Set attributes, and restore a monitor's file: without rows written since, with those that a new start has erased.
+    Set what :func:`get_attributes` copied from an object that was made in the same way.
 
-    :param owner: an object that was made in the same way
-    :param state: from :func:`get_attributes`
+    A monitor's file is restored: without rows written since, with those that a new start has erased.
     """
     vars(owner).update({name: value for name, value in state.items() if name != MONITOR_FILE})
     writer = vars(owner).get("results_writer")
@@ -69,7 +62,6 @@ def get_env_state(env: gym.Env) -> list[Any]:
     """
     Return the state of an environment, with its wrappers and random numbers.
 
-    :param env: the environment
     :return: the states of its wrappers, and its own, which is None if it cannot provide it
     """
     *wrappers, unwrapped = _layers(env)
@@ -86,7 +78,6 @@ def set_env_state(env: gym.Env, state: list[Any]) -> bool:
     Restore the state of an environment. If it could not provide its own, only its monitors are restored.
 
     :param env: an environment that was made in the same way
-    :param state: from :func:`get_env_state`
     :return: whether it is in that state
     """
     *wrappers, unwrapped = _layers(env)
@@ -130,7 +121,6 @@ def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
     """
     Return the state of a vectorised environment.
 
-    :param env: the environment
     :return: the attributes of its wrappers, and the states of its environments, None for those out of reach
     """
     *wrappers, base = _vec_layers(env)
@@ -147,7 +137,6 @@ def set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]
     Restore the state of a vectorised environment.
 
     :param env: an environment that was made in the same way
-    :param state: from :func:`get_vec_env_state`
     :return: whether all of its environments are in that state
     """
     of_layers, of_envs = state

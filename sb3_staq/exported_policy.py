@@ -86,12 +86,7 @@ class ExportedPolicy(nn.Module):
         return [values[:size] for values, size in zip(actions, self.branches.sizes, strict=True)]
 
     def draw_observations(self, n: int) -> list[np.ndarray]:
-        """
-        Draw observations as environments return them, from the space or around the statistics.
-
-        :param n: how many
-        :return: one array for each input
-        """
+        """Draw ``n`` observations, an array for each input, from the space or around the statistics."""
         space = copy.deepcopy(self.space)
         space.seed(0)
         samples = [space.sample() for _ in range(n)]
@@ -105,12 +100,7 @@ class ExportedPolicy(nn.Module):
         return drawn
 
     def normalise(self, arrays: list[np.ndarray]) -> Any:
-        """
-        Normalise observations with SB3's own code.
-
-        :param arrays: one for each input
-        :return: as the policy takes them
-        """
+        """Normalise observations with SB3's own code, from an array for each input to what the policy takes."""
         obs = self._unnamed(dict(zip(self.keys, arrays, strict=True)))
         return obs if self.vec_normalize is None else self.vec_normalize.normalize_obs(obs)
 

@@ -1,6 +1,6 @@
 """Functions that treat observations alike, whether they are tensors or dictionaries of tensors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,23 +31,12 @@ def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
 
 
 def select(fields: Any, rows: Any) -> Any:
-    """
-    Select rows of all fields.
-
-    :param fields: tensors or arrays, or dictionaries or tuples of them
-    :param rows: an index, a slice, a list or a mask
-    :return: these rows in the same structure
-    """
+    """Select rows of all fields, by whatever tensors or arrays can be indexed with."""
     return map_fields(lambda x: x[rows], fields)
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """
-    Concatenate observations.
-
-    :param parts: tensors, or dictionaries of them
-    :return: their concatenation, in the same structure
-    """
+    """Concatenate observations: tensors, or dictionaries of them."""
     return map_fields(lambda *tensors: th.cat(tensors), *parts)
 
 
@@ -67,26 +56,22 @@ def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor
     return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])
 
 
-def finite_numbers(array: Any) -> np.ndarray:
+def not_finite(values: Any) -> Iterator[tuple[str, np.ndarray, list[int]]]:
     """
-    Find out which numbers are finite as single-precision floats.
+    Find the arrays with numbers that are not finite in single precision.
 
-    :param array: numbers of any type
-    :return: booleans of the same shape; for integers, which always are finite, a single True
+    :param values: numbers of any type, or a dictionary of them
+    :return: for each such array its key, or "", the array itself, and the index of its first such number
     """
-    array = np.asarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        return np.array(True)
-    with np.errstate(over="ignore"):
-        return np.isfinite(array.astype(np.float32, copy=False))
+    for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+        array = np.asarray(array)
+        if np.issubdtype(array.dtype, np.floating):  # integers always are finite
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32, copy=False))
+            if not finite.all():
+                yield key, array, np.argwhere(~finite)[0].tolist()
 
 
 def place(key: str, index: Iterable[int]) -> str:
-    """
-    Write the position of a number as a Python index, for error messages.
-
-    :param key: key of a Dict observation, or ""
-    :param index: index in the array
-    :return: for instance "['image'][0][3]"
-    """
-    return "".join(f"[{part!r}]" for part in ([key] if key else []) + [int(i) for i in index])
+    """Write the position of a number as a Python index, for instance ``['image'][0][3]``; the key may be empty."""
+    return "".join(f"[{part!r}]" for part in (*([key] if key else []), *index))

@@ -4,8 +4,6 @@ Non-finite numbers are refused before they can spread, and so are files that are
 """
 
 import copy
-import io
-import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -20,9 +18,9 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
 from sb3_staq.array_files import buffer_arrays, is_npz, load_buffer, save_buffer
-from sb3_staq.observations import finite_numbers, place
+from sb3_staq.observations import not_finite, place
 from sb3_staq.plain_data import LEFT_OUT, PLAIN, objects_without_pickles, plain_values
-from sb3_staq.save_util import atomic_write, check_pickle, file_name, open_archive, read_data, with_checksum
+from sb3_staq.save_util import PathOrFile, atomic_write, check_pickle, dump_checked, file_name, open_archive, read_data
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
@@ -63,10 +61,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         names = own.keys() & {"obs_rms", "ret_rms", "returns"}
         self._statistics = {name: copy.deepcopy(own[name]) for name in names}
 
-    def _restore_statistics(self) -> None:
-        if self._vec_normalize_env is not None:
-            vars(self._vec_normalize_env).update(self._statistics)
-
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -95,33 +89,26 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Refuse numbers that are not finite in single precision, before they can spread.
 
-        :param what: what the numbers are, for the error message
         :param values: of all environments, or of one
         :param env_index: the environment, if they are of one
         """
-        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
-            if finite_numbers(array).all():
-                continue
-            self._restore_statistics()
+        for key, array, index in not_finite(values):
+            if self._vec_normalize_env is not None:
+                vars(self._vec_normalize_env).update(self._statistics)
             self._last_obs = None  # the environments are a step ahead, so the next learn() resets them
-            array = np.asarray(array)
             if env_index is None:
-                env_index = int(np.argmin(finite_numbers(array).reshape(len(array), -1).all(axis=1)))
+                env_index, *index = index
                 array = array[env_index]
-            where = place(key, np.argwhere(~finite_numbers(array))[0])
             raise ValueError(
-                f"Environment {env_index} returned a non-finite {what}{where} at step {self.num_timesteps}: "
-                f"{array}; expected finite numbers in single precision. Nothing of this step was stored: the model "
-                "can be saved, and learn() can be called again, which resets the environments"
+                f"Environment {env_index} returned a non-finite {what}{place(key, index)} at step "
+                f"{self.num_timesteps}: {array}; expected finite numbers in single precision. Nothing of this step was "
+                "stored: the model can be saved, and learn() can be called again, which resets the environments"
             )
 
     # Files
 
     def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
+        self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> None:
         """
         Save the model in a zip file, without the replay buffer. An existing file is replaced once all is written.
@@ -143,7 +130,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     @classmethod
     def load(  # type: ignore[override]
         cls: type[SelfAlgorithm],
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: PathOrFile,
         env: GymEnv | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
@@ -178,7 +165,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """Refuse unsuitable files, and return the arguments that an older version did not have."""
         return {}
 
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def save_replay_buffer(self, path: PathOrFile) -> None:
         """
         Save the replay buffer as a pickle file with a checksum, or as arrays if the path ends in ".npz".
 
@@ -187,16 +174,14 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param path: the file
         :raise ValueError: if an ".npz" would need more than arrays of numbers
         """
+        assert self.replay_buffer is not None
         if is_npz(path):
-            assert self.replay_buffer is not None
             save_buffer(path, self.replay_buffer)
         else:
-            with atomic_write(path, "pkl") as file, with_checksum(file) as checked_file:
-                super().save_replay_buffer(checked_file)
+            with atomic_write(path, "pkl") as file:
+                dump_checked(self.replay_buffer, file)
 
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True, mmap: bool = False
-    ) -> None:
+    def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True, mmap: bool = False) -> None:
         """
         Load a replay buffer from a pickle file, or from an ".npz", which runs no code.
 
@@ -224,7 +209,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_stored_numbers()
         except Exception as error:
             self.replay_buffer = own
-            if isinstance(error, (OSError, ValueError, AssertionError)) and not isinstance(error, EOFError):
+            if isinstance(error, (OSError, ValueError, AssertionError)):
                 raise
             raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
 
@@ -246,9 +231,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             name, _, key = path.partition("/")
             if array.shape[:2] != (buffer.buffer_size, buffer.n_envs):
                 continue
-            finite = finite_numbers(array[: buffer.size()])
-            if not finite.all():
-                step, env_index, *entry = index = np.argwhere(~finite)[0].tolist()
+            for _, _, index in not_finite(array[: buffer.size()]):
+                step, env_index, *entry = index
                 raise ValueError(
                     f"Invalid replay buffer: its {name}{place(key, entry)} of environment {env_index} at step {step} "
                     f"is {array[tuple(index)]}; expected finite numbers in single precision"

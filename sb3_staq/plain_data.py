@@ -69,12 +69,7 @@ _CLASSES = {
 
 
 def to_json(value: Any) -> Any:
-    """
-    Describe a value in plain JSON, so that :func:`from_json` can rebuild it, or else by the name of its class.
-
-    :param value: any object
-    :return: what ``json.dumps`` accepts
-    """
+    """Describe a value in plain JSON, so that :func:`from_json` can rebuild it, or else by the name of its class."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     name = _full_name(type(value))
@@ -100,8 +95,6 @@ def from_json(item: Any) -> Any:
     """
     Rebuild a value from what :func:`to_json` returned, without running any code.
 
-    :param item: plain JSON
-    :return: the value
     :raise ValueError: if it names classes other than policies of this package, extractors and replay buffers of SB3,
         activations and optimizers of PyTorch; or if only the class of an object was saved
     """
@@ -131,12 +124,7 @@ def _known_class(name: str, known: Iterable[str]) -> type:
 
 
 def plain_values(data: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Describe in plain JSON what SB3 would pickle.
-
-    :param data: a model's data, or the arguments of a policy
-    :return: plain JSON, to be saved with the data under the name ``PLAIN``
-    """
+    """Describe what SB3 would pickle of the data, in plain JSON to be saved with it under the name ``PLAIN``."""
     return {name: to_json(value) for name, value in data.items() if not is_json_serializable(value)}
 
 
@@ -169,13 +157,7 @@ def objects_without_pickles(data: Mapping[str, Any], given: Mapping[str, Any], n
 
 
 def save_policy(path: PathOrFile, state_dict: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """
-    Save a policy: its tensors, and its arguments as a model's data.
-
-    :param path: the file
-    :param state_dict: its tensors
-    :param arguments: arguments of its constructor
-    """
+    """Save a policy: its tensors, and the arguments of its constructor as a model's data."""
     data = data_to_json({**arguments, PLAIN: plain_values(arguments)})
     with atomic_write(path) as file:
         th.save({"state_dict": state_dict, "data": data}, file)
@@ -187,10 +169,7 @@ def load_policy(
     """
     Load what :func:`save_policy` has saved, or a policy in SB3's format, as version 0.1.0 used it.
 
-    :param path: the file
-    :param device: where the tensors go
     :param given: arguments that replace those in the file
-    :param weights_only: whether to run no code from the file
     :return: its tensors and the arguments
     :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments have to be given
     """

@@ -21,7 +21,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.save_util import load_from_zip_file
 
+from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
+from sb3_staq.save_util import atomic_write
 
 NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
@@ -76,9 +78,8 @@ class ResumeCallback(BaseCallback):
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
         super().__init__(verbose)
-        for name, value in (("save_freq", save_freq), ("keep", keep)):
-            if not (isinstance(value, (int, np.integer)) and value >= 1):
-                raise ValueError(f"Invalid {name}={value!r}: expected an integer >= 1")
+        check_argument("save_freq", save_freq, CALLBACK_ARGUMENTS)
+        check_argument("keep", keep, CALLBACK_ARGUMENTS)
         self.save_freq = save_freq
         self.save_path = Path(save_path)
         self.keep = keep
@@ -155,10 +156,8 @@ class ResumeCallback(BaseCallback):
             # Not at the end of a training: if it is prolonged, its next rollout draws new noise
             noise=[] if is_over else [{name: own[name].detach().cpu() for name in names} for own in _noise(model)],
         )
-        with open(unfinished / "rest.pkl", "wb") as file:
+        with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
             pickle.dump(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
         complete = self.save_path / f"step_{model.num_timesteps}"
         shutil.rmtree(complete, ignore_errors=True)
         unfinished.rename(complete)
@@ -169,17 +168,16 @@ class ResumeCallback(BaseCallback):
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
         for name, value in rest["arguments"].items():
-            if name not in NOT_COMPARED and name in self._arguments and self._arguments[name] != value:
+            if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
                 raise ValueError(
                     f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
                     f"{value!r}; expected the same, or another save_path"
                 )
         data, params, variables = load_from_zip_file(checkpoint / "model.zip", device=model.device)
         assert data is not None and params is not None
-        # Statistics of batch normalisation are a part of the networks, which are loaded below
-        skip = [*NOT_OF_THE_MODEL, *(name for name in data if "batch_norm_stats" in name)]
         for name, value in data.items():
-            if name not in skip:
+            # Statistics of batch normalisation are a part of the networks, which are loaded below
+            if name not in NOT_OF_THE_MODEL and "batch_norm_stats" not in name:
                 was_tuple = isinstance(getattr(model, name, None), tuple) and isinstance(value, list)  # JSON has none
                 setattr(model, name, tuple(value) if was_tuple else value)
         model.set_parameters(params, exact_match=True, device=model.device)
@@ -199,16 +197,13 @@ class ResumeCallback(BaseCallback):
                 set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
         exact = set_vec_env_state(model.env, rest["env"])
         model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
+        how = "exactly where it was"
         if not exact:
             self._begin_episodes_anew(model)
+            how = "with new episodes, since the environments cannot give their states"
         _set_random_states(rest["random"])
         self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
-            how = (
-                "exactly where it was"
-                if exact
-                else "with new episodes, since the environments cannot give their states"
-            )
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
 
     @staticmethod

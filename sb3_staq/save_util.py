@@ -5,14 +5,16 @@ import io
 import json
 import os
 import pathlib
-import re
+import pickle
 import stat
 import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
+
+from stable_baselines3.common.save_util import open_path
 
 try:
     import fcntl
@@ -22,8 +24,6 @@ except ImportError:  # Windows
 PathOrFile = str | pathlib.Path | io.BufferedIOBase
 # Begins the checksum behind a pickle, which unpickling does not reach
 TRAILER = b"\nsha256:"
-# Arguments that every StaQ model has and other algorithms do not
-STAQ_ARGUMENTS = {"policy_update_interval", "kl_coef", "logit_rule"}
 
 
 @contextmanager
@@ -58,20 +58,20 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     # Of a fixed length, because the file's own name may be as long as the file system allows
     prefix = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}."
     _remove_leftovers(path.parent, prefix)
-    temporary, descriptor = _create(path.parent, prefix)
+    file = _create(path.parent, prefix)
     try:
-        with open(descriptor, "wb") as file:
+        with file:
             if path.exists() and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
             if fcntl is not None:  # under its lock, so that no other process takes it for a leftover
-                os.replace(temporary, path)
+                os.replace(file.name, path)
         if fcntl is None:  # Windows renames closed files only
-            os.replace(temporary, path)
+            os.replace(file.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        pathlib.Path(file.name).unlink(missing_ok=True)
 
 
 def _is_special(path: pathlib.Path) -> bool:
@@ -79,20 +79,19 @@ def _is_special(path: pathlib.Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _create(folder: pathlib.Path, prefix: str) -> tuple[pathlib.Path, int]:
+def _create(folder: pathlib.Path, prefix: str) -> io.BufferedWriter:
     """Create a temporary file that is locked as long as its process lives."""
     while True:
-        temporary = folder / f"{prefix}{uuid.uuid4().hex}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        if fcntl is None or not _is_abandoned(descriptor) or temporary.exists():
-            return temporary, descriptor
-        os.close(descriptor)  # another process took it for a leftover before it was locked
+        file = open(folder / f"{prefix}{uuid.uuid4().hex}.tmp", "xb")
+        if fcntl is None or not _is_abandoned(file) or os.path.exists(file.name):
+            return file
+        file.close()  # another process took it for a leftover before it was locked
 
 
-def _is_abandoned(descriptor: int) -> bool:
+def _is_abandoned(file: Any) -> bool:
     """Lock a temporary file, and return whether nobody held it; without support for locks, all seem to be held."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError:
         return False
@@ -103,72 +102,51 @@ def _remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
     if fcntl is None:
         return
     for path in folder.glob(f"{prefix}*.tmp"):
-        try:
-            descriptor = os.open(path, os.O_WRONLY)
-        except OSError:  # just finished or removed by another process
-            continue
-        try:
-            if _is_abandoned(descriptor):
+        # Some other process may just have finished or removed it
+        with suppress(OSError), open(path, "r+b") as file:
+            if _is_abandoned(file):
                 path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
 
 
-class _HashingFile(io.RawIOBase):
+class _HashingFile:
+    """Passes everything on to a file, and keeps the checksum of what is written."""
+
     def __init__(self, file: Any):
-        super().__init__()
-        self.file = file
-        self.hash = hashlib.sha256()
+        self.file, self.hash = file, hashlib.sha256()
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> None:
         self.hash.update(data)
         self.file.write(data)
-        return memoryview(data).nbytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
-@contextmanager
-def with_checksum(file: Any) -> Iterator[Any]:
-    """
-    Write a pickle, followed by a checksum that later shows whether it is complete.
-
-    :param file: an open file
-    :return: context manager giving the file to write to
-    """
+def dump_checked(value: Any, file: Any) -> None:
+    """Pickle a value into an open file, followed by a checksum that later shows whether it is complete."""
     hashing_file = _HashingFile(file)
-    with io.BufferedWriter(hashing_file, 2**20) as buffered:
-        yield buffered
-        buffered.flush()
-        file.write(TRAILER + hashing_file.hash.hexdigest().encode())
+    pickle.dump(value, hashing_file, pickle.HIGHEST_PROTOCOL)
+    file.write(TRAILER + hashing_file.hash.hexdigest().encode())
 
 
 def check_pickle(path: PathOrFile, suffix: str = "") -> None:
     """
     Compare a pickle with its checksum. Files without one, such as SB3's, are not checked.
 
-    :param path: the file, or an open one
-    :param suffix: suffix for a path that has none, without the dot
     :raise ValueError: if it is damaged
     """
     with _opened(path, suffix) as file:
         start = file.tell()
-        size = file.seek(0, os.SEEK_END) - start
-        n_trailer = len(TRAILER) + 64
-        file.seek(start + max(0, size - n_trailer))
-        trailer = file.read()
+        left = file.seek(0, os.SEEK_END) - start - len(TRAILER) - 64
+        file.seek(start + max(0, left))
+        trailer, digest = file.read(), hashlib.sha256()
         file.seek(start)
-        if not trailer.startswith(TRAILER):
-            return
-        digest, left = hashlib.sha256(), size - n_trailer
-        while left > 0:
-            data = file.read(min(left, 2**24))
-            digest.update(data)
-            left -= len(data)
-        file.seek(start)
-        if digest.hexdigest().encode() != trailer[len(TRAILER) :]:
-            raise ValueError(f"{file_name(path)} is damaged: its contents do not fit its checksum")
+        if trailer.startswith(TRAILER):
+            for done in range(0, left, 2**24):
+                digest.update(file.read(min(left - done, 2**24)))
+            file.seek(start)
+            if trailer != TRAILER + digest.hexdigest().encode():
+                raise ValueError(f"{file_name(path)} is damaged: its contents do not fit its checksum")
 
 
 @contextmanager
@@ -176,8 +154,6 @@ def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
     Open a zip file, such as a model or a policy, if all its members match their checksums.
 
-    :param path: the file, or an open one
-    :param suffix: suffix for a path that has none, without the dot
     :return: context manager giving the open file
     :raise ValueError: if it is damaged
     """
@@ -209,56 +185,16 @@ def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
 
 
 def read_data(file: Any) -> dict[str, Any]:
-    """
-    Read the data in a zip file of SB3 without unpickling anything.
-
-    :param file: the open file
-    :return: its data, as parsed from JSON; empty if it is not a model
-    """
-    start = file.tell()
+    """Read the data of a model from its open zip file, without unpickling anything; empty if it is no model."""
     with zipfile.ZipFile(file) as archive:
-        data = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-    file.seek(start)
-    return data
-
-
-def check_algorithm(data: dict[str, Any], file: str) -> None:
-    """
-    Refuse the model of another algorithm.
-
-    :param data: the data of a model
-    :param file: name of its file
-    :raise ValueError: if it is of another algorithm; the message says which
-    """
-    if data.keys() >= STAQ_ARGUMENTS:
-        return
-    policy = data.get("policy_class", {})
-    text = f"{policy.get('__init__', '')} {policy.get(':type:', '')}" if isinstance(policy, dict) else ""
-    found = re.search(r"function (\w+)\.", text)
-    name = found.group(1) if found else "something else"
-    algorithm = name.removesuffix("Policy")
-    what = f"a file of {algorithm} (its policy is {name})" if found else "no model of SB3"
-    raise ValueError(f"{file} is {what}; expected a file of StaQ")
+        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
 
 
 def file_name(path: PathOrFile) -> str:
-    """
-    Return the name of a file, for messages.
-
-    :param path: the file, or an open one
-    :return: its path, or "the file" if it has none
-    """
+    """Return the path of a file for messages, or "the file" if it has none."""
     return str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
 
 
-@contextmanager
-def _opened(path: PathOrFile, suffix: str) -> Iterator[Any]:
+def _opened(path: PathOrFile, suffix: str) -> Any:
     """Open a file, found in the same way as SB3 does; an open one stays open."""
-    if not isinstance(path, (str, pathlib.Path)):
-        yield path
-        return
-    path = pathlib.Path(path)
-    if not path.exists() and path.suffix == "" and suffix:
-        path = pathlib.Path(f"{path}.{suffix}")
-    with open(path, "rb") as file:
-        yield file
+    return open_path(path, "r", suffix=suffix) if isinstance(path, (str, pathlib.Path)) else nullcontext(path)

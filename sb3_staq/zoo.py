@@ -7,7 +7,6 @@ package is used from a checkout.
 
 import argparse
 import functools
-import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -150,11 +149,9 @@ def _adapt_experiment_manager() -> None:
 
     # RL Zoo3 looks for the hyperparameters of all algorithms in its own folder, where ours are not
     @functools.wraps(original_init)
-    def init(self: exp_manager.ExperimentManager, *args: Any, **kwargs: Any) -> None:
-        original_init(self, *args, **kwargs)
-        given = inspect.signature(original_init).bind(self, *args, **kwargs).arguments.get("config")
-        if self.algo == "staq" and given is None:
-            self.config = str(default_config())
+    def init(self: Any, args: Any, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
+        config = config or (str(default_config()) if algo == "staq" else None)
+        original_init(self, args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
 
     # RL Zoo3 continues with the saved model's networks, whose shapes other algorithms have in policy_kwargs
     @functools.wraps(original_load)
