@@ -188,6 +188,8 @@ def load_policy(
                 saved = th.load(file, map_location=device, weights_only=False)
         except (RuntimeError, pickle.UnpicklingError) as error:  # from PyTorch's own reader
             raise ValueError(f"{file_name(path)} is damaged, or no policy: {error}") from error
+    if not (isinstance(saved, dict) and saved.keys() >= {"state_dict", "data"}):
+        raise ValueError(f"{file_name(path)} is no policy: expected a file of StaQPolicy.save")
     data = saved["data"]
     if isinstance(data, str):
         objects = dict(given)

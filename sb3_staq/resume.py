@@ -91,6 +91,7 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._drawn_twice: dict[str, Any] = {}
+        self._resumed_at = -1
         self._arguments = self._own_arguments()
         if self._checkpoints():
             self._resume(self._checkpoints()[-1])
@@ -110,7 +111,8 @@ class ResumeCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps >= self.model._total_timesteps:  # otherwise it was stopped within a rollout
+        is_over = self.model.num_timesteps >= self.model._total_timesteps  # otherwise it was stopped within a rollout
+        if is_over and self.model.num_timesteps > self._resumed_at:
             self.save()
 
     def _own_arguments(self) -> dict[str, Any]:
@@ -202,6 +204,7 @@ class ResumeCallback(BaseCallback):
             self._begin_episodes_anew(model)
             how = "with new episodes, since the environments cannot give their states"
         _set_random_states(rest["random"])
+        self._resumed_at = model.num_timesteps
         self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")

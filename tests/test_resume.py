@@ -265,6 +265,17 @@ def test_old_and_unfinished_checkpoints_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_280", "step_300"]
 
 
+def test_started_again_after_its_end(tmp_path, monkeypatch):
+    """The checkpoint of the end is not written again: a kill in between would leave none."""
+    for _ in range(2):
+        make("CartPole-v1").learn(60, callback=ResumeCallback(1000, tmp_path, verbose=0))
+        monkeypatch.setattr(ResumeCallback, "save", lambda self: pytest.fail("saved again"))
+    monkeypatch.undo()
+    model = make("CartPole-v1").learn(90, callback=ResumeCallback(1000, tmp_path, verbose=0))
+    assert model.num_timesteps == 90
+    assert [path.name for path in tmp_path.iterdir()] == ["step_90"]
+
+
 def test_other_algorithms(tmp_path):
     """SAC goes on bitwise as well, with its entropy coefficient."""
 

@@ -613,13 +613,17 @@ def test_damaged_pickle(tmp_path):
 
 
 def test_zip_files_that_are_no_policies(tmp_path):
-    path = tmp_path / "policy.pth"
-    grown_model(1).save(path)
+    model, path = grown_model(1), tmp_path / "policy.pth"
+    model.save(path)
     with pytest.raises(ValueError, match=r"policy\.pth is damaged, or no policy"):
         MlpPolicy.load(path)
     zipfile.ZipFile(path, "w").close()
     with pytest.raises(ValueError, match=r"policy\.pth is damaged, or no policy"):
         MlpPolicy.load(path)
+    for other in (model.policy.state_dict(), [1], th.zeros(2)):
+        th.save(other, path)
+        with pytest.raises(ValueError, match=r"policy\.pth is no policy: expected a file of StaQPolicy\.save"):
+            MlpPolicy.load(path)
 
 
 @pytest.mark.parametrize(
