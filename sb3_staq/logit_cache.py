@@ -7,7 +7,7 @@ that was edited, relabelled or added by other code has different content, and is
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,6 @@ def _multipliers(n_words: int) -> np.ndarray:
     return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
 
 
-def _words(tensor: th.Tensor) -> np.ndarray:
-    """Return the bytes of each row as unsigned 32-bit integers."""
-    rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
-    if rows.shape[1] % 4:
-        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-    return rows.view(np.uint32)
-
-
 def fingerprints(obs: PyTorchObs) -> list[int]:
     """
     Hash observations by their content.
@@ -51,7 +43,12 @@ def fingerprints(obs: PyTorchObs) -> list[int]:
     :param obs: a tensor or a dictionary of tensors
     :return: a 64-bit integer for each
     """
-    parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
+    parts = []  # the bytes of each row as unsigned 32-bit integers
+    for tensor in obs.values() if isinstance(obs, dict) else [obs]:
+        rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
+        if rows.shape[1] % 4:
+            rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
+        parts.append(rows.view(np.uint32))
     words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     # Changes of high bits, such as signs, must reach the low bits, or the sums would differ in their high bits only
     mixed = words * SPREAD
@@ -110,7 +107,8 @@ class LogitCache:
 
     def _remember(self, keys: list[int], obs: Any, sums: th.Tensor) -> None:
         if self._obs is None:
-            self._obs, self._sums = map_fields(lambda x: x.new_empty(self.capacity, *x.shape[1:]), (obs, sums))
+            self._sums = sums.new_empty(self.capacity, sums.shape[1])
+            self._obs = map_fields(lambda x: x.new_empty(self.capacity, *x.shape[1:]), obs)
         row_of = dict(zip(keys, range(len(keys)), strict=True))  # each state once
         row_of = dict(list(row_of.items())[-self.capacity :])
         slots = [(self._next + i) % self.capacity for i in range(len(row_of))]
@@ -119,10 +117,9 @@ class LogitCache:
         for slot in slots:
             self._slots.pop(self._keys[slot], None)  # type: ignore[arg-type]
             self._keys[slot] = None
-        index = th.tensor(slots, device=sums.device)
-        new_obs, new_sums = select((obs, sums), list(row_of.values()))
-        self._sums[index] = new_sums
-        map_fields(lambda room, x: room.index_copy_(0, index, x), self._obs, new_obs)
+        index, rows = th.tensor(slots, device=sums.device), list(row_of.values())
+        self._sums[index] = sums[rows]
+        map_fields(lambda room, x: room.index_copy_(0, index, x[rows]), self._obs, obs)
         for key, slot in zip(row_of, slots, strict=True):
             self._keys[slot], self._slots[key] = key, slot
 
@@ -169,9 +166,9 @@ class LogitCache:
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
         if not matches or len(state["keys"]) > self.capacity:
             return
-        arrays = {name.removeprefix("obs:"): x for name, x in state.items() if name.startswith("obs:")}
-        obs, sums = map_fields(lambda x: th.as_tensor(x).to(self.policy.device), (arrays, state["sums"]))
-        self._remember(state["keys"].tolist(), obs.get("", obs), sums)
+        to_tensor = partial(th.as_tensor, device=self.policy.device)
+        obs = {name.removeprefix("obs:"): to_tensor(x) for name, x in state.items() if name.startswith("obs:")}
+        self._remember(state["keys"].tolist(), obs.get("", obs), to_tensor(state["sums"]))
         self._next, self._version = int(state["next"]), self.policy.frozen_critics.version
 
 

@@ -46,7 +46,17 @@ class ReplayBatch(NamedTuple):
         :return: views of the parts
         """
         for start in range(0, len(self.rewards), batch_size):
-            yield select(self, slice(start, start + batch_size))
+            rows, drawn = slice(start, start + batch_size), self.next_actions
+            yield ReplayBatch(
+                select(self.observations, rows),
+                self.actions[rows],
+                select(self.next_observations, rows),
+                self.dones[rows],
+                self.rewards[rows],
+                None if self.discounts is None else self.discounts[rows],
+                self.next_log_prob[rows],
+                None if drawn is None else SampledActions(*[x[rows] for x in drawn]),
+            )
 
 
 class PolicyReplay:
@@ -90,7 +100,7 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        obs = map_fields(lambda array: array[row], arrays)
+        obs = select(arrays, row)
         if self.vec_normalize is not None:
             obs = self.vec_normalize.normalize_obs(obs)
         self.logit_sums(map_fields(buffer.to_torch, obs))
