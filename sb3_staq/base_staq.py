@@ -74,14 +74,15 @@ class BaseStaQ(AverageTrials):
         """The replay buffer as the training sees it: with the policy at the next states."""
         assert self.replay_buffer is not None
         parts = self.replay_buffer, self.policy, self._vec_normalize_env
-        if self._replay is None or not self._replay.is_made_of(*parts):
-            use_cache, old = self.logit_cache, self._replay
-            if use_cache == "auto" and old is not None and old.is_made_of(old.buffer, *parts[1:]):
-                use_cache = old.cache is not None  # as before, if a buffer was loaded
+        replay = self._replay
+        if replay is None or parts != (replay.buffer, replay.policy, replay.vec_normalize):  # users may replace them
+            use_cache = self.logit_cache
+            if use_cache == "auto" and replay is not None and parts[1:] == (replay.policy, replay.vec_normalize):
+                use_cache = replay.cache is not None  # as before, if a buffer was loaded
             elif use_cache == "auto":
                 use_cache = cache_pays(*parts, self._samples_per_policy_update)
-            self._replay = PolicyReplay(*parts, bool(use_cache))
-        return self._replay
+            replay = self._replay = PolicyReplay(*parts, bool(use_cache))
+        return replay
 
     def predict(
         self,

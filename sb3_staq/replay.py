@@ -78,10 +78,6 @@ class PolicyReplay:
         elements = sum(int(np.prod(shape)) for shape in shapes)
         self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, elements)))
 
-    def is_made_of(self, buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None) -> bool:
-        """Return whether it was made of these very objects, which users may have replaced."""
-        return self.buffer is buffer and self.policy is policy and self.vec_normalize is vec_normalize
-
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
         Return the weighted sums ``S`` of the stack.
