@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,15 @@ def _is_auto(value: Any) -> bool:
 
 
 def _integer(minimum: int, default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: _is_integer(x, minimum), f"an integer >= {minimum}", default, box_default)
+    return Argument(partial(_is_integer, minimum=minimum), f"an integer >= {minimum}", default, box_default)
 
 
 def _share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: is_number(x) and 0 <= x <= 1, "a number in [0, 1]", default, box_default)
+    return Argument(partial(is_number, low=0, high=1), "a number in [0, 1]", default, box_default)
 
 
 def _positive_share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: is_number(x) and 0 < x <= 1, "a number in (0, 1]", default, box_default)
+    return Argument(partial(is_number, above=0, high=1), "a number in (0, 1]", default, box_default)
 
 
 def _one_of(names: Any, default: Any = None, box_default: Any = None) -> Argument:
@@ -67,10 +68,9 @@ def _is_train_freq(value: Any) -> bool:
     return _is_integer(freq, 1) and unit in ("step", "episode")
 
 
-ANY = Argument(lambda _: True, "anything")  # for arguments that are checked elsewhere
 ARGUMENTS = {
     "learning_rate": Argument(
-        lambda x: callable(x) or (is_number(x) and x >= 0),
+        lambda x: callable(x) or is_number(x, low=0),
         "a finite number >= 0, or a callable of the remaining progress",
         3e-4,
         7e-4,
@@ -83,8 +83,8 @@ ARGUMENTS = {
     "train_freq": Argument(_is_train_freq, 'an integer >= 1, or a tuple of one and "step" or "episode"'),
     "gradient_steps": _integer(-1),
     "memory_size": Argument(lambda x: _is_auto(x) or _is_integer(x, 1), "'auto' or an integer >= 1"),
-    "kl_coef": Argument(ANY.valid, ANY.expected, 0.5, "rel_0.5"),
-    "ent_coef": Argument(ANY.valid, ANY.expected, 0.05, "auto_0.2"),
+    "kl_coef": Argument(lambda _: True, "anything", 0.5, "rel_0.5"),  # checked as a schedule
+    "ent_coef": Argument(lambda _: True, "anything", 0.05, "auto_0.2"),
     "policy_update_interval": _integer(1, 500, 100),
     "n_critics": _integer(1),
     "critic_reduction": _one_of(CRITIC_REDUCTIONS, "mean", "min"),
@@ -98,8 +98,8 @@ ARGUMENTS = {
     "eval_policy": _one_of(EVAL_POLICIES),
     "average_window": _positive_share(),
     "average_share": _share(),
-    "average_size": Argument(lambda x: _is_integer(x, 2, 10_000), "an integer from 2 to 10000"),
-    "reward_scale": Argument(lambda x: is_number(x) and x > 0, "a finite number > 0"),
+    "average_size": Argument(partial(_is_integer, minimum=2, maximum=10_000), "an integer from 2 to 10000"),
+    "reward_scale": Argument(partial(is_number, above=0), "a finite number > 0"),
     "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),
     "n_steps": _integer(1),
     "stats_window_size": _integer(1),
@@ -118,7 +118,7 @@ CHANGEABLE_ARGUMENTS = (
 )
 # Arguments of `distill`
 DISTILL_ARGUMENTS = {
-    "max_kl": Argument(lambda x: is_number(x) and x >= 0, "a finite number >= 0"),
+    "max_kl": Argument(partial(is_number, low=0), "a finite number >= 0"),
     "max_steps": _integer(1),
     "states_per_round": _integer(2),
     "n_eval_episodes": _integer(1),
@@ -258,6 +258,8 @@ def check_changed_arguments(model: Any) -> None:
             f"Invalid gamma={model.gamma!r}: expected {buffer_gamma!r}, as the replay buffer's n-step returns"
         )
     for name in POLICY_ARGUMENTS:
+        if name in ("memory_size", "eval_policy"):  # which may change
+            continue
         value, built_with = getattr(model, name), getattr(model.policy, name)
-        if name != "memory_size" and value != built_with:
+        if value != built_with:
             raise ValueError(f"Invalid {name}={value!r}: expected {built_with!r}, with which the model was built")

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.memory_bounds import auto_memory_size
 from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
@@ -30,12 +30,12 @@ TARGET_ENTROPY_BINS = 5
 EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
 
 
-def is_number(value: Any) -> bool:
-    """Return whether this is a finite real number (of Python or NumPy; booleans are not)."""
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> bool:
+    """Return whether this is a finite real number (of Python or NumPy; booleans are not) within the limits."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     try:
-        return math.isfinite(value)
+        return bool(math.isfinite(value) and low <= value <= high and value > above)
     except OverflowError:  # an integer too large for a float
         return False
 
@@ -65,24 +65,25 @@ def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -
     :return: the number
     :raise ValueError: if the value is none of these, or the number is negative or not finite
     """
-    schedule: Schedule | None = None
-    if isinstance(value, str):
-        schedule = _parse_linear(value)
-    elif is_number(value):
-        schedule = ConstantSchedule(float(value))  # type: ignore[arg-type]
-    elif callable(value):
-        schedule = value
-    if schedule is None:
+    schedule: Any = _parse_linear(value) if isinstance(value, str) else value
+    if not (callable(schedule) or is_number(schedule)):
         raise ValueError(f"Invalid {name}={value!r}: expected {expected}")
     try:
-        number = schedule(progress)
+        number = schedule(progress) if callable(schedule) else float(schedule)
     except Exception as error:
         raise ValueError(f"Invalid {name}={value!r}: {error!r} at progress {progress}; expected {expected}") from error
     if isinstance(number, np.ndarray) and number.ndim == 0:
         number = number[()]
-    if not (is_number(number) and number >= 0):
+    if not is_number(number, low=0):
         raise ValueError(f"Invalid {name}={value!r}: {number!r} at progress {progress}; expected {expected}")
     return float(number)
+
+
+def _number_after(prefix: str, text: str) -> float:
+    try:
+        return float(text.removeprefix(prefix))
+    except ValueError:
+        return math.nan
 
 
 def parse_auto(ent_coef: Any) -> float | None:
@@ -95,11 +96,8 @@ def parse_auto(ent_coef: Any) -> float | None:
     """
     if not (isinstance(ent_coef, str) and ent_coef.startswith("auto")):
         return None
-    try:
-        first = FIRST_ENT_COEF if ent_coef == "auto" else float(ent_coef.removeprefix("auto_"))
-    except ValueError:
-        first = 0.0
-    if not (is_number(first) and first > 0):
+    first = FIRST_ENT_COEF if ent_coef == "auto" else _number_after("auto_", ent_coef)
+    if not is_number(first, above=0):
         raise ValueError(f"Invalid ent_coef={ent_coef!r}: expected 'auto' or 'auto_FIRST' with a number FIRST > 0")
     return first
 
@@ -114,11 +112,8 @@ def parse_relative(kl_coef: Any) -> float | None:
     """
     if not (isinstance(kl_coef, str) and kl_coef.startswith("rel")):
         return None
-    try:
-        factor = float(kl_coef.removeprefix("rel_"))
-    except ValueError:
-        factor = -1.0
-    if not (is_number(factor) and factor >= 0):
+    factor = _number_after("rel_", kl_coef)
+    if not is_number(factor, low=0):
         raise ValueError(f"Invalid kl_coef={kl_coef!r}: expected 'rel_FACTOR' with a number FACTOR >= 0")
     return factor
 
