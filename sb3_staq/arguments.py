@@ -130,11 +130,9 @@ CALLBACK_ARGUMENTS = {name: _integer(1) for name in ("n_states", "save_freq", "k
 
 def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:
     """
-    Return what None stands for, for the arguments that may be None.
+    Return what None stands for, by name, for the arguments that may be None.
 
     :param action_space: the action space; None if it is not known yet, as during loading
-    :param action_grid: which actions of a Box are bins
-    :return: values by name
     """
     is_factored_box = isinstance(action_space, spaces.Box) and action_grid == "factored"
     return {
@@ -145,14 +143,7 @@ def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[st
 
 
 def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUMENTS) -> None:
-    """
-    Check one argument by itself.
-
-    :param name: its name
-    :param value: its value
-    :param arguments: the table that lists it
-    :raise ValueError: if the value is not accepted
-    """
+    """Raise a ValueError if a value is not accepted for an argument of the table ``arguments``."""
     try:
         valid = bool(arguments[name].valid(value))
     except (TypeError, ValueError):  # such as an array where a number is expected
@@ -163,13 +154,7 @@ def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUM
 
 
 def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
-    """
-    Check the arguments of the policy.
-
-    :param policy_kwargs: the arguments
-    :param critic: the kind of critic
-    :raise ValueError: for the first that is not accepted
-    """
+    """Raise a ValueError for the first argument of the policy that is not accepted."""
     if not isinstance(policy_kwargs, dict):
         raise ValueError(f"Invalid policy_kwargs={policy_kwargs!r}: expected a dictionary")
     for name in POLICY_ARGUMENTS:
@@ -190,12 +175,7 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
 
 
 def check_arguments(model: Any) -> None:
-    """
-    Check all arguments of an algorithm, which holds them as attributes.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted
-    """
+    """Raise a ValueError for the first argument of an algorithm that is not accepted; they are its attributes."""
     for name in ARGUMENTS:
         check_argument(name, getattr(model, f"_{name}" if name == "stats_window_size" else name))
     for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
@@ -205,12 +185,7 @@ def check_arguments(model: Any) -> None:
 
 
 def check_best_can_be_found(model: Any) -> None:
-    """
-    Refuse to look for the best average without trying any. Only for new models: later, one may have been found.
-
-    :param model: the algorithm
-    :raise ValueError: if nothing is tried
-    """
+    """Refuse to look for the best average without trying any. Only for new models: others may have one."""
     if model.eval_policy == "best" and model.average_share == 0:
         raise ValueError(
             "Invalid eval_policy='best': with average_share=0 the average collects nothing, so no return tells which "
@@ -219,12 +194,7 @@ def check_best_can_be_found(model: Any) -> None:
 
 
 def check_custom_weights(model: Any) -> None:
-    """
-    Refuse arguments that are incompatible with custom weights.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted
-    """
+    """Refuse arguments that are incompatible with custom weights."""
     if isinstance(model.logit_rule, str):
         return
     if model.logit_cache is True:
@@ -240,12 +210,7 @@ def check_custom_weights(model: Any) -> None:
 
 
 def check_changed_arguments(model: Any) -> None:
-    """
-    Check the arguments that may change during training, and that those of the policy have not changed.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted, or whose change would have no effect
-    """
+    """Check the arguments that may change during training, and that those of the policy have not changed."""
     for name in CHANGEABLE_ARGUMENTS:
         check_argument(name, getattr(model, name))
     check_custom_weights(model)

@@ -90,7 +90,6 @@ def parse_auto(ent_coef: Any) -> float | None:
     """
     Parse an automatic ``ent_coef``.
 
-    :param ent_coef: the argument
     :return: its first value, for "auto" or "auto_FIRST"; None if it is not automatic
     :raise ValueError: if FIRST is not a number above 0
     """
@@ -106,7 +105,6 @@ def parse_relative(kl_coef: Any) -> float | None:
     """
     Parse a ``kl_coef`` that is a multiple of ``ent_coef``.
 
-    :param kl_coef: the argument
     :return: the factor of "rel_FACTOR"; None if it is not of that form
     :raise ValueError: if FACTOR is not a number >= 0
     """
@@ -125,11 +123,6 @@ def default_target_entropy(action_space: spaces.Space, action_grid: str, action_
     On a finer grid, equally spread actions have a larger share of the largest entropy. What stays the same is their
     distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid does not have that
     much room, so it keeps the share.
-
-    :param action_space: the action space
-    :param action_grid: which actions of a Box are bins
-    :param action_bins: number of values per dimension of a Box
-    :return: the schedule
     """
     factor = 1.0
     if isinstance(action_space, spaces.Box) and action_grid != "axis":
@@ -224,8 +217,6 @@ class Coefficients:
         """
         Return the number of critics that the stack keeps under the given coefficients.
 
-        :param kl_coef: weight of the KL term
-        :param ent_coef: weight of the entropy term
         :return: ``memory_size``; if it is "auto", what the theorem asks for, up to ``MAX_AUTO_MEMORY``, or the number
             of custom weights
         :raise ValueError: if it is "auto" and ``ent_coef`` is 0
@@ -267,7 +258,6 @@ class Coefficients:
         :param weights: weights of the stack before the update
         :param logit_sums: the weighted sums before the update at replayed states, shape (batch, n_bins)
         :param q_new: Q-values of the critics to be pushed, at the same states, same shape
-        :param branch_sizes: number of bins of each branch
         :return: ``(kl_coef, ent_coef)``
         :raise ValueError: if a schedule gives an invalid number
         """

@@ -37,12 +37,7 @@ def _multipliers(n_words: int) -> np.ndarray:
 
 
 def fingerprints(obs: PyTorchObs) -> list[int]:
-    """
-    Hash observations by their content.
-
-    :param obs: a tensor or a dictionary of tensors
-    :return: a 64-bit integer for each
-    """
+    """Hash observations by their content: a 64-bit integer for each."""
     parts = []  # the bytes of each row as unsigned 32-bit integers
     for tensor in obs.values() if isinstance(obs, dict) else [obs]:
         rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
@@ -83,11 +78,9 @@ class LogitCache:
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
-        Return the weighted sums, evaluating the stack where they are not cached.
+        Return the weighted sums, shape (batch, n_bins), evaluating the stack where they are not cached.
 
-        :param obs: observations
         :param remember: whether to cache what was evaluated
-        :return: shape (batch, n_bins)
         """
         if self._version != self.policy.frozen_critics.version:
             self.clear()
@@ -157,11 +150,7 @@ class LogitCache:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """
-        Restore what :meth:`state_dict` returned, if it belongs to the policy's stack.
-
-        :param state: the arrays
-        """
+        """Restore what :meth:`state_dict` returned, if it belongs to the policy's stack."""
         self.clear()
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
         if not matches or len(state["keys"]) > self.capacity:
@@ -173,12 +162,7 @@ class LogitCache:
 
 
 def stack_digest(policy: StaQPolicy) -> bytes:
-    """
-    Hash the stack of a policy.
-
-    :param policy: the policy
-    :return: 32 bytes
-    """
+    """Hash the stack of a policy: 32 bytes."""
     digest = hashlib.sha256()
     for tensor in policy.frozen_critics.state_dict().values():
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
@@ -189,9 +173,7 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
     """
     Return whether ``logit_cache="auto"`` may take the memory that the cache needs.
 
-    :param buffer: the replay buffer
-    :param n_bins: number of columns of the logits
-    :return: whether it takes at most ``CACHE_BYTES`` more than half of the buffer
+    It may take ``CACHE_BYTES`` more than half of the replay buffer.
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     next_arrays = {} if buffer.optimize_memory_usage else arrays

@@ -14,26 +14,14 @@ OBS_ELEMENTS = 2**21
 
 
 def map_fields(function: Callable[..., Any], *obs: Any) -> Any:
-    """
-    Apply a function to observations of the same structure, key by key if they are dictionaries.
-
-    :param function: takes as many tensors or arrays as there are ``obs``
-    :param obs: tensors or arrays, or dictionaries of them
-    :return: the results in the same structure
-    """
+    """Apply a function to observations of the same structure, key by key if they are dictionaries."""
     if not isinstance(obs[0], dict):
         return function(*obs)
     return {key: function(*(x[key] for x in obs)) for key in obs[0]}
 
 
 def select(obs: Any, rows: Any) -> Any:
-    """
-    Select rows of observations.
-
-    :param obs: a tensor or an array, or a dictionary of them
-    :param rows: an index, a slice, a list or a mask
-    :return: these rows in the same structure
-    """
+    """Select rows of observations: by an index, a slice, a list or a mask."""
     return {key: x[rows] for key, x in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
@@ -43,13 +31,7 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
-    """
-    Evaluate a function of observations with bounded memory.
-
-    :param function: from observations to a tensor with one row for each
-    :param obs: a tensor or a dictionary of tensors
-    :return: its value
-    """
+    """Evaluate a function, from observations to a tensor with one row for each, with bounded memory."""
     tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
     n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
     if exporting() or len(tensors[0]) <= n_at_once:

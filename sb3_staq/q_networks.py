@@ -44,14 +44,10 @@ class DuelingHead(nn.Module):
 
 class Critic(nn.Module):
     """
-    A features extractor and an MLP.
+    A features extractor, then an MLP from ``n_inputs`` to ``n_outputs`` numbers.
 
-    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
-    :param n_inputs: size of the MLP's input
-    :param n_outputs: size of its output
     :param net_arch: sizes of its hidden layers
-    :param activation_fn: activation function
-    :param layer_norm: whether hidden layers are normalised before their activations
+    :param layer_norm: whether these are normalised before their activations
     :param head: what follows the MLP, without parameters
     """
 
@@ -79,12 +75,7 @@ class Critic(nn.Module):
         self.output_index = len(mlp)  # of the last layer with parameters
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the outputs.
-
-        :param obs: preprocessed observations
-        :return: shape (batch, n_outputs)
-        """
+        """Compute the outputs at preprocessed observations, shape (batch, n_outputs)."""
         return self.q_net(self.features_extractor(obs))
 
 
@@ -105,10 +96,8 @@ class QNetwork(Critic):
     """
     A critic with one output per bin. The last layer starts at zero, so the first policies are uniform.
 
-    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
     :param branch_sizes: number of bins of each branch
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: activation function
     :param dueling: whether the outputs are those of :class:`DuelingHead`
     :param layer_norm: whether hidden layers are normalised before their activations
     """
@@ -225,19 +214,9 @@ class CriticEnsemble(Ensemble[QNetwork]):
     """Several critics with one output per bin."""
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the Q-values of each member.
-
-        :param obs: preprocessed observations
-        :return: shape (n_critics, batch, n_bins)
-        """
+        """Compute the Q-values of each member, shape (n_critics, batch, n_bins), at preprocessed observations."""
         return batched_forward(self.net, self.params, obs)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the mean of the members.
-
-        :param obs: preprocessed observations
-        :return: shape (batch, n_bins)
-        """
+        """Compute the mean of the members, shape (batch, n_bins), at preprocessed observations."""
         return self(obs).mean(dim=0)
