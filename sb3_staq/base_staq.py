@@ -105,17 +105,14 @@ class BaseStaQ(AverageTrials):
         :return: actions and ``state``
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if deterministic:
-            return actions, state
-        shape = np.shape(actions)
-        return self._explore(actions.reshape(-1, *self.action_space.shape)).reshape(shape), state  # type: ignore[misc]
-
-    def _explore(self, actions: np.ndarray) -> np.ndarray:
-        """Replace each action of a batch by a uniformly random one with probability ``exploration_rate``."""
-        explores = np.random.rand(len(actions)) < self.exploration_rate
-        if explores.any():
-            actions[explores] = self.policy.random_actions(int(explores.sum()))
-        return actions
+        if not deterministic:
+            shape = np.shape(actions)
+            actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+            explores = np.random.rand(len(actions)) < self.exploration_rate
+            if explores.any():
+                actions[explores] = self.policy.random_actions(int(explores.sum()))
+            actions = actions.reshape(shape)
+        return actions, state
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
