@@ -65,12 +65,7 @@ class Branches(nn.Module):
         return self.box_dim or self.n_bins
 
     def decode(self, bins: th.Tensor) -> th.Tensor:
-        """
-        Turn bins into stored actions.
-
-        :param bins: shape (batch, number of branches)
-        :return: shape (batch, action_dim)
-        """
+        """Turn bins into stored actions: shape (batch, number of branches) -> (batch, action_dim)."""
         raise NotImplementedError
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
@@ -110,12 +105,7 @@ class Branches(nn.Module):
         return th.stack([rule(branch) for branch in x.split(self.sizes, dim=1)], dim=1)
 
     def one_hot(self, bins: th.Tensor) -> th.Tensor:
-        """
-        Encode bins as one-hot vectors, one per branch.
-
-        :param bins: shape (batch, number of branches)
-        :return: 1 in their columns and 0 elsewhere, shape (batch, n_bins)
-        """
+        """Encode bins, one per branch, as vectors of 0 and 1: (batch, number of branches) -> (batch, n_bins)."""
         zeros = th.zeros(len(bins), self.n_bins, device=bins.device)
         return zeros.scatter_(1, self.columns(bins), 1.0)
 
@@ -133,12 +123,7 @@ class Branches(nn.Module):
         return th.cat([th.randint(size, (batch_size, 1)) for size in self.sizes], dim=1).to(self.offsets.device)
 
     def distribution(self, logits: th.Tensor) -> Distribution:
-        """
-        Return the policy as an SB3 distribution over bins.
-
-        :param logits: shape (batch, n_bins)
-        :return: the distribution
-        """
+        """Return the policy as an SB3 distribution over bins, from logits of shape (batch, n_bins)."""
         if len(self.sizes) == 1:
             return CategoricalDistribution(self.n_bins).proba_distribution(logits)
         return MultiCategoricalDistribution(list(self.sizes)).proba_distribution(logits)
@@ -148,10 +133,7 @@ def _mean_or_mode(logits: th.Tensor) -> th.Tensor:
     """
     Return the mean of the bins' numbers if the softmax has a single peak, else the number of the best bin.
 
-    The mean of a policy with two peaks may be the very value that it avoids.
-
-    :param logits: shape (..., n_bins)
-    :return: shape (...)
+    The mean of a policy with two peaks may be the very value that it avoids. Shape (..., n_bins) -> (...).
     """
     prob = logits.softmax(dim=-1)
     numbers = th.arange(logits.shape[-1], dtype=prob.dtype, device=logits.device)
@@ -228,8 +210,7 @@ def flatten_action_space(space: spaces.Space) -> spaces.Space:
     """
     Return the space of the same actions as vectors, which SB3's replay buffers need.
 
-    :param space: an action space
-    :return: a flat space for a MultiDiscrete or MultiBinary of several dimensions, other spaces as they are
+    Only a MultiDiscrete or MultiBinary of several dimensions is not flat.
     """
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
         return spaces.MultiDiscrete(space.nvec.flatten(), dtype=space.dtype, start=space.start.flatten())  # type: ignore[arg-type]
@@ -242,11 +223,9 @@ def make_branches(space: spaces.Space, action_grid: str = "factored", action_bin
     """
     Make the branches of an action space.
 
-    :param space: the action space
     :param action_grid: for a Box with d dimensions: "factored" (d branches of ``action_bins`` evenly spaced values),
         "axis" (one branch: the middle, and each dimension at either bound) or "joint" (one of ``action_bins**d`` bins)
     :param action_bins: number of values per dimension of a Box for "factored" and "joint"
-    :return: its branches
     :raise ValueError: if the space is not supported, or has too many joint bins
     """
     if isinstance(space, SUPPORTED_ACTION_SPACES) and 0 in (space.shape or ()):

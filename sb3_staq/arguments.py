@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,15 @@ def _is_auto(value: Any) -> bool:
 
 
 def _integer(minimum: int, default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: _is_integer(x, minimum), f"an integer >= {minimum}", default, box_default)
+    return Argument(partial(_is_integer, minimum=minimum), f"an integer >= {minimum}", default, box_default)
 
 
 def _share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: is_number(x) and 0 <= x <= 1, "a number in [0, 1]", default, box_default)
+    return Argument(partial(is_number, low=0, high=1), "a number in [0, 1]", default, box_default)
 
 
 def _positive_share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: is_number(x) and 0 < x <= 1, "a number in (0, 1]", default, box_default)
+    return Argument(partial(is_number, above=0, high=1), "a number in (0, 1]", default, box_default)
 
 
 def _one_of(names: Any, default: Any = None, box_default: Any = None) -> Argument:
@@ -67,10 +68,9 @@ def _is_train_freq(value: Any) -> bool:
     return _is_integer(freq, 1) and unit in ("step", "episode")
 
 
-ANY = Argument(lambda _: True, "anything")  # for arguments that are checked elsewhere
 ARGUMENTS = {
     "learning_rate": Argument(
-        lambda x: callable(x) or (is_number(x) and x >= 0),
+        lambda x: callable(x) or is_number(x, low=0),
         "a finite number >= 0, or a callable of the remaining progress",
         3e-4,
         7e-4,
@@ -83,8 +83,8 @@ ARGUMENTS = {
     "train_freq": Argument(_is_train_freq, 'an integer >= 1, or a tuple of one and "step" or "episode"'),
     "gradient_steps": _integer(-1),
     "memory_size": Argument(lambda x: _is_auto(x) or _is_integer(x, 1), "'auto' or an integer >= 1"),
-    "kl_coef": Argument(ANY.valid, ANY.expected, 0.5, "rel_0.5"),
-    "ent_coef": Argument(ANY.valid, ANY.expected, 0.05, "auto_0.2"),
+    "kl_coef": Argument(lambda _: True, "anything", 0.5, "rel_0.5"),  # checked as a schedule
+    "ent_coef": Argument(lambda _: True, "anything", 0.05, "auto_0.2"),
     "policy_update_interval": _integer(1, 500, 100),
     "n_critics": _integer(1),
     "critic_reduction": _one_of(CRITIC_REDUCTIONS, "mean", "min"),
@@ -98,8 +98,8 @@ ARGUMENTS = {
     "eval_policy": _one_of(EVAL_POLICIES),
     "average_window": _positive_share(),
     "average_share": _share(),
-    "average_size": Argument(lambda x: _is_integer(x, 2, 10_000), "an integer from 2 to 10000"),
-    "reward_scale": Argument(lambda x: is_number(x) and x > 0, "a finite number > 0"),
+    "average_size": Argument(partial(_is_integer, minimum=2, maximum=10_000), "an integer from 2 to 10000"),
+    "reward_scale": Argument(partial(is_number, above=0), "a finite number > 0"),
     "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),
     "n_steps": _integer(1),
     "stats_window_size": _integer(1),
@@ -118,7 +118,7 @@ CHANGEABLE_ARGUMENTS = (
 )
 # Arguments of `distill`
 DISTILL_ARGUMENTS = {
-    "max_kl": Argument(lambda x: is_number(x) and x >= 0, "a finite number >= 0"),
+    "max_kl": Argument(partial(is_number, low=0), "a finite number >= 0"),
     "max_steps": _integer(1),
     "states_per_round": _integer(2),
     "n_eval_episodes": _integer(1),
@@ -130,11 +130,9 @@ CALLBACK_ARGUMENTS = {name: _integer(1) for name in ("n_states", "save_freq", "k
 
 def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[str, Any]:
     """
-    Return what None stands for, for the arguments that may be None.
+    Return what None stands for, by name, for the arguments that may be None.
 
     :param action_space: the action space; None if it is not known yet, as during loading
-    :param action_grid: which actions of a Box are bins
-    :return: values by name
     """
     is_factored_box = isinstance(action_space, spaces.Box) and action_grid == "factored"
     return {
@@ -145,14 +143,7 @@ def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[st
 
 
 def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUMENTS) -> None:
-    """
-    Check one argument by itself.
-
-    :param name: its name
-    :param value: its value
-    :param arguments: the table that lists it
-    :raise ValueError: if the value is not accepted
-    """
+    """Raise a ValueError if a value is not accepted for an argument of the table ``arguments``."""
     try:
         valid = bool(arguments[name].valid(value))
     except (TypeError, ValueError):  # such as an array where a number is expected
@@ -163,13 +154,7 @@ def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUM
 
 
 def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
-    """
-    Check the arguments of the policy.
-
-    :param policy_kwargs: the arguments
-    :param critic: the kind of critic
-    :raise ValueError: for the first that is not accepted
-    """
+    """Raise a ValueError for the first argument of the policy that is not accepted."""
     if not isinstance(policy_kwargs, dict):
         raise ValueError(f"Invalid policy_kwargs={policy_kwargs!r}: expected a dictionary")
     for name in POLICY_ARGUMENTS:
@@ -190,12 +175,7 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
 
 
 def check_arguments(model: Any) -> None:
-    """
-    Check all arguments of an algorithm, which holds them as attributes.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted
-    """
+    """Raise a ValueError for the first argument of an algorithm that is not accepted; they are its attributes."""
     for name in ARGUMENTS:
         check_argument(name, getattr(model, f"_{name}" if name == "stats_window_size" else name))
     for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
@@ -205,12 +185,7 @@ def check_arguments(model: Any) -> None:
 
 
 def check_best_can_be_found(model: Any) -> None:
-    """
-    Refuse to look for the best average without trying any. Only for new models: later, one may have been found.
-
-    :param model: the algorithm
-    :raise ValueError: if nothing is tried
-    """
+    """Refuse to look for the best average without trying any. Only for new models: others may have one."""
     if model.eval_policy == "best" and model.average_share == 0:
         raise ValueError(
             "Invalid eval_policy='best': with average_share=0 the average collects nothing, so no return tells which "
@@ -219,12 +194,7 @@ def check_best_can_be_found(model: Any) -> None:
 
 
 def check_custom_weights(model: Any) -> None:
-    """
-    Refuse arguments that are incompatible with custom weights.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted
-    """
+    """Refuse arguments that are incompatible with custom weights."""
     if isinstance(model.logit_rule, str):
         return
     if model.logit_cache is True:
@@ -240,12 +210,7 @@ def check_custom_weights(model: Any) -> None:
 
 
 def check_changed_arguments(model: Any) -> None:
-    """
-    Check the arguments that may change during training, and that those of the policy have not changed.
-
-    :param model: the algorithm
-    :raise ValueError: for the first that is not accepted, or whose change would have no effect
-    """
+    """Check the arguments that may change during training, and that those of the policy have not changed."""
     for name in CHANGEABLE_ARGUMENTS:
         check_argument(name, getattr(model, name))
     check_custom_weights(model)
@@ -258,6 +223,8 @@ def check_changed_arguments(model: Any) -> None:
             f"Invalid gamma={model.gamma!r}: expected {buffer_gamma!r}, as the replay buffer's n-step returns"
         )
     for name in POLICY_ARGUMENTS:
+        if name in ("memory_size", "eval_policy"):  # which may change
+            continue
         value, built_with = getattr(model, name), getattr(model.policy, name)
-        if name != "memory_size" and value != built_with:
+        if value != built_with:
             raise ValueError(f"Invalid {name}={value!r}: expected {built_with!r}, with which the model was built")

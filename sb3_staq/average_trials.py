@@ -67,12 +67,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         return n_whole + (self._average_turn and part > 0)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set the environment, as in SB3. The best average is chosen anew, since the task may be a different one.
-
-        :param env: the environment
-        :param force_reset: whether the next ``learn`` resets it
-        """
+        """Set the environment, as in SB3. The best average is chosen anew: the task may be a different one."""
         super().set_env(env, force_reset)
         self._forget_returns()
 
@@ -103,7 +98,6 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         """
         Record the returns of the candidate, and judge it when its trial is long enough.
 
-        :param dones: whether the episode of each environment has ended
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
         """
         n_whole, part = self._average_envs

@@ -64,13 +64,7 @@ class CriticPolicy(BasePolicy):
 
     @th.no_grad()
     def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the Q-values of an ensemble.
-
-        :param critics: an ensemble, such as the targets or an entry of the stack
-        :param obs: observations
-        :return: mean of its members, shape (batch, n_bins)
-        """
+        """Compute the mean Q-values of an ensemble, such as an entry of the stack: shape (batch, n_bins)."""
         with th.autocast(self.device.type, enabled=False):  # the policy keeps its full precision
             return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs)
 
@@ -78,7 +72,6 @@ class CriticPolicy(BasePolicy):
         """
         Compute the Q-values of stored actions with the online critics.
 
-        :param obs: observations
         :param actions: stored actions, shape (batch, action_dim)
         :return: shape (n_critics, batch)
         """
@@ -96,7 +89,6 @@ class CriticPolicy(BasePolicy):
         """
         Compute ``E_{a~pi}[Q(s,a)]`` with the target critics, reduced to one value per state.
 
-        :param obs: observations
         :param log_prob: log-probabilities of the policy there, shape (batch, n_bins)
         :param actions: actions drawn from the policy, for state-action critics
         :return: the expectation, shape (batch,), exact for additive critics; and the sweep of state-action critics,
@@ -111,11 +103,7 @@ class CriticPolicy(BasePolicy):
         return reduce(expected_value(log_prob, self.critics_target(obs))), None
 
     def update_targets(self, tau: float) -> None:
-        """
-        Move the target critics, and the average of the main effects, towards the online networks.
-
-        :param tau: the Polyak coefficient, between 0 and 1
-        """
+        """Move the target critics, and the average of the main effects, towards the online networks."""
         update = get_ema_multi_avg_fn(1.0 - tau)  # all parameters in one operation
         update(list(self.critics_target.params.values()), list(self.critics.params.values()), None)
         if self.main_effects is not None and self.main_effects_target is not None:
@@ -135,22 +123,12 @@ class CriticPolicy(BasePolicy):
         return super().obs_to_tensor(arrays if isinstance(observation, dict) else arrays[""])
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """
-        Scale actions of a Box to stored actions: from [low, high] to [-1, 1], -1 where the bounds are equal.
-
-        :param action: actions
-        :return: stored actions
-        """
+        """Scale actions of a Box to stored ones: [low, high] to [-1, 1], -1 where the bounds are equal."""
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """
-        Scale stored actions of a Box to its bounds, and clip rounding errors.
-
-        :param scaled_action: stored actions
-        :return: actions
-        """
+        """Scale stored actions of a Box to its bounds, and clip rounding errors."""
         bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         return np.clip(super().unscale_action(scaled_action), *bounds)
 
@@ -160,8 +138,6 @@ class CriticPolicy(BasePolicy):
 
         Only frozen critics act. They and the targets stay in evaluation mode, and the online critics in training mode,
         whatever is set here or by ``train()`` and ``eval()``.
-
-        :param mode: as for any SB3 policy
         """
         self.training = mode
 
@@ -172,21 +148,15 @@ class CriticPolicy(BasePolicy):
 
     def load_from_vector(self, vector: np.ndarray) -> None:
         """
-        Load parameters from a 1D vector, as ``parameters_to_vector`` returns them.
+        Load all parameters, also those of the frozen critics, from a 1D vector of ``parameters_to_vector``.
 
         The weights of the stack, which are not parameters, stay as they are.
-
-        :param vector: all parameters, those of the frozen critics included
         """
         super().load_from_vector(vector)
         self.frozen_critics.gather()
 
     def save(self, path: PathOrFile) -> None:  # type: ignore[override]
-        """
-        Save the policy with its whole stack. An existing file is replaced once the new one is complete.
-
-        :param path: where to save it
-        """
+        """Save the policy with its whole stack. An existing file is replaced once the new one is complete."""
         save_policy(path, self.state_dict(), self._get_constructor_parameters())
 
     @classmethod
@@ -200,11 +170,8 @@ class CriticPolicy(BasePolicy):
         """
         Load a policy from a file.
 
-        :param path: the file
-        :param device: the device to put it on
         :param custom_objects: arguments of the policy that replace those in the file
         :param weights_only: for files from others: run no code from the file, as in ``StaQ.load``
-        :return: the policy
         :raise ValueError: if the file is damaged; with ``weights_only`` also if arguments have to be given
         """
         state_dict, arguments = load_policy(path, device, custom_objects or {}, weights_only)

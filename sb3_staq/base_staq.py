@@ -74,14 +74,15 @@ class BaseStaQ(AverageTrials):
         """The replay buffer as the training sees it: with the policy at the next states."""
         assert self.replay_buffer is not None
         parts = self.replay_buffer, self.policy, self._vec_normalize_env
-        if self._replay is None or not self._replay.is_made_of(*parts):
-            use_cache, old = self.logit_cache, self._replay
-            if use_cache == "auto" and old is not None and old.is_made_of(old.buffer, *parts[1:]):
-                use_cache = old.cache is not None  # as before, if a buffer was loaded
+        replay = self._replay
+        if replay is None or parts != (replay.buffer, replay.policy, replay.vec_normalize):  # users may replace them
+            use_cache = self.logit_cache
+            if use_cache == "auto" and replay is not None and parts[1:] == (replay.policy, replay.vec_normalize):
+                use_cache = replay.cache is not None  # as before, if a buffer was loaded
             elif use_cache == "auto":
                 use_cache = cache_pays(*parts, self._samples_per_policy_update)
-            self._replay = PolicyReplay(*parts, bool(use_cache))
-        return self._replay
+            replay = self._replay = PolicyReplay(*parts, bool(use_cache))
+        return replay
 
     def predict(
         self,
@@ -104,17 +105,14 @@ class BaseStaQ(AverageTrials):
         :return: actions and ``state``
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if deterministic:
-            return actions, state
-        shape = np.shape(actions)
-        return self._explore(actions.reshape(-1, *self.action_space.shape)).reshape(shape), state  # type: ignore[misc]
-
-    def _explore(self, actions: np.ndarray) -> np.ndarray:
-        """Replace each action of a batch by a uniformly random one with probability ``exploration_rate``."""
-        explores = np.random.rand(len(actions)) < self.exploration_rate
-        if explores.any():
-            actions[explores] = self.policy.random_actions(int(explores.sum()))
-        return actions
+        if not deterministic:
+            shape = np.shape(actions)
+            actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+            explores = np.random.rand(len(actions)) < self.exploration_rate
+            if explores.any():
+                actions[explores] = self.policy.random_actions(int(explores.sum()))
+            actions = actions.reshape(shape)
+        return actions, state
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

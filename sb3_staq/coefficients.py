@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.memory_bounds import auto_memory_size
 from sb3_staq.mirror_descent import PolicyUpdate, StackWeights, decay_rate, solve_ent_coef
@@ -30,12 +30,12 @@ TARGET_ENTROPY_BINS = 5
 EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
 
 
-def is_number(value: Any) -> bool:
-    """Return whether this is a finite real number (of Python or NumPy; booleans are not)."""
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> bool:
+    """Return whether this is a finite real number (of Python or NumPy; booleans are not) within the limits."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     try:
-        return math.isfinite(value)
+        return bool(math.isfinite(value) and low <= value <= high and value > above)
     except OverflowError:  # an integer too large for a float
         return False
 
@@ -65,41 +65,38 @@ def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -
     :return: the number
     :raise ValueError: if the value is none of these, or the number is negative or not finite
     """
-    schedule: Schedule | None = None
-    if isinstance(value, str):
-        schedule = _parse_linear(value)
-    elif is_number(value):
-        schedule = ConstantSchedule(float(value))  # type: ignore[arg-type]
-    elif callable(value):
-        schedule = value
-    if schedule is None:
+    schedule: Any = _parse_linear(value) if isinstance(value, str) else value
+    if not (callable(schedule) or is_number(schedule)):
         raise ValueError(f"Invalid {name}={value!r}: expected {expected}")
     try:
-        number = schedule(progress)
+        number = schedule(progress) if callable(schedule) else float(schedule)
     except Exception as error:
         raise ValueError(f"Invalid {name}={value!r}: {error!r} at progress {progress}; expected {expected}") from error
     if isinstance(number, np.ndarray) and number.ndim == 0:
         number = number[()]
-    if not (is_number(number) and number >= 0):
+    if not is_number(number, low=0):
         raise ValueError(f"Invalid {name}={value!r}: {number!r} at progress {progress}; expected {expected}")
     return float(number)
+
+
+def _number_after(prefix: str, text: str) -> float:
+    try:
+        return float(text.removeprefix(prefix))
+    except ValueError:
+        return math.nan
 
 
 def parse_auto(ent_coef: Any) -> float | None:
     """
     Parse an automatic ``ent_coef``.
 
-    :param ent_coef: the argument
     :return: its first value, for "auto" or "auto_FIRST"; None if it is not automatic
     :raise ValueError: if FIRST is not a number above 0
     """
     if not (isinstance(ent_coef, str) and ent_coef.startswith("auto")):
         return None
-    try:
-        first = FIRST_ENT_COEF if ent_coef == "auto" else float(ent_coef.removeprefix("auto_"))
-    except ValueError:
-        first = 0.0
-    if not (is_number(first) and first > 0):
+    first = FIRST_ENT_COEF if ent_coef == "auto" else _number_after("auto_", ent_coef)
+    if not is_number(first, above=0):
         raise ValueError(f"Invalid ent_coef={ent_coef!r}: expected 'auto' or 'auto_FIRST' with a number FIRST > 0")
     return first
 
@@ -108,17 +105,13 @@ def parse_relative(kl_coef: Any) -> float | None:
     """
     Parse a ``kl_coef`` that is a multiple of ``ent_coef``.
 
-    :param kl_coef: the argument
     :return: the factor of "rel_FACTOR"; None if it is not of that form
     :raise ValueError: if FACTOR is not a number >= 0
     """
     if not (isinstance(kl_coef, str) and kl_coef.startswith("rel")):
         return None
-    try:
-        factor = float(kl_coef.removeprefix("rel_"))
-    except ValueError:
-        factor = -1.0
-    if not (is_number(factor) and factor >= 0):
+    factor = _number_after("rel_", kl_coef)
+    if not is_number(factor, low=0):
         raise ValueError(f"Invalid kl_coef={kl_coef!r}: expected 'rel_FACTOR' with a number FACTOR >= 0")
     return factor
 
@@ -130,11 +123,6 @@ def default_target_entropy(action_space: spaces.Space, action_grid: str, action_
     On a finer grid, equally spread actions have a larger share of the largest entropy. What stays the same is their
     distance from the uniform policy, ``(1 - share) * log(bins)`` nats per dimension. A coarser grid does not have that
     much room, so it keeps the share.
-
-    :param action_space: the action space
-    :param action_grid: which actions of a Box are bins
-    :param action_bins: number of values per dimension of a Box
-    :return: the schedule
     """
     factor = 1.0
     if isinstance(action_space, spaces.Box) and action_grid != "axis":
@@ -229,8 +217,6 @@ class Coefficients:
         """
         Return the number of critics that the stack keeps under the given coefficients.
 
-        :param kl_coef: weight of the KL term
-        :param ent_coef: weight of the entropy term
         :return: ``memory_size``; if it is "auto", what the theorem asks for, up to ``MAX_AUTO_MEMORY``, or the number
             of custom weights
         :raise ValueError: if it is "auto" and ``ent_coef`` is 0
@@ -272,7 +258,6 @@ class Coefficients:
         :param weights: weights of the stack before the update
         :param logit_sums: the weighted sums before the update at replayed states, shape (batch, n_bins)
         :param q_new: Q-values of the critics to be pushed, at the same states, same shape
-        :param branch_sizes: number of bins of each branch
         :return: ``(kl_coef, ent_coef)``
         :raise ValueError: if a schedule gives an invalid number
         """

@@ -59,10 +59,6 @@ def exporting() -> bool:
     return th.jit.is_tracing() or compiler.is_compiling() or compiler.is_exporting() or th.onnx.is_in_onnx_export()
 
 
-def _use_amd_ways(x: th.Tensor) -> bool:
-    return x.device.type == "cpu" and not exporting() and _special() and _on_amd()
-
-
 def plain_batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     """Reference of :func:`batched_linear`."""
     return th.baddbmm(bias.unsqueeze(1), x.expand(len(weight), -1, -1), weight.mT)
@@ -70,14 +66,14 @@ def plain_batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th
 
 def batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     """
-    Apply N linear layers at once.
+    Apply N linear layers at once, in a way that depends on the batch size: exported models take the reference.
 
     :param x: input, shape (N, batch, n_inputs), or (batch, n_inputs) if all layers share it
     :param weight: shape (N, n_outputs, n_inputs)
     :param bias: shape (N, n_outputs)
     :return: shape (N, batch, n_outputs)
     """
-    if not _use_amd_ways(x):
+    if x.device.type != "cpu" or not _special() or not _on_amd():
         return plain_batched_linear(x, weight, bias)
     x = x.expand(len(weight), -1, -1)
     if x.shape[1] <= FEW_ROWS:

@@ -7,7 +7,7 @@ that was edited, relabelled or added by other code has different content, and is
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,22 +36,14 @@ def _multipliers(n_words: int) -> np.ndarray:
     return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
 
 
-def _words(tensor: th.Tensor) -> np.ndarray:
-    """Return the bytes of each row as unsigned 32-bit integers."""
-    rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
-    if rows.shape[1] % 4:
-        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-    return rows.view(np.uint32)
-
-
 def fingerprints(obs: PyTorchObs) -> list[int]:
-    """
-    Hash observations by their content.
-
-    :param obs: a tensor or a dictionary of tensors
-    :return: a 64-bit integer for each
-    """
-    parts = [_words(tensor) for tensor in (obs.values() if isinstance(obs, dict) else [obs])]
+    """Hash observations by their content: a 64-bit integer for each."""
+    parts = []  # the bytes of each row as unsigned 32-bit integers
+    for tensor in obs.values() if isinstance(obs, dict) else [obs]:
+        rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
+        if rows.shape[1] % 4:
+            rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
+        parts.append(rows.view(np.uint32))
     words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     # Changes of high bits, such as signs, must reach the low bits, or the sums would differ in their high bits only
     mixed = words * SPREAD
@@ -86,11 +78,9 @@ class LogitCache:
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
-        Return the weighted sums, evaluating the stack where they are not cached.
+        Return the weighted sums, shape (batch, n_bins), evaluating the stack where they are not cached.
 
-        :param obs: observations
         :param remember: whether to cache what was evaluated
-        :return: shape (batch, n_bins)
         """
         if self._version != self.policy.frozen_critics.version:
             self.clear()
@@ -110,7 +100,8 @@ class LogitCache:
 
     def _remember(self, keys: list[int], obs: Any, sums: th.Tensor) -> None:
         if self._obs is None:
-            self._obs, self._sums = map_fields(lambda x: x.new_empty(self.capacity, *x.shape[1:]), (obs, sums))
+            self._sums = sums.new_empty(self.capacity, sums.shape[1])
+            self._obs = map_fields(lambda x: x.new_empty(self.capacity, *x.shape[1:]), obs)
         row_of = dict(zip(keys, range(len(keys)), strict=True))  # each state once
         row_of = dict(list(row_of.items())[-self.capacity :])
         slots = [(self._next + i) % self.capacity for i in range(len(row_of))]
@@ -119,10 +110,9 @@ class LogitCache:
         for slot in slots:
             self._slots.pop(self._keys[slot], None)  # type: ignore[arg-type]
             self._keys[slot] = None
-        index = th.tensor(slots, device=sums.device)
-        new_obs, new_sums = select((obs, sums), list(row_of.values()))
-        self._sums[index] = new_sums
-        map_fields(lambda room, x: room.index_copy_(0, index, x), self._obs, new_obs)
+        index, rows = th.tensor(slots, device=sums.device), list(row_of.values())
+        self._sums[index] = sums[rows]
+        map_fields(lambda room, x: room.index_copy_(0, index, x[rows]), self._obs, obs)
         for key, slot in zip(row_of, slots, strict=True):
             self._keys[slot], self._slots[key] = key, slot
 
@@ -160,28 +150,19 @@ class LogitCache:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """
-        Restore what :meth:`state_dict` returned, if it belongs to the policy's stack.
-
-        :param state: the arrays
-        """
+        """Restore what :meth:`state_dict` returned, if it belongs to the policy's stack."""
         self.clear()
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
         if not matches or len(state["keys"]) > self.capacity:
             return
-        arrays = {name.removeprefix("obs:"): x for name, x in state.items() if name.startswith("obs:")}
-        obs, sums = map_fields(lambda x: th.as_tensor(x).to(self.policy.device), (arrays, state["sums"]))
-        self._remember(state["keys"].tolist(), obs.get("", obs), sums)
+        to_tensor = partial(th.as_tensor, device=self.policy.device)
+        obs = {name.removeprefix("obs:"): to_tensor(x) for name, x in state.items() if name.startswith("obs:")}
+        self._remember(state["keys"].tolist(), obs.get("", obs), to_tensor(state["sums"]))
         self._next, self._version = int(state["next"]), self.policy.frozen_critics.version
 
 
 def stack_digest(policy: StaQPolicy) -> bytes:
-    """
-    Hash the stack of a policy.
-
-    :param policy: the policy
-    :return: 32 bytes
-    """
+    """Hash the stack of a policy: 32 bytes."""
     digest = hashlib.sha256()
     for tensor in policy.frozen_critics.state_dict().values():
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
@@ -192,9 +173,7 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
     """
     Return whether ``logit_cache="auto"`` may take the memory that the cache needs.
 
-    :param buffer: the replay buffer
-    :param n_bins: number of columns of the logits
-    :return: whether it takes at most ``CACHE_BYTES`` more than half of the buffer
+    It may take ``CACHE_BYTES`` more than half of the replay buffer.
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     next_arrays = {} if buffer.optimize_memory_usage else arrays

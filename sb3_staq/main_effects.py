@@ -25,10 +25,8 @@ class StateActionQNetwork(Critic):
     """
     A critic of whole actions: features extractor, then an MLP from features and action to one value.
 
-    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
     :param n_inputs: number of components of an action
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: activation function
     :param layer_norm: whether hidden layers are normalised before their activations
     """
 
@@ -49,9 +47,8 @@ class StateActionCritics(Ensemble[StateActionQNetwork]):
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, rows: th.Tensor | None = None) -> th.Tensor:
         """
-        Compute the Q-values of each member.
+        Compute the Q-values of each member at preprocessed observations.
 
-        :param obs: preprocessed observations
         :param actions: shape (n_actions, n_inputs)
         :param rows: the index of each action's observation, shape (n_actions,); by default one action per observation
         :return: shape (n_critics, n_actions)
@@ -84,13 +81,7 @@ class Sweep(NamedTuple):
 
 @th.no_grad()
 def sample_actions(branches: Branches, log_prob: th.Tensor) -> SampledActions:
-    """
-    Draw actions for the expectations of state-action critics.
-
-    :param branches: the branches of the action space
-    :param log_prob: the policy at some observations, shape (batch, n_bins)
-    :return: one action per observation
-    """
+    """Draw one action per observation from a policy, shape (batch, n_bins), for :func:`expected_q_values`."""
     bins = branches.sample(log_prob)
     varied, columns, valid = vary_one_branch(branches, bins)
     return SampledActions(
@@ -108,7 +99,6 @@ def vary_one_branch(branches: Branches, bins: th.Tensor) -> tuple[th.Tensor, th.
 
     Successive pairs of actions take the branches in turn, from a random one on; one action of each pair is swept.
 
-    :param branches: the branches of the action space
     :param bins: shape (batch, number of branches)
     :return: the varied bins, shape (batch, max(sizes), number of branches); the columns of the varied branch's bins and
         whether there are that many (a smaller branch repeats its last), both of shape (batch, max(sizes))
@@ -130,15 +120,12 @@ def expected_q_values(
     critics: StateActionCritics, obs: PyTorchObs, actions: SampledActions, n_branches: int
 ) -> tuple[th.Tensor, Sweep]:
     """
-    Estimate ``E_{a~pi}[Q(s,a)]`` with each critic.
+    Estimate ``E_{a~pi}[Q(s,a)]`` with each critic, at preprocessed observations.
 
     At every other state (at all states if there is only one branch), one branch of the drawn action is swept, so the
     expectation is exact in that branch. The other states take the drawn action as it is.
 
-    :param critics: the target critics
-    :param obs: preprocessed observations
     :param actions: from :func:`sample_actions`, one for each observation
-    :param n_branches: number of branches
     :return: the expectations, shape (n_critics, batch), and what was swept
     """
     # Every other one, not the first half: replay buffers like HER's end a batch with transitions of another kind
@@ -157,14 +144,10 @@ def expected_q_values(
 
 def main_effects_loss(main_effects: CriticEnsemble, sweep: Sweep) -> th.Tensor:
     """
-    Compute the regression loss of the main effects, ``E[Q(s,a) | a_d]`` over the other branches under the policy.
+    Compute the mean squared error of the main effects, ``E[Q(s,a) | a_d]`` over the other branches under the policy.
 
     Only differences within a branch matter to a softmax, so only these are fitted. Otherwise, states of high value
     would drown them out.
-
-    :param main_effects: the network
-    :param sweep: values of varied actions
-    :return: mean squared error, a scalar
     """
     error = main_effects.q_values(sweep.obs).gather(1, sweep.columns) - sweep.q_values
     mean_error = (sweep.valid * error).sum(dim=1, keepdim=True) / sweep.valid.sum(dim=1, keepdim=True)

@@ -7,9 +7,6 @@ def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
     """
     Compute the memory that the paper's theorem asks for, but no more than single precision can resolve.
 
-    :param gamma: discount factor
-    :param kl_coef: weight of the KL term
-    :param ent_coef: weight of the entropy term, above 0
     :return: number of Q-functions
     :raise ValueError: if ``ent_coef`` is 0: no Q-function would ever fade
     """

@@ -106,12 +106,11 @@ class PolicyUpdate(NamedTuple):
 
     def apply(self, total: th.Tensor, q_new: th.Tensor, q_deleted: Sequence[th.Tensor] = ()) -> th.Tensor:
         """
-        Do one step of the recursion.
+        Do one step of the recursion, from ``S_k`` to ``S_{k+1}``.
 
-        :param total: the weighted sum ``S_k``, any shape
-        :param q_new: ``Q_k``, same shape
-        :param q_deleted: the deleted Q-functions, oldest first, each of the same shape
-        :return: ``S_{k+1}``
+        :param total: the weighted sum ``S_k``, any shape; the others have the same
+        :param q_new: ``Q_k``
+        :param q_deleted: the deleted Q-functions, oldest first
         """
         assert not math.isnan(self.decay), "custom weights follow no recursion: evaluate the sum"
         total = self.decay * total + q_new
@@ -163,13 +162,7 @@ class StackWeights:
         return 0 if self.logit_rule == "exact" else max(0, len(self) + 1 - self.memory_size)
 
     def push(self, kl_coef: float, ent_coef: float) -> PolicyUpdate:
-        """
-        Update the weights for one more Q-function under the given coefficients.
-
-        :param kl_coef: weight of the KL term
-        :param ent_coef: weight of the entropy term
-        :return: the change of the weighted sum
-        """
+        """Update the weights for one more Q-function, and return the change of the weighted sum."""
         n_deleted = self.n_deleted
         self.ent_coef = ent_coef
         if not isinstance(self.logit_rule, str):
@@ -206,13 +199,7 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
 
 
 def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
-    """
-    Compute the log-probabilities of a product policy: one softmax per branch.
-
-    :param logits: shape (..., sum(branch_sizes))
-    :param branch_sizes: the number of bins of each branch
-    :return: same shape
-    """
+    """Compute the log-probabilities of a product policy, one softmax per branch, from logits of the same shape."""
     if len(set(branch_sizes)) == 1:
         return logits.unflatten(-1, (-1, branch_sizes[0])).log_softmax(dim=-1).flatten(-2)
     return th.cat([th.log_softmax(branch, dim=-1) for branch in logits.split(list(branch_sizes), dim=-1)], dim=-1)
@@ -245,14 +232,7 @@ def expected_value(log_pi: th.Tensor, q_values: th.Tensor) -> th.Tensor:
 
 
 def soft_value(log_pi: th.Tensor, expected_q: th.Tensor, ent_coef: float) -> th.Tensor:
-    """
-    Compute ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``.
-
-    :param log_pi: log-probabilities, shape (..., sum(branch_sizes))
-    :param expected_q: ``E_{a~pi}[Q(s,a)]``, see :func:`expected_value`, shape (...)
-    :param ent_coef: weight of the entropy
-    :return: shape (...)
-    """
+    """Compute ``V(s) = E_{a~pi}[Q(s,a)] + ent_coef * H(pi(.|s))``, shape (...), see :func:`expected_value`."""
     return expected_q + ent_coef * entropy(log_pi)
 
 
@@ -265,7 +245,6 @@ def solve_ent_coef(
     The entropy grows with ``ent_coef``, so the root is found by bisection on a log scale, to 0.1%.
 
     :param q_values: values of the bins at some states, shape (batch, sum(branch_sizes))
-    :param branch_sizes: the number of bins of each branch
     :param target_entropy: target for the mean over the states, as a share of the largest entropy, in (0, 1)
     :param lowest: smallest value to return, above 0
     :param highest: largest value to return

@@ -13,26 +13,16 @@ from sb3_staq.kernels import exporting
 OBS_ELEMENTS = 2**21
 
 
-def map_fields(function: Callable[..., Any], *fields: Any) -> Any:
-    """
-    Apply a function to fields of the same structure.
-
-    :param function: takes as many tensors or arrays as there are fields
-    :param fields: tensors, arrays, or dictionaries or tuples of them; None stays None
-    :return: the results in the same structure
-    """
-    first = fields[0]
-    if isinstance(first, dict):
-        return {key: map_fields(function, *(field[key] for field in fields)) for key in first}
-    if isinstance(first, tuple):
-        parts = [map_fields(function, *part) for part in zip(*fields, strict=True)]
-        return type(first)._make(parts) if hasattr(first, "_make") else tuple(parts)  # type: ignore[attr-defined]
-    return None if first is None else function(*fields)
+def map_fields(function: Callable[..., Any], *obs: Any) -> Any:
+    """Apply a function to observations of the same structure, key by key if they are dictionaries."""
+    if not isinstance(obs[0], dict):
+        return function(*obs)
+    return {key: function(*(x[key] for x in obs)) for key in obs[0]}
 
 
-def select(fields: Any, rows: Any) -> Any:
-    """Select rows of all fields, by whatever tensors or arrays can be indexed with."""
-    return map_fields(lambda x: x[rows], fields)
+def select(obs: Any, rows: Any) -> Any:
+    """Select rows of observations: by an index, a slice, a list or a mask."""
+    return {key: x[rows] for key, x in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
 def join(parts: Sequence[Any]) -> Any:
@@ -41,13 +31,7 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
-    """
-    Evaluate a function of observations with bounded memory.
-
-    :param function: from observations to a tensor with one row for each
-    :param obs: a tensor or a dictionary of tensors
-    :return: its value
-    """
+    """Evaluate a function, from observations to a tensor with one row for each, with bounded memory."""
     tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
     n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
     if exporting() or len(tensors[0]) <= n_at_once:

@@ -182,7 +182,6 @@ class StaQPolicy(CriticPolicy):
         """
         Compute the weighted sum ``S`` of the frozen critics.
 
-        :param obs: observations
         :param weighting: whose sum: "last", "average" or "best", see ``eval_policy``; or "candidate"
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
@@ -214,7 +213,6 @@ class StaQPolicy(CriticPolicy):
         """
         Compute the logits of the delivered policy, see ``eval_policy``.
 
-        :param obs: observations
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
         acting_sums = _ACTING_SUMS.get()
@@ -222,12 +220,7 @@ class StaQPolicy(CriticPolicy):
         return self.frozen_critics.weights.scale * sums
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
-        """
-        Return the distribution of the delivered policy, see ``eval_policy``.
-
-        :param obs: observations
-        :return: a distribution over bins
-        """
+        """Return the distribution over bins of the delivered policy, see ``eval_policy``."""
         return self.branches.distribution(self.logits(obs))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
@@ -244,7 +237,6 @@ class StaQPolicy(CriticPolicy):
         """
         Draw actions of uniformly random bins, the only actions of a Box that the policy samples.
 
-        :param n_actions: number of actions
         :return: actions of the environment, shape (n_actions, ...)
         """
         bins = self.branches.uniform(n_actions)
@@ -256,12 +248,9 @@ class StaQPolicy(CriticPolicy):
         self, kl_coef: float, ent_coef: float, memory_size: int | None = None
     ) -> tuple[PolicyUpdate, list[CriticEnsemble]]:
         """
-        Update the policy: see :meth:`sb3_staq.q_stack.FrozenCritics.push`.
+        Update the policy: see :meth:`sb3_staq.q_stack.FrozenCritics.push`, which gives the result.
 
-        :param kl_coef: weight of the KL term
-        :param ent_coef: weight of the entropy term
         :param memory_size: the largest number of critics from now on, if it changes
-        :return: the change of the weighted sum, and the critics that are deleted from it
         """
         if memory_size is not None:
             self.memory_size = self.frozen_critics.weights.memory_size = memory_size

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call, vmap
 
-from sb3_staq.kernels import batched_linear, exporting
+from sb3_staq.kernels import batched_linear, exporting, plain_batched_linear
 
 Net = TypeVar("Net", bound="Critic")
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
@@ -44,14 +44,10 @@ class DuelingHead(nn.Module):
 
 class Critic(nn.Module):
     """
-    A features extractor and an MLP.
+    A features extractor, then an MLP from ``n_inputs`` to ``n_outputs`` numbers.
 
-    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
-    :param n_inputs: size of the MLP's input
-    :param n_outputs: size of its output
     :param net_arch: sizes of its hidden layers
-    :param activation_fn: activation function
-    :param layer_norm: whether hidden layers are normalised before their activations
+    :param layer_norm: whether these are normalised before their activations
     :param head: what follows the MLP, without parameters
     """
 
@@ -79,12 +75,7 @@ class Critic(nn.Module):
         self.output_index = len(mlp)  # of the last layer with parameters
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the outputs.
-
-        :param obs: preprocessed observations
-        :return: shape (batch, n_outputs)
-        """
+        """Compute the outputs at preprocessed observations, shape (batch, n_outputs)."""
         return self.q_net(self.features_extractor(obs))
 
 
@@ -105,10 +96,8 @@ class QNetwork(Critic):
     """
     A critic with one output per bin. The last layer starts at zero, so the first policies are uniform.
 
-    :param features_extractor: maps preprocessed observations to features of shape (batch, features_dim)
     :param branch_sizes: number of bins of each branch
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: activation function
     :param dueling: whether the outputs are those of :class:`DuelingHead`
     :param layer_norm: whether hidden layers are normalised before their activations
     """
@@ -132,34 +121,18 @@ class QNetwork(Critic):
             nn.init.zeros_(param)
 
 
-def _batched_layer(layer: nn.Module, params: Params, x: Any, shared_input: bool) -> th.Tensor:
-    """
-    Apply N copies of a layer that differ only in their parameters.
-
-    :param layer: gives the structure only
-    :param params: its parameters, each with a leading dimension N; none if the layer has none
-    :param x: input, shared by all copies or with a leading dimension N
-    :param shared_input: whether it is shared
-    :return: output with a leading dimension N; for a layer without parameters, only if the input has it
-    """
-    if not params:
-        in_place = isinstance(layer, nn.ReLU) and not th.is_grad_enabled() and not exporting()  # saves memory
-        return th.relu_(x) if in_place else layer(x)
-    if isinstance(layer, nn.Linear) and "bias" in params:
-        return batched_linear(x, params["weight"], params["bias"])
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(params) == 2:
-        one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
-        x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without these two
-        return th.addcmul(params["bias"].unsqueeze(1), x, params["weight"].unsqueeze(1))
-    if not exporting():
+def _apply_copies(layer: nn.Module, params: dict[str, th.Tensor], x: Any, shared_input: bool) -> th.Tensor:
+    """Apply N copies of any layer that differ only in their parameters, if possible in one pass."""
+    traced = exporting()
+    if not traced:
         in_dims = (0, None if shared_input else 0)
         try:
-            return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(dict(params), x)
+            return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
         except RuntimeError:  # recurrent layers, in-place writes, branches on values
             pass
     n_copies = len(next(iter(params.values())))
     copies = [{name: param[i] for name, param in params.items()} for i in range(n_copies)]
-    call = _call_with if exporting() else functional_call  # th.jit.trace refuses the latter
+    call = _call_with if traced else functional_call  # th.jit.trace refuses the latter
     return th.stack([call(layer, p, (x if shared_input else x[i],)) for i, p in enumerate(copies)])
 
 
@@ -197,13 +170,24 @@ def batched_forward(
     :param coef: weights of the sum, shape (N,). Critics are linear from the output layer on, so it is taken there
     :return: shape (N, batch, n_outputs), or (batch, n_outputs) with ``coef``
     """
+    traced = exporting()
+    linear = plain_batched_linear if traced else batched_linear
+    in_place = not traced and not th.is_grad_enabled()  # saves memory
     for i, (layer, names) in enumerate(net.layers[start:end], start):
-        own = {leaf: params[name] for leaf, name in names.items()}
-        if coef is not None and i == net.output_index:
-            x = th.tensordot(coef, batched_linear(x, own["weight"], own["bias"]), dims=1)
+        if not names:
+            x = th.relu_(x) if in_place and isinstance(layer, nn.ReLU) else layer(x)
+            continue
+        if isinstance(layer, nn.Linear) and "bias" in names:
+            x = linear(x, params[names["weight"]], params[names["bias"]])
+            if coef is not None and i == net.output_index:
+                x = th.tensordot(coef, x, dims=1)
+        elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and len(names) == 2:
+            one, zero = x.new_ones(layer.normalized_shape), x.new_zeros(layer.normalized_shape)
+            x = th.layer_norm(x, layer.normalized_shape, one, zero, layer.eps)  # twice as fast as without these two
+            x = th.addcmul(params[names["bias"]].unsqueeze(1), x, params[names["weight"]].unsqueeze(1))
         else:
-            x = _batched_layer(layer, own, x, shared_input)
-        shared_input = shared_input and not own
+            x = _apply_copies(layer, {leaf: params[name] for leaf, name in names.items()}, x, shared_input)
+        shared_input = False
     return x
 
 
@@ -230,19 +214,9 @@ class CriticEnsemble(Ensemble[QNetwork]):
     """Several critics with one output per bin."""
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the Q-values of each member.
-
-        :param obs: preprocessed observations
-        :return: shape (n_critics, batch, n_bins)
-        """
+        """Compute the Q-values of each member, shape (n_critics, batch, n_bins), at preprocessed observations."""
         return batched_forward(self.net, self.params, obs)
 
     def q_values(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        Compute the mean of the members.
-
-        :param obs: preprocessed observations
-        :return: shape (batch, n_bins)
-        """
+        """Compute the mean of the members, shape (batch, n_bins), at preprocessed observations."""
         return self(obs).mean(dim=0)

@@ -158,9 +158,6 @@ class FrozenCritics(nn.ModuleList):
         """
         Freeze a copy of the critics on the stack (the policy update), as a whole or not at all.
 
-        :param critics: the current critics
-        :param kl_coef: weight of the KL term
-        :param ent_coef: weight of the entropy term
         :return: the change of the logit rule's weighted sum, and the critics that are deleted from that sum
         """
         # Prepare everything that can fail ...

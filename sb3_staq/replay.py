@@ -39,22 +39,25 @@ class ReplayBatch(NamedTuple):
     next_actions: SampledActions | None  # drawn from the policy, for state-action critics
 
     def split(self, batch_size: int) -> "Iterator[ReplayBatch]":
-        """
-        Split the batch.
-
-        :param batch_size: number of transitions per part
-        :return: views of the parts
-        """
+        """Split the batch into views of ``batch_size`` transitions, of which the last may have fewer."""
         for start in range(0, len(self.rewards), batch_size):
-            yield select(self, slice(start, start + batch_size))
+            rows, drawn = slice(start, start + batch_size), self.next_actions
+            yield ReplayBatch(
+                select(self.observations, rows),
+                self.actions[rows],
+                select(self.next_observations, rows),
+                self.dones[rows],
+                self.rewards[rows],
+                None if self.discounts is None else self.discounts[rows],
+                self.next_log_prob[rows],
+                None if drawn is None else SampledActions(*[x[rows] for x in drawn]),
+            )
 
 
 class PolicyReplay:
     """
-    A replay buffer as the training sees it.
+    A replay buffer of SB3, any of them, as the training sees it.
 
-    :param buffer: any replay buffer of SB3
-    :param policy: the policy
     :param vec_normalize: the wrapper that normalises the sampled transitions, if any
     :param cached: whether to cache the weighted sums
     """
@@ -68,15 +71,10 @@ class PolicyReplay:
         elements = sum(int(np.prod(shape)) for shape in shapes)
         self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, elements)))
 
-    def is_made_of(self, buffer: ReplayBuffer, policy: StaQPolicy, vec_normalize: VecNormalize | None) -> bool:
-        """Return whether it was made of these very objects, which users may have replaced."""
-        return self.buffer is buffer and self.policy is policy and self.vec_normalize is vec_normalize
-
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
         Return the weighted sums ``S`` of the stack.
 
-        :param obs: observations
         :param remember: whether to cache what was evaluated
         :return: shape (batch, n_bins)
         """
@@ -90,19 +88,13 @@ class PolicyReplay:
             return
         arrays = buffer.observations if buffer.optimize_memory_usage else buffer.next_observations
         row = buffer.pos if buffer.optimize_memory_usage else (buffer.pos - 1) % buffer.buffer_size
-        obs = map_fields(lambda array: array[row], arrays)
+        obs = select(arrays, row)
         if self.vec_normalize is not None:
             obs = self.vec_normalize.normalize_obs(obs)
         self.logit_sums(map_fields(buffer.to_torch, obs))
 
     def batches(self, n_batches: int, batch_size: int) -> Iterator[ReplayBatch]:
-        """
-        Draw batches. The policy is fixed meanwhile, so several are drawn and evaluated at once.
-
-        :param n_batches: number of batches
-        :param batch_size: number of transitions per batch
-        :return: the batches
-        """
+        """Draw batches. The policy is fixed meanwhile, so several are drawn and evaluated at once."""
         # Samples of other buffers cannot be split into batches: HER's end with the relabelled transitions
         if not is_plain(self.buffer):
             yield from (self.sample(batch_size) for _ in range(n_batches))
@@ -116,8 +108,6 @@ class PolicyReplay:
         """
         Draw one batch.
 
-        :param batch_size: number of transitions
-        :return: the batch
         :raise ValueError: if a number in it is not finite, before anything is learnt from it
         """
         samples = self._sample(batch_size)
@@ -130,7 +120,6 @@ class PolicyReplay:
         """
         Draw states at which to measure the policy update.
 
-        :param n_states: number of states
         :return: next observations, and the weighted sums there, shape (n_states, n_bins)
         :raise ValueError: if a number in the batch is not finite
         """
@@ -144,12 +133,7 @@ class PolicyReplay:
         return samples
 
     def follow(self, update: PolicyUpdate, deleted: Sequence[CriticEnsemble]) -> None:
-        """
-        Bring the cache up to date after a policy update.
-
-        :param update: the change of the weighted sums
-        :param deleted: the critics that were deleted from them
-        """
+        """Bring the cache up to date after a policy update."""
         if self.cache is not None:
             with th.no_grad():
                 self.cache.follow(update, self.policy.frozen_critics.newest, deleted)
@@ -171,8 +155,7 @@ def is_plain(buffer: ReplayBuffer) -> bool:
     """
     Return whether a buffer returns transitions as stored, so that the same states come again.
 
-    :param buffer: a replay buffer
-    :return: True for SB3's own buffers except HER's; a subclass may relabel its transitions
+    SB3's own buffers do, except HER's; a subclass may relabel its transitions.
     """
     return type(buffer) in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
@@ -183,9 +166,6 @@ def cache_pays(
     """
     Decide ``logit_cache="auto"``: per policy update, two critics at all stored states or M at the sampled ones.
 
-    :param buffer: the replay buffer
-    :param policy: the policy
-    :param vec_normalize: the wrapper that normalises the sampled transitions, if any
     :param n_sampled: number of states that are sampled between two policy updates; None if it is not known
     :return: whether the cache costs less, and fits into the memory that it may take
     """
