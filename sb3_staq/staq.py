@@ -118,7 +118,7 @@ class StaQ(BaseStaQ):
     :param eval_policy: the policy that acts outside training: the "average" of the critics frozen over a window that
         grows with the training, the "best" such average so far, or the "last" policy. While the policy improves fast,
         the average lags behind by half of the window. "best" is chosen by the returns of episodes in the training: it
-        needs ``average_share`` and a ``Monitor``, and is the average until one has been tried. Can be changed at any
+        needs ``average_share`` and a ``Monitor``, and is the average until one is accepted. Can be changed at any
         time, also as ``model.policy.eval_policy``
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: largest number of critics in an average, evenly spaced in time; this is its cost in memory, and
