@@ -91,7 +91,6 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._drawn_twice: dict[str, Any] = {}
-        self._resumed_at = -1
         self._arguments = self._own_arguments()
         if self._checkpoints():
             self._resume(self._checkpoints()[-1])
@@ -112,8 +111,12 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         is_over = self.model.num_timesteps >= self.model._total_timesteps  # otherwise it was stopped within a rollout
-        if is_over and self.model.num_timesteps > self._resumed_at:
+        if is_over and not self._path().exists():  # it exists if a finished training was started again
             self.save()
+
+    def _path(self) -> Path:
+        """Return the path of a complete checkpoint of this step."""
+        return self.save_path / f"step_{self.model.num_timesteps}"
 
     def _own_arguments(self) -> dict[str, Any]:
         """Return the algorithm's arguments that can be compared: plain values, and two others by their text."""
@@ -160,9 +163,8 @@ class ResumeCallback(BaseCallback):
         )
         with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
             pickle.dump(rest, file)
-        complete = self.save_path / f"step_{model.num_timesteps}"
-        shutil.rmtree(complete, ignore_errors=True)
-        unfinished.rename(complete)
+        shutil.rmtree(self._path(), ignore_errors=True)
+        unfinished.rename(self._path())
         for path in self._checkpoints()[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -204,7 +206,6 @@ class ResumeCallback(BaseCallback):
             self._begin_episodes_anew(model)
             how = "with new episodes, since the environments cannot give their states"
         _set_random_states(rest["random"])
-        self._resumed_at = model.num_timesteps
         self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
