@@ -75,9 +75,11 @@ class BaseStaQ(AverageTrials):
         assert self.replay_buffer is not None
         parts = self.replay_buffer, self.policy, self._vec_normalize_env
         replay = self._replay
-        if replay is None or parts != (replay.buffer, replay.policy, replay.vec_normalize):  # users may replace them
+        known = (None, None, None) if replay is None else (replay.buffer, replay.policy, replay.vec_normalize)
+        is_known = [part is known_part for part, known_part in zip(parts, known, strict=True)]
+        if replay is None or not all(is_known):  # users may have replaced these very objects
             use_cache = self.logit_cache
-            if use_cache == "auto" and replay is not None and parts[1:] == (replay.policy, replay.vec_normalize):
+            if use_cache == "auto" and replay is not None and all(is_known[1:]):
                 use_cache = replay.cache is not None  # as before, if a buffer was loaded
             elif use_cache == "auto":
                 use_cache = cache_pays(*parts, self._samples_per_policy_update)
