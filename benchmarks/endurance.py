@@ -54,7 +54,7 @@ def run(n_updates: int) -> pd.DataFrame:
                 "frozen critics": len(policy.frozen_critics),
                 "resident memory (MB)": n_pages * resource.getpagesize() / 1e6,
                 "time per step (ms)": milliseconds[0],
-                "time of the processor per step (ms)": milliseconds[1],
+                "CPU time per step (ms)": milliseconds[1],
                 "relative drift of cached sums": drift.item(),
             }
         )

@@ -186,14 +186,14 @@ def plot_curves(suite: Suite, curves: pd.DataFrame, published: pd.DataFrame, x: 
         linewidth=2,
         err_kws={"alpha": 0.15, "linewidth": 0},
         col="env",
-        col_wrap=min(curves["env"].nunique(), 2 if curves["env"].nunique() <= 4 else 3),
-        height=3.8,
-        aspect=1.45,
+        col_wrap=min(curves["env"].nunique(), 2 if curves["env"].nunique() == 4 else 3),
+        height=3.6,
+        aspect=1.3,
         facet_kws={"sharex": False, "sharey": False},
     )
     for env_id, ax in grid.axes_dict.items():
         of_env = curves[curves["env"] == env_id]
-        others = published[(published["env"] == env_id) & published["algo"].isin(algos)]
+        others = published[(published["env"] == env_id) & published["algo"].isin(map(label, suite.algos))]
         for algo, group in others.groupby("algo"):
             last = group.loc[group["steps"].idxmax()]
             name = f"{algo}, published ({last['steps']:,} steps)"
@@ -241,7 +241,7 @@ def final_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.Data
             f"last {N_LAST}": groups["last"].mean().map(number) + " (" + groups["last"].agg(each) + ")",
             "steps": groups["step"].max().map("{:,}".format),
             "minutes": minutes["seconds"].map(number),
-            "of the processor": minutes["cpu_seconds"].map(number, na_action="ignore"),
+            "CPU minutes": minutes["cpu_seconds"].map(number, na_action="ignore"),
             "steps/s": (groups["step"].mean() / groups["seconds"].mean()).map("{:,.0f}".format),
         }
     )

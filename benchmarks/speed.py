@@ -187,7 +187,7 @@ def report(data: pd.DataFrame, variants: list[str]) -> str:
             ratio = own[numerator] / own[denominator]
             lines.append(f"- {text}: {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})\n")
     return (
-        f"# Speed\n\nMedians of {len(own)} in milliseconds of the processor, one thread, {platform.machine()}, "
+        f"# Speed\n\nMedians of {len(own)} in milliseconds of CPU time, one thread, {platform.machine()}, "
         "measured in turn by `python -m benchmarks.speed`; ratios are medians of those within a turn.\n\n"
         f"{table.to_markdown(floatfmt='.3g')}\n\n{''.join(lines)}"
     )

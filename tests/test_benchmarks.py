@@ -357,11 +357,11 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
     files = [folder / "CartPole-v1" / "staq" / f"seed_{seed}.csv" for seed in (0, 1)]
     means = [np.mean([evaluation.mean for evaluation in Results.read(file).evaluations[3:8]]) for file in files]
     assert last["last 5"] == f"{np.mean(means):,.1f} ({means[0]:,.1f}, {means[1]:,.1f})"
-    assert (last["steps"], last["minutes"], last["of the processor"]) == ("80", "0.0", "0.0")
+    assert (last["steps"], last["minutes"], last["CPU minutes"]) == ("80", "0.0", "0.0")
     for file, expected in zip(files, ("0.0", ""), strict=True):  # where one file, both files are older
         file.write_text(file.read_text().replace("cpu_seconds", "unknown"))
         text = report.write_report(suite, folder).read_text()
-        assert table_row(text, "Final returns", "CartPole-v1", "StaQ")["of the processor"] == expected
+        assert table_row(text, "Final returns", "CartPole-v1", "StaQ")["CPU minutes"] == expected
     assert "StaQ" not in text.split("## Time to a return")[1].split("### CartPole-v1")[1].split("###")[0]
 
     # What does not belong together
