@@ -10,7 +10,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import get_device
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.action_spaces import Branches
 from sb3_staq.main_effects import SampledActions, StateActionCritics, Sweep, expected_q_values
@@ -103,11 +102,13 @@ class CriticPolicy(BasePolicy):
         return reduce(expected_value(log_prob, self.critics_target(obs))), None
 
     def update_targets(self, tau: float) -> None:
-        """Move the target critics, and the average of the main effects, towards the online networks."""
-        update = get_ema_multi_avg_fn(1.0 - tau)  # all parameters in one operation
-        update(list(self.critics_target.params.values()), list(self.critics.params.values()), None)
+        """Move the target critics towards the online ones."""
+        self.critics_target.follow(self.critics, tau)  # type: ignore[arg-type]
+
+    def average_main_effects(self, tau: float) -> None:
+        """Move the average of the main effects, if there are any, towards the online ones."""
         if self.main_effects is not None and self.main_effects_target is not None:
-            update(list(self.main_effects_target.params.values()), list(self.main_effects.params.values()), None)
+            self.main_effects_target.follow(self.main_effects, tau)
 
     # Conventions of SB3
 

@@ -9,6 +9,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.kernels import batched_linear, exporting, plain_batched_linear
 
@@ -208,6 +209,10 @@ class Ensemble(nn.Module, Generic[Net]):
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
         """Make a copy that is never trained."""
         return copy.deepcopy(self).requires_grad_(False).eval()
+
+    def follow(self: SelfEnsemble, online: SelfEnsemble, tau: float) -> None:
+        """Move this Polyak average towards the networks that it is of, all parameters in one operation."""
+        get_ema_multi_avg_fn(1.0 - tau)(list(self.params.values()), list(online.params.values()), None)
 
 
 class CriticEnsemble(Ensemble[QNetwork]):

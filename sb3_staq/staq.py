@@ -322,6 +322,8 @@ class StaQ(BaseStaQ):
                 policy.optimizer.step()
 
                 self._n_updates += 1
+                # Continuous actions only: as slowly as the targets, but at every step, as policy updates freeze it
+                policy.average_main_effects(self.tau / self.target_update_interval)
                 if self._n_updates % self.target_update_interval == 0:
                     policy.update_targets(self.tau)
 

@@ -274,10 +274,18 @@ def test_targets_are_polyak_averages():
     pairs = [(policy.critics, policy.critics_target), (policy.main_effects, policy.main_effects_target)]
     trained, averages = ([net.state_dict() for net in map(copy.deepcopy, nets)] for nets in zip(*pairs, strict=True))
     policy.update_targets(0.25)
+    policy.average_main_effects(0.25)
     for (net, target), old, average in zip(pairs, trained, averages, strict=True):
         for name, value in target.state_dict().items():
             th.testing.assert_close(value, 0.25 * old[name] + 0.75 * average[name])
             assert th.equal(net.state_dict()[name], old[name])
+
+
+def test_hard_target_copies_do_not_freeze_the_same_main_effects_again():
+    model = make_model("Pendulum-v1", critic="joint", tau=1.0, target_update_interval=40, memory_size=10).learn(100)
+    stack = model.policy.frozen_critics
+    entries = {th.cat([param.flatten() for param in entry.parameters()]).numpy().tobytes() for entry in stack}
+    assert len(entries) == len(stack) == 8
 
 
 def test_update_pushes_the_average_of_the_main_effects():
