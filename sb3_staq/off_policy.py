@@ -25,6 +25,17 @@ from sb3_staq.save_util import PathOrFile, atomic_write, check_pickle, dump_chec
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
 
+def end_episodes(buffer: ReplayBuffer) -> None:
+    """Mark the episodes in a replay buffer as ended by a timeout, since the environments are about to be reset."""
+    if buffer.size() == 0:
+        return
+    last = (buffer.pos - 1) % buffer.buffer_size
+    if buffer.handle_timeout_termination:
+        buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
+    if buffer.handle_timeout_termination or buffer.optimize_memory_usage:  # whose next observation is the next row
+        buffer.dones[last] = 1
+
+
 class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     """An ``OffPolicyAlgorithm`` that refuses non-finite numbers and damaged files. Its arguments are the same."""
 
@@ -42,6 +53,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._remember_statistics()
+        if self.replay_buffer is not None and (reset_num_timesteps or self._last_obs is None):
+            end_episodes(self.replay_buffer)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_obs is not None
         original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored

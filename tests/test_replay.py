@@ -6,9 +6,11 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -728,6 +730,38 @@ def test_second_learn_with_and_without_reset():
         for reset in (True, False, True):
             model.learn(50, reset_num_timesteps=reset)
             assert largest_error(model) < 1e-4
+
+
+class NumberedEpisodes(gym.Env):
+    """Observes the number of the episode, which also is the reward; episodes do not end."""
+
+    observation_space, action_space, episode = spaces.Box(-1, 1e6, (1,)), spaces.Discrete(2), 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode += 1
+        return np.array([self.episode], dtype=np.float32), {}
+
+    def step(self, action):
+        return np.array([self.episode], dtype=np.float32), float(self.episode), False, False, {}
+
+
+@pytest.mark.parametrize("kwargs", [dict(n_steps=3, gamma=1.0), LOW_MEMORY, dict()])
+@pytest.mark.parametrize("resets_counters", [True, False])
+def test_targets_do_not_reach_over_a_reset(kwargs, resets_counters):
+    """Not in n-step returns, and not where the next observation is the next row."""
+    env = NumberedEpisodes()
+    model = make_model(env, buffer_size=1000, **kwargs).learn(40)
+    model.set_env(env)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # SB3 announces a truncated trajectory
+        model.learn(20, reset_num_timesteps=resets_counters)
+    batch = model.replay_buffer._get_samples(np.arange(57))
+    n_steps = [min(model.n_steps, 40 - i) if i < 40 else model.n_steps for i in range(57)]
+    assert batch.rewards.flatten().tolist() == [n * x for n, x in zip(n_steps, batch.observations[:, 0].tolist())]
+    last = 1.0 if kwargs is LOW_MEMORY else 0.0  # elsewhere, its own next observation is stored
+    assert batch.dones.flatten().tolist() == [0.0] * 39 + [last] + [0.0] * 17
+    assert (batch.next_observations - batch.observations)[batch.dones == 0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("interrupted_at", range(1, 7))
