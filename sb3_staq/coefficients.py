@@ -268,6 +268,8 @@ class Coefficients:
         ent_coef = max(self.first_ent_coef if weights.ent_coef is None else weights.ent_coef, least)
         beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
         average = PolicyUpdate(beta).apply(logit_sums, q_new) / (beta * weights.total + 1.0)
+        if self.rule == "truncated":  # whose weights sum to less than 1 / ent_coef
+            average = average * (1.0 - beta**weights.memory_size)
         ent_coef = solve_ent_coef(
             average,
             branch_sizes,
