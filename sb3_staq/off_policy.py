@@ -5,6 +5,7 @@ Non-finite numbers are refused before they can spread, and so are files that are
 
 import copy
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -155,7 +156,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         Load the model from a zip file, which must be complete.
 
         :param path: the path, or an open file
-        :param env: the environment to continue with; None is enough to predict
+        :param env: the environment to continue with; None is enough to predict, but not with ``HerReplayBuffer``
         :param device: "cpu", "cuda", ...; "auto" is a GPU if there is one
         :param custom_objects: objects by name that replace those in the file
         :param args: as for ``BaseAlgorithm.load``
@@ -164,10 +165,16 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param kwargs: as for ``BaseAlgorithm.load``; also arguments to change
         :return: the model
         :raise ValueError: if the file is damaged or of another algorithm; names what ``weights_only`` needs to be given
+        :raise TypeError: if there is no argument of a name in ``kwargs``
         """
         with open_archive(path, "zip") as file:
             data, name = read_data(file), file_name(path)
             kwargs = {**cls._check_data(data, name, kwargs), **kwargs}
+            if "stats_window_size" in kwargs:
+                kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+            known = {*data, *signature(cls.__init__).parameters, *signature(super().load).parameters}
+            for unknown in kwargs.keys() - known:
+                raise TypeError(f"Invalid argument {unknown}={kwargs[unknown]!r}: expected arguments of {cls.__name__}")
             if weights_only:
                 given = {**dict.fromkeys(LEFT_OUT), **(custom_objects or {}), **kwargs}
                 custom_objects = objects_without_pickles(data, given, name)
@@ -217,7 +224,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             else:
                 check_pickle(path, "pkl")
                 super().load_replay_buffer(path, truncate_last_traj)
-                self._check_replay_buffer()
+                self._check_replay_buffer(getattr(own, "n_steps", 1))
             if not mmap:
                 self._check_stored_numbers()
         except Exception as error:
@@ -226,15 +233,16 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 raise
             raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
 
-    def _check_replay_buffer(self) -> None:
+    def _check_replay_buffer(self, n_steps: int) -> None:
         buffer = self.replay_buffer
         expected = {
             "action_space": flatten_action_space(self.action_space),
             "observation_space": self.observation_space,
             "n_envs": self.n_envs,
+            "n_steps": n_steps,
         }
         for name, value in expected.items():
-            found = getattr(buffer, name)
+            found = getattr(buffer, name, 1)  # only buffers of n-step returns have n_steps
             if found != value:
                 raise ValueError(f"Invalid replay buffer: its {name} is {found}; expected {value}")
 

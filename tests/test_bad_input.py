@@ -880,6 +880,25 @@ def test_gamma_of_n_step_returns_is_fixed():
         model.learn(40)
 
 
+def test_replay_buffer_of_other_n_step_returns(tmp_path):
+    for saved, loaded in ((1, 3), (3, 1)):
+        make_model(n_steps=saved).learn(40).save_replay_buffer(tmp_path / "buffer.pkl")
+        model = make_model(n_steps=loaded)
+        with pytest.raises(ValueError, match=f"Invalid replay buffer: its n_steps is {saved}; expected {loaded}"):
+            model.load_replay_buffer(tmp_path / "buffer.pkl")
+
+
+def test_arguments_of_load(tmp_path):
+    """A misspelt one is refused, as by the constructor; those that have other names in the file take effect."""
+    make_model().learn(40).save(tmp_path / "model")
+    with pytest.raises(TypeError, match=r"Invalid argument kl_coeff=7.0: expected arguments of StaQ"):
+        StaQ.load(tmp_path / "model", kl_coeff=7.0)
+    model = StaQ.load(tmp_path / "model", gym.make("CartPole-v1"), stats_window_size=5, force_reset=False)
+    assert model.learn(10).ep_info_buffer.maxlen == 5
+    with pytest.raises(ValueError, match=r"Invalid stats_window_size=0"):
+        StaQ.load(tmp_path / "model", stats_window_size=0)
+
+
 @pytest.mark.parametrize("rule", ["truncated", "exact"])
 def test_no_entropy_is_accepted_whatever_is_printed(rule, capsys):
     for verbose in (0, 1):

@@ -758,7 +758,7 @@ def test_targets_do_not_reach_over_a_reset(kwargs, resets_counters):
         model.learn(20, reset_num_timesteps=resets_counters)
     batch = model.replay_buffer._get_samples(np.arange(57))
     n_steps = [min(model.n_steps, 40 - i) if i < 40 else model.n_steps for i in range(57)]
-    assert batch.rewards.flatten().tolist() == [n * x for n, x in zip(n_steps, batch.observations[:, 0].tolist())]
+    assert th.equal(batch.rewards, batch.observations * th.tensor(n_steps)[:, None])
     last = 1.0 if kwargs is LOW_MEMORY else 0.0  # elsewhere, its own next observation is stored
     assert batch.dones.flatten().tolist() == [0.0] * 39 + [last] + [0.0] * 17
     assert (batch.next_observations - batch.observations)[batch.dones == 0].count_nonzero() == 0
