@@ -84,10 +84,11 @@ class StaQ(BaseStaQ):
     :param logit_rule: "weight_corrected" (the published rule: deleting old critics causes no error), "truncated" (a
         plain truncation of the sum) or "exact" (nothing is deleted, whatever ``memory_size`` says). Or custom weights
         of the critics by age, newest first: ``memory_size`` numbers, or a function of the age (0 is the newest);
-        ``kl_coef`` then has no effect, and ``ent_coef`` affects only the targets
-    :param kl_coef: weight of the KL divergence between successive policies; larger weights give smaller changes. A
-        number, a schedule, a ``"lin_..."`` string (see :func:`sb3_staq.coefficients.value_at`) or "rel_FACTOR", that
-        multiple of ``ent_coef``. Default: 0.5, Box: "rel_0.5"
+        ``kl_coef`` then has no effect (except on ``memory_size="auto"``), and ``ent_coef`` affects only the targets
+    :param kl_coef: weight of the KL divergence between successive policies; larger weights give smaller changes if
+        ``memory_size`` grows with them. A number, a schedule, a ``"lin_..."`` string (see
+        :func:`sb3_staq.coefficients.value_at`) or "rel_FACTOR", that multiple of ``ent_coef``. Default: 0.5, Box:
+        "rel_0.5"
     :param ent_coef: weight of the policy's entropy: a number, a schedule or a ``"lin_..."`` string. "weight_corrected"
         needs it above 0: a schedule that falls to 0 is followed only down to 1% of its first value. "auto" or
         "auto_FIRST" (FIRST is 0.1 by default) starts at FIRST and adjusts it to keep ``target_entropy``, by a factor of
@@ -136,7 +137,8 @@ class StaQ(BaseStaQ):
     :param replay_buffer_class: class of the replay buffer, for instance ``HerReplayBuffer``; by default as in SB3
     :param replay_buffer_kwargs: keyword arguments of the replay buffer
     :param optimize_memory_usage: store each observation only once, with the same limitations as in SB3
-    :param n_steps: number of rewards in the n-step return of a target
+    :param n_steps: number of rewards in the n-step return of a target; it leaves out the entropies of the states in
+        between, as SB3's SAC does
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
     :param tensorboard_log: folder for TensorBoard logs; None for no logs
     :param policy_kwargs: keyword arguments of the policy, see :class:`StaQPolicy`
