@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
@@ -50,6 +51,7 @@ class BaseStaQ(AverageTrials):
         self._steps_since_train = 0  # environment steps, from `learning_starts` on
         self._replay: PolicyReplay | None = None
         self._learns = False  # whether `learn` is running
+        self._logger = Logger(None, [])  # for `train` by hand, until `learn` or `set_logger` brings another one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_learns": False}  # of a copy, `learn` is not running
