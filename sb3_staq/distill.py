@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
 from sb3_staq.distill_report import DistillReport, measure_policy
 from sb3_staq.mirror_descent import kl_divergence, log_policy
-from sb3_staq.observations import join, select
+from sb3_staq.observations import join, map_fields, select
 from sb3_staq.policies import StaQPolicy
 
 try:
@@ -98,7 +98,9 @@ class _States:
         if self.buffer is not None and len(rows):
             normalize: Any = self.model.get_vec_normalize_env() or (self.env and unwrap_vec_normalize(self.env))
             obs: Any = select(self.buffer.observations, np.divmod(rows, self.buffer.n_envs))
-            obs = obs[:, 0] if isinstance(self.buffer.observation_space, spaces.Discrete) else obs
+            space: Any = self.buffer.observation_space  # of a Discrete, the buffer stores arrays of one number
+            space = space.spaces if isinstance(space, spaces.Dict) else space
+            obs = map_fields(lambda x, part: x.reshape(-1, *part.shape), obs, space)
             parts.append(obs if normalize is None else normalize.normalize_obs(obs))
         for _ in range(0 if self.env is None else -(-n // self.env.num_envs)):
             parts.append(self.obs)

@@ -152,6 +152,28 @@ def test_states_are_normalised(tmp_path):
         assert report.held_out.abs().max() < 5 and len(report.held_out) >= 10
 
 
+def test_discrete_part_of_a_dict():
+    """As in MiniGrid, where it comes first: the states are those of the replay."""
+
+    class DiscreteFirst(RandomObsEnv):
+        def __init__(self):
+            super().__init__("dict")
+            self.observation_space = spaces.Dict([(key, self.observation_space[key]) for key in "ba"])
+
+    model = make_model(DiscreteFirst(), "MultiInputPolicy", learning_starts=100)
+    model.learn(40)
+    grow(model, 3)
+    model.env = None
+    _, report = model.distill(**QUICK)
+
+    def rows(obs, n):
+        return {(*a, b) for a, b in zip(obs["a"].reshape(n, 3).tolist(), obs["b"].reshape(n).tolist(), strict=True)}
+
+    stored = {key: x[:40] for key, x in model.replay_buffer.observations.items()}
+    n = len(report.held_out["b"])
+    assert n > 0 and rows(report.held_out, n) < rows(stored, 40)
+
+
 def test_student_visits_states_in_both_ways(monkeypatch):
     """The stack acts in the first round, then the student; deterministically in every other round."""
     acts, predict = [], StaQPolicy.predict
