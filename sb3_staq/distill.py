@@ -47,7 +47,7 @@ def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.
 
 @contextmanager
 def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]:
-    """Leave the random numbers and the statistics of the training unchanged."""
+    """Leave the training's random numbers and statistics unchanged, but give its environment, if used, a new seed."""
     normalize: Any = None if env is None else unwrap_vec_normalize(env)
     settings = normalize and (normalize.training, normalize.norm_reward)
     numpy_state = np.random.get_state()
@@ -63,6 +63,7 @@ def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]
         if normalize is not None:
             normalize.training, normalize.norm_reward = settings
         if env is not None and env is model.get_env():
+            env.seed()  # by NumPy's generator, so that the training meets new episodes
             model._last_obs = None  # the next learn() begins with a new episode
 
 
@@ -139,7 +140,7 @@ def distill(
     Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; with
     sampled and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is
     the squared error of the logits, up to a constant per branch, plus the KL divergence. The training's random numbers
-    and statistics stay as they are; the model's own environment, if used, is reset.
+    and statistics stay as they are; the model's own environment, if used, is reset and gets a new seed.
 
     :param model: the model, with a replay buffer or an environment
     :param max_kl: stop once the mean of ``KL(stack || student)`` over the held-out states is at most this

@@ -130,6 +130,17 @@ def test_own_environment_is_left_ready():
     np.testing.assert_array_equal(buffer.next_observations[buffer.pos - 1][0], env._last)
 
 
+def test_training_meets_new_episodes():
+    """Its environment does not begin the same episodes after each distillation."""
+    model, starts = distillable(), []
+    buffer = model.replay_buffer
+    for _ in range(3):
+        model.distill(**QUICK)
+        model.learn(3, reset_num_timesteps=False)
+        starts.append(buffer.observations[buffer.pos - 3 : buffer.pos, 0].tolist())
+    assert starts[0] != starts[1] != starts[2] != starts[0]
+
+
 class Shifted(RandomObsEnv):
     """Raw observations around 100."""
 
