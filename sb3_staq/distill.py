@@ -90,7 +90,10 @@ class _States:
         if n_replayed == 0 and env is None:
             raise ValueError("Invalid env=None: expected an environment, as the model has neither one nor a replay")
         self.order = np.random.permutation(n_replayed)
-        self.obs: Any = None if env is None else env.reset()
+        self.obs: Any = None
+        if env is not None:
+            env.seed()  # by NumPy's generator, which has the seed
+            self.obs = env.reset()
 
     def collect(self, actor: StaQPolicy, n: int, deterministic: bool) -> Any:
         """Return up to n states of each kind, as tensors; None if all are used up."""

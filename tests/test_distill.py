@@ -224,6 +224,15 @@ def test_same_seed_same_student():
     assert all(th.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
 
 
+def test_same_seed_same_report():
+    """Also if neither the model nor the environment has a seed."""
+    model = make_model("CartPole-v1", seed=None)
+    grow(model, 3)
+    first, second = (model.distill(env="CartPole-v1", **QUICK)[1] for _ in range(2))
+    assert th.equal(first.held_out, second.held_out)
+    assert (first.kl_mean, first.stack.returns) == (second.kl_mean, second.stack.returns)
+
+
 def test_replay_without_environment(tmp_path):
     model = distillable()
     model.save(tmp_path / "model.zip")
