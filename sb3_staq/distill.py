@@ -5,7 +5,6 @@ The student is a policy whose stack holds one critic, so it predicts, saves, loa
 learns from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from states it visits itself.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
 TAU = 0.005  # of the Polyak average, which becomes the student
+OBS_NORMALISATION = ("norm_obs", "norm_obs_keys", "obs_rms", "clip_obs", "epsilon")  # attributes of VecNormalize
 
 
 def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
@@ -49,19 +49,21 @@ def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.
 def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]:
     """Leave the training's random numbers and statistics unchanged, but give its environment, if used, a new seed."""
     normalize: Any = None if env is None else unwrap_vec_normalize(env)
-    settings = normalize and (normalize.training, normalize.norm_reward)
+    before = {} if normalize is None else dict(vars(normalize))
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             th.manual_seed(seed)
             np.random.seed(seed)
             if normalize is not None:
+                of_training = vars(model.get_vec_normalize_env() or normalize)
+                vars(normalize).update({key: x for key, x in of_training.items() if key in OBS_NORMALISATION})
                 normalize.training = normalize.norm_reward = False
             yield
     finally:
         np.random.set_state(numpy_state)
         if normalize is not None:
-            normalize.training, normalize.norm_reward = settings
+            vars(normalize).update(before)
         if env is not None and env is model.get_env():
             env.seed()  # by NumPy's generator, so that the training meets new episodes
             model._last_obs = None  # the next learn() begins with a new episode
@@ -73,11 +75,8 @@ def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
         return model.get_env()
     own, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
-    if own is not None and own.norm_obs:
-        normalize: Any = unwrap_vec_normalize(vec_env)
-        if normalize is None:
-            raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
-        normalize.obs_rms = copy.deepcopy(own.obs_rms)
+    if own is not None and own.norm_obs and unwrap_vec_normalize(vec_env) is None:
+        raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
     return vec_env
 
 

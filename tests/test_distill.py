@@ -108,7 +108,6 @@ def test_training_does_not_notice():
         if distilled:
             other = VecNormalize(DummyVecEnv([RandomObsEnv]), norm_reward=False)
             model.distill(env=other, **QUICK)
-            np.testing.assert_array_equal(other.obs_rms.mean, env.obs_rms.mean)  # that of the training
         model.learn(40, reset_num_timesteps=False)
         return model, env
 
@@ -161,6 +160,20 @@ def test_states_are_normalised(tmp_path):
     for distilled, where in ((model, {}), (loaded, dict(env=env))):
         _, report = distilled.distill(**QUICK, **where)
         assert report.held_out.abs().max() < 5 and len(report.held_out) >= 10
+
+
+def test_given_environment_normalises_as_in_training():
+    """During distillation only: then its own statistics and limits are back."""
+    model = make_model(VecNormalize(DummyVecEnv([Shifted]), clip_obs=1.5), learning_starts=100)
+    model.learn(60)
+    grow(model, 3)
+    model.replay_buffer.reset()
+    other = VecNormalize(DummyVecEnv([Shifted]))
+    statistics, mean = other.obs_rms, other.obs_rms.mean.copy()
+    _, report = model.distill(env=other, **QUICK)
+    assert report.held_out.abs().max() == 1.5 and report.held_out.mean().abs() < 0.5
+    assert other.obs_rms is statistics and (other.clip_obs, other.training, other.norm_reward) == (10, True, True)
+    np.testing.assert_array_equal(statistics.mean, mean)
 
 
 def test_discrete_part_of_a_dict():
