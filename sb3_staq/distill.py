@@ -5,7 +5,6 @@ The student is a policy whose stack holds one critic, so it predicts, saves, loa
 learns from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from states it visits itself.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
 from sb3_staq.distill_report import DistillReport, measure_policy
 from sb3_staq.mirror_descent import kl_divergence, log_policy
-from sb3_staq.observations import join, select
+from sb3_staq.observations import join, map_fields, select
 from sb3_staq.policies import StaQPolicy
 
 try:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
 TAU = 0.005  # of the Polyak average, which becomes the student
+OBS_NORMALISATION = ("norm_obs", "norm_obs_keys", "obs_rms", "clip_obs", "epsilon")  # attributes of VecNormalize
 
 
 def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
@@ -47,22 +47,25 @@ def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.
 
 @contextmanager
 def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]:
-    """Leave the random numbers and the statistics of the training unchanged."""
+    """Leave the training's random numbers and statistics unchanged, but give its environment, if used, a new seed."""
     normalize: Any = None if env is None else unwrap_vec_normalize(env)
-    settings = normalize and (normalize.training, normalize.norm_reward)
+    before = {} if normalize is None else dict(vars(normalize))
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             th.manual_seed(seed)
             np.random.seed(seed)
             if normalize is not None:
+                of_training = vars(model.get_vec_normalize_env() or normalize)
+                vars(normalize).update({key: x for key, x in of_training.items() if key in OBS_NORMALISATION})
                 normalize.training = normalize.norm_reward = False
             yield
     finally:
         np.random.set_state(numpy_state)
         if normalize is not None:
-            normalize.training, normalize.norm_reward = settings
+            vars(normalize).update(before)
         if env is not None and env is model.get_env():
+            env.seed()  # by NumPy's generator, so that the training meets new episodes
             model._last_obs = None  # the next learn() begins with a new episode
 
 
@@ -72,11 +75,8 @@ def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
         return model.get_env()
     own, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
-    if own is not None and own.norm_obs:
-        normalize: Any = unwrap_vec_normalize(vec_env)
-        if normalize is None:
-            raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
-        normalize.obs_rms = copy.deepcopy(own.obs_rms)
+    if own is not None and own.norm_obs and unwrap_vec_normalize(vec_env) is None:
+        raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
     return vec_env
 
 
@@ -89,7 +89,10 @@ class _States:
         if n_replayed == 0 and env is None:
             raise ValueError("Invalid env=None: expected an environment, as the model has neither one nor a replay")
         self.order = np.random.permutation(n_replayed)
-        self.obs: Any = None if env is None else env.reset()
+        self.obs: Any = None
+        if env is not None:
+            env.seed()  # by NumPy's generator, which has the seed
+            self.obs = env.reset()
 
     def collect(self, actor: StaQPolicy, n: int, deterministic: bool) -> Any:
         """Return up to n states of each kind, as tensors; None if all are used up."""
@@ -98,7 +101,9 @@ class _States:
         if self.buffer is not None and len(rows):
             normalize: Any = self.model.get_vec_normalize_env() or (self.env and unwrap_vec_normalize(self.env))
             obs: Any = select(self.buffer.observations, np.divmod(rows, self.buffer.n_envs))
-            obs = obs[:, 0] if isinstance(self.buffer.observation_space, spaces.Discrete) else obs
+            space: Any = self.buffer.observation_space  # of a Discrete, the buffer stores arrays of one number
+            space = space.spaces if isinstance(space, spaces.Dict) else space
+            obs = map_fields(lambda x, part: x.reshape(-1, *part.shape), obs, space)
             parts.append(obs if normalize is None else normalize.normalize_obs(obs))
         for _ in range(0 if self.env is None else -(-n // self.env.num_envs)):
             parts.append(self.obs)
@@ -137,7 +142,7 @@ def distill(
     Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; with
     sampled and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is
     the squared error of the logits, up to a constant per branch, plus the KL divergence. The training's random numbers
-    and statistics stay as they are; the model's own environment, if used, is reset.
+    and statistics stay as they are; the model's own environment, if used, is reset and gets a new seed.
 
     :param model: the model, with a replay buffer or an environment
     :param max_kl: stop once the mean of ``KL(stack || student)`` over the held-out states is at most this

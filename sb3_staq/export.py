@@ -31,7 +31,7 @@ from sb3_staq.exported_policy import ExportedPolicy
 from sb3_staq.mirror_descent import log_policy
 from sb3_staq.observations import select
 from sb3_staq.policies import EVAL_POLICIES, StaQPolicy
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, open_archive, read_data
 from sb3_staq.staq import StaQ
 
 OUTPUTS = ["action", "sample", "prob"]
@@ -181,7 +181,11 @@ def main() -> None:
     for path in filter(None, (args.vecnormalize, args.replay_buffer)):
         if args.weights_only and not is_npz(path):
             parser.error(f'{path} can run code; expected an ".npz", or --no-weights-only if you trust it')
-    env: Any = args.env and make_vec_env(args.env)
+    env: Any = None
+    if args.env is not None:
+        with open_archive(args.model, "zip") as file:
+            n_envs = read_data(file).get("n_envs", 1)  # a replay buffer holds states of as many
+        env = make_vec_env(args.env, n_envs)
     if env is not None and args.vecnormalize is not None:
         load = load_vec_normalize if is_npz(args.vecnormalize) else VecNormalize.load
         env = load(args.vecnormalize, env)

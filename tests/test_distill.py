@@ -108,7 +108,6 @@ def test_training_does_not_notice():
         if distilled:
             other = VecNormalize(DummyVecEnv([RandomObsEnv]), norm_reward=False)
             model.distill(env=other, **QUICK)
-            np.testing.assert_array_equal(other.obs_rms.mean, env.obs_rms.mean)  # that of the training
         model.learn(40, reset_num_timesteps=False)
         return model, env
 
@@ -128,6 +127,17 @@ def test_own_environment_is_left_ready():
     model.learn(1, reset_num_timesteps=False)
     np.testing.assert_array_equal(buffer.observations[buffer.pos - 1][0], first[0])
     np.testing.assert_array_equal(buffer.next_observations[buffer.pos - 1][0], env._last)
+
+
+def test_training_meets_new_episodes():
+    """Its environment does not begin the same episodes after each distillation."""
+    model, starts = distillable(), []
+    buffer = model.replay_buffer
+    for _ in range(3):
+        model.distill(**QUICK)
+        model.learn(3, reset_num_timesteps=False)
+        starts.append(buffer.observations[buffer.pos - 3 : buffer.pos, 0].tolist())
+    assert starts[0] != starts[1] != starts[2] != starts[0]
 
 
 class Shifted(RandomObsEnv):
@@ -150,6 +160,42 @@ def test_states_are_normalised(tmp_path):
     for distilled, where in ((model, {}), (loaded, dict(env=env))):
         _, report = distilled.distill(**QUICK, **where)
         assert report.held_out.abs().max() < 5 and len(report.held_out) >= 10
+
+
+def test_given_environment_normalises_as_in_training():
+    """During distillation only: then its own statistics and limits are back."""
+    model = make_model(VecNormalize(DummyVecEnv([Shifted]), clip_obs=1.5), learning_starts=100)
+    model.learn(60)
+    grow(model, 3)
+    model.replay_buffer.reset()
+    other = VecNormalize(DummyVecEnv([Shifted]))
+    statistics, mean = other.obs_rms, other.obs_rms.mean.copy()
+    _, report = model.distill(env=other, **QUICK)
+    assert report.held_out.abs().max() == 1.5 and report.held_out.mean().abs() < 0.5
+    assert other.obs_rms is statistics and (other.clip_obs, other.training, other.norm_reward) == (10, True, True)
+    np.testing.assert_array_equal(statistics.mean, mean)
+
+
+def test_discrete_part_of_a_dict():
+    """As in MiniGrid, where it comes first: the states are those of the replay."""
+
+    class DiscreteFirst(RandomObsEnv):
+        def __init__(self):
+            super().__init__("dict")
+            self.observation_space = spaces.Dict([(key, self.observation_space[key]) for key in "ba"])
+
+    model = make_model(DiscreteFirst(), "MultiInputPolicy", learning_starts=100)
+    model.learn(40)
+    grow(model, 3)
+    model.env = None
+    _, report = model.distill(**QUICK)
+
+    def rows(obs, n):
+        return {(*a, b) for a, b in zip(obs["a"].reshape(n, 3).tolist(), obs["b"].reshape(n).tolist(), strict=True)}
+
+    stored = {key: x[:40] for key, x in model.replay_buffer.observations.items()}
+    n = len(report.held_out["b"])
+    assert n > 0 and rows(report.held_out, n) < rows(stored, 40)
 
 
 def test_student_visits_states_in_both_ways(monkeypatch):
@@ -189,6 +235,15 @@ def test_returns_are_of_the_same_seeds():
 def test_same_seed_same_student():
     students = [distillable().distill(**QUICK)[0] for _ in range(2)]
     assert all(th.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
+
+
+def test_same_seed_same_report():
+    """Also if neither the model nor the environment has a seed."""
+    model = make_model("CartPole-v1", seed=None)
+    grow(model, 3)
+    first, second = (model.distill(env="CartPole-v1", **QUICK)[1] for _ in range(2))
+    assert th.equal(first.held_out, second.held_out)
+    assert (first.kl_mean, first.stack.returns) == (second.kl_mean, second.stack.returns)
 
 
 def test_replay_without_environment(tmp_path):

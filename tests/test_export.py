@@ -261,9 +261,9 @@ def test_bad_arguments(tmp_path):
 
 
 def test_command_line(monkeypatch, capsys, tmp_path):
-    """The stack, then a student with the statistics of VecNormalize, from files."""
-    env = VecNormalize(DummyVecEnv([lambda: RandomObsEnv()]))
-    monkeypatch.setattr(export, "make_vec_env", lambda name: DummyVecEnv([RandomObsEnv]))
+    """The stack, then a student with the statistics of VecNormalize, from files; of two environments."""
+    env = VecNormalize(DummyVecEnv([RandomObsEnv] * 2))
+    monkeypatch.setattr(export, "make_vec_env", lambda name, n_envs: DummyVecEnv([RandomObsEnv] * n_envs))
     model = make_model(env)
     model.learn(60)
     model.save(tmp_path / "model.zip")
