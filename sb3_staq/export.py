@@ -189,7 +189,9 @@ def main() -> None:
     if env is not None and args.vecnormalize is not None:
         load = load_vec_normalize if is_npz(args.vecnormalize) else VecNormalize.load
         env = load(args.vecnormalize, env)
-    model = StaQ.load(args.model, env=env, device="cpu", weights_only=args.weights_only)
+    # HER's buffer needs an environment, and without one no buffer is needed
+    buffer: dict[str, Any] = {} if env is not None else dict(replay_buffer_class=None, replay_buffer_kwargs={})
+    model = StaQ.load(args.model, env=env, device="cpu", weights_only=args.weights_only, **buffer)
     model.policy.eval_policy = args.policy or model.policy.eval_policy
     policy = model.policy
     if args.replay_buffer:

@@ -10,6 +10,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -286,6 +288,17 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("--distill")
     assert "--distill needs --env" in capsys.readouterr().err
+
+
+def test_command_line_for_hindsight_experience_replay(monkeypatch, tmp_path):
+    """Its replay buffer needs an environment, exporting does not."""
+    model = make_model(BitFlippingEnv(n_bits=3), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    grow(model, 2)
+    model.save(tmp_path / "model.zip")
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "model.zip"), str(tmp_path / "policy.pt")])
+    export.main()
+    obs = draw(model.observation_space, 5)
+    np.testing.assert_allclose(run_script(tmp_path / "policy.pt", obs)[2], slow_prob(model.policy, obs), atol=1e-5)
 
 
 def test_command_line_runs_nothing_of_the_files(monkeypatch, capsys, tmp_path):
