@@ -30,7 +30,7 @@ NOT_OF_THE_MODEL = (
     *("start_time", "tensorboard_log", "verbose", "_total_timesteps"),
 )
 NOT_COMPARED = ("start_time", "tensorboard_log", "verbose")
-COMPARED_BY_TEXT = {"policy_kwargs", "train_freq"}
+COMPARED_BY_TEXT = {"policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "train_freq"}
 NOT_OF_CALLBACKS = (
     *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
     *("globals", "locals", "logger"),
@@ -73,8 +73,9 @@ class ResumeCallback(BaseCallback):
     :param save_path: folder of the checkpoints of this training, and of no other
     :param keep: number of checkpoints to keep
     :param verbose: Verbosity level: 1 reports from where a training continues
-    :raise ValueError: if the checkpoint is of a training with other arguments. Functions, such as schedules, cannot be
-        compared: those of the checkpoint are used. Other arguments of callbacks and wrappers take effect
+    :raise ValueError: if the checkpoint is of a training with other arguments, or in another environment. Functions,
+        such as schedules, cannot be compared: those of the checkpoint are used. Other arguments of callbacks and
+        wrappers take effect
     """
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
@@ -127,6 +128,9 @@ class ResumeCallback(BaseCallback):
         plain = {name: value for name, value in attributes.items() if name[0] != "_" and isinstance(value, kinds)}
         for name in COMPARED_BY_TEXT & attributes.keys():
             plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
+        plain["stats_window_size"] = self.model._stats_window_size
+        if names := dict.fromkeys(single.name for single in self._start[0][1] if single is not None):
+            plain["env"] = ", ".join(names)
         return plain
 
     def _other_callbacks(self) -> list[BaseCallback]:

@@ -178,13 +178,28 @@ def test_other_arguments_are_refused(tmp_path):
     [
         ("train_freq", dict(train_freq=4)),
         ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9]))),
+        ("replay_buffer_kwargs", dict(replay_buffer_kwargs=dict(n_sampled_goal=1))),
+        ("stats_window_size", dict(stats_window_size=7)),
     ],
 )
 def test_other_rollouts_and_networks_are_refused(name, argument, tmp_path):
-    case = "CartPole-v1"
+    case = "HER" if name == "replay_buffer_kwargs" else "CartPole-v1"
     make(case).learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
     with pytest.raises(ValueError, match=rf"Invalid {name}=.*: the checkpoint .* is of a training with"):
         make(case, **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "other", "kwargs"), [("CartPole-v1", "CartPole-v0", {}), ("Pendulum-v1", "Pendulum-v1", dict(g=9.0))]
+)
+def test_other_environments_are_refused(env_id, other, kwargs, tmp_path):
+    def learn(env):
+        StaQ("MlpPolicy", env, **SMALL).learn(50, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+    learn(gym.make(env_id, render_mode="rgb_array"))
+    learn(gym.make(env_id))
+    with pytest.raises(ValueError, match=rf"Invalid env=.{other}.*: the checkpoint .* of a training with '{env_id}'"):
+        learn(gym.make(other, **kwargs))
 
 
 def test_older_checkpoints_are_refused(tmp_path):
