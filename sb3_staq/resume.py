@@ -188,6 +188,12 @@ class ResumeCallback(BaseCallback):
                 f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of an older version; expected another "
                 "folder"
             )
+        began, begins = rest["arguments"]["num_timesteps"], self._arguments["num_timesteps"]
+        if began != begins:
+            raise ValueError(
+                f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of a training that began at step "
+                f"{began}, this one begins at step {begins}; expected a folder of its own for each call of learn()"
+            )
         for name, value in rest["arguments"].items():
             if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
                 raise ValueError(

@@ -202,6 +202,12 @@ def test_other_environments_are_refused(env_id, other, kwargs, tmp_path):
         learn(gym.make(other, **kwargs))
 
 
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    model = make("CartPole-v1").learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
+    with pytest.raises(ValueError, match=r"Invalid save_path=.* began at step 0, this one begins at step 60; expected"):
+        model.learn(60, callback=ResumeCallback(40, tmp_path, verbose=0), reset_num_timesteps=False)
+
+
 def test_older_checkpoints_are_refused(tmp_path):
     (tmp_path / "step_40").mkdir()
     (tmp_path / "step_40" / "rest.pkl").write_bytes(pickle.dumps(dict(arguments={}, env=[], callbacks=[])))
