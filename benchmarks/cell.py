@@ -93,9 +93,7 @@ class Recorder(CallbackList):
         self._last_report = time.perf_counter()
 
     def _on_training_start(self) -> None:
-        cell = self.cell
         super()._on_training_start()  # goes on from a checkpoint
-        self.cell = cell  # its folder may have moved since
         self._last_report, self._clock = 0.0, None
         self._read_clock()
 

@@ -1,13 +1,20 @@
 """The states of environments: what a training needs besides the model to continue exactly."""
 
+import hashlib
+import inspect
+import io
 import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
@@ -16,37 +23,84 @@ KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "g
 # Attributes that are not a part of the state, and handles of other processes
 NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
-MONITOR_FILE = "contents of the monitor's file"
+# What an attribute may refer to without owning it: a copy would have no effect on the training
+NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
 
 
-def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> dict[str, Any]:
+class Attributes(NamedTuple):
+    """The attributes of a wrapper, a callback or an environment."""
+
+    pickled: bytes  # all at once, since some may share an object
+    digests: dict[str, str]  # of each alone
+    monitor_file: str | None
+    unchanged: frozenset[str] = frozenset()  # since the start of the training
+
+
+class EnvState(NamedTuple):
+    """The state of an environment."""
+
+    name: str
+    wrappers: list[Attributes]
+    own: Any  # None if it cannot provide it
+
+
+VecEnvState = tuple[list[Attributes], list[EnvState | None]]
+
+
+class _OwnPickler(pickle.Pickler):
+    """Refuses everything from which something of ``NOT_OWNED`` can be reached."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, NOT_OWNED):
+            raise pickle.PicklingError(f"not a part of the state: {type(value).__name__}")
+        return NotImplemented
+
+
+def _digest(value: Any) -> str | None:
+    """Hash the value of an attribute, if it can be copied and is not a mere reference."""
+    file = io.BytesIO()
+    try:
+        _OwnPickler(file).dump(value)
+        pickle.loads(file.getvalue())
+    except Exception:  # whatever the reason, a file cannot hold it
+        return None
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
     """Copy the attributes that can be pickled, and the contents of a monitor's file."""
-    state = {}
-    for name, value in vars(owner).items():
-        if name in skip or name in IN_OTHER_PROCESSES:
-            continue
-        try:
-            state[name] = pickle.loads(pickle.dumps(value))
-        except Exception:  # whatever the reason, a file cannot hold it
-            continue
+    names = [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]
+    digests = {name: digest for name in names if (digest := _digest(vars(owner)[name])) is not None}
+    pickled = pickle.dumps({name: vars(owner)[name] for name in digests})
     writer = vars(owner).get("results_writer")
-    if isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name):
-        state[MONITOR_FILE] = Path(writer.file_handler.name).read_bytes().decode()
-    return state
+    has_file = isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name)
+    return Attributes(pickled, digests, Path(writer.file_handler.name).read_bytes().decode() if has_file else None)
 
 
-def set_attributes(owner: Any, state: dict[str, Any]) -> None:
+def _argument_names(owner: Any) -> set[str]:
+    """Return the attributes that are named like arguments, and texts and paths, which are often made of them."""
+    signatures = [inspect.signature(cls.__init__) for cls in type(owner).__mro__]  # type: ignore[misc]
+    named = {name for signature in signatures for name in signature.parameters}
+    attributes = vars(owner).items()
+    return {name for name, value in attributes if name.lstrip("_") in named or isinstance(value, (str, os.PathLike))}
+
+
+def set_attributes(owner: Any, state: Attributes) -> None:
     """
     Set what :func:`get_attributes` copied from an object that was made in the same way.
 
-    A monitor's file is restored: without rows written since, with those that a new start has erased.
+    If this one was made with other arguments, they take effect: it keeps what the training had not changed. A
+    monitor's file is restored: without rows written since, with those that a new start has erased.
     """
-    vars(owner).update({name: value for name, value in state.items() if name != MONITOR_FILE})
+    arguments = _argument_names(owner) & state.unchanged
+    is_same = all(_digest(vars(owner)[name]) == state.digests[name] for name in arguments)
+    keep = () if is_same else state.unchanged
+    vars(owner).update({name: value for name, value in pickle.loads(state.pickled).items() if name not in keep})
     writer = vars(owner).get("results_writer")
-    if isinstance(writer, ResultsWriter) and MONITOR_FILE in state:
+    if isinstance(writer, ResultsWriter) and state.monitor_file is not None:
         writer.file_handler.truncate(0)
         writer.file_handler.seek(0)
-        writer.file_handler.write(state[MONITOR_FILE])
+        writer.file_handler.write(state.monitor_file)
         writer.file_handler.flush()
 
 
@@ -58,22 +112,27 @@ def _layers(env: gym.Env) -> Iterator[Any]:
     yield env
 
 
-def get_env_state(env: gym.Env) -> list[Any]:
-    """
-    Return the state of an environment, with its wrappers and random numbers.
+def _name(env: gym.Env) -> str:
+    """Return the id of an environment, with its arguments if :func:`get_env_state` copies what was made of them."""
+    spec = env.spec
+    if spec is None:
+        return type(env).__name__
+    arguments = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    return f"{spec.id} {arguments}" if arguments and type(env).__module__.startswith(KNOWN_MODULES) else spec.id
 
-    :return: the states of its wrappers, and its own, which is None if it cannot provide it
-    """
+
+def get_env_state(env: gym.Env) -> EnvState:
+    """Return the state of an environment, with its wrappers and random numbers."""
     *wrappers, unwrapped = _layers(env)
     own: Any = None
     if hasattr(unwrapped, "get_training_state"):
         own = unwrapped.get_training_state()
     elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
         own = get_attributes(unwrapped)
-    return [*map(get_attributes, wrappers), own]
+    return EnvState(_name(unwrapped), [*map(get_attributes, wrappers)], own)
 
 
-def set_env_state(env: gym.Env, state: list[Any]) -> bool:
+def set_env_state(env: gym.Env, state: EnvState) -> bool:
     """
     Restore the state of an environment. If it could not provide its own, only its monitors are restored.
 
@@ -81,14 +140,14 @@ def set_env_state(env: gym.Env, state: list[Any]) -> bool:
     :return: whether it is in that state
     """
     *wrappers, unwrapped = _layers(env)
-    is_whole = state[-1] is not None
-    for layer, attributes in zip(wrappers, state[:-1], strict=True):
+    is_whole = state.own is not None
+    for layer, attributes in zip(wrappers, state.wrappers, strict=True):
         if is_whole or isinstance(layer, Monitor):
             set_attributes(layer, attributes)
     if is_whole and hasattr(unwrapped, "set_training_state"):
-        unwrapped.set_training_state(state[-1])
+        unwrapped.set_training_state(state.own)
     elif is_whole:
-        set_attributes(unwrapped, state[-1])
+        set_attributes(unwrapped, state.own)
         if hasattr(unwrapped, "mujoco_renderer"):
             unwrapped.mujoco_renderer.data = unwrapped.data
     return is_whole
@@ -101,11 +160,11 @@ class TrainingState(gym.Wrapper):
     :param env: the environment, with all of its other wrappers
     """
 
-    def get_training_state(self) -> list[Any]:
+    def get_training_state(self) -> EnvState:
         """Return the state, see :func:`get_env_state`."""
         return get_env_state(self.env)
 
-    def set_training_state(self, state: list[Any]) -> bool:
+    def set_training_state(self, state: EnvState) -> bool:
         """Restore a state, see :func:`set_env_state`."""
         return set_env_state(self.env, state)
 
@@ -117,7 +176,7 @@ def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
     yield env
 
 
-def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
+def get_vec_env_state(env: VecEnv) -> VecEnvState:
     """
     Return the state of a vectorised environment.
 
@@ -132,7 +191,24 @@ def get_vec_env_state(env: VecEnv) -> tuple[list[dict[str, Any]], list[Any]]:
     return [get_attributes(layer) for layer in (*wrappers, base)], states
 
 
-def set_vec_env_state(env: VecEnv, state: tuple[list[dict[str, Any]], list[Any]]) -> bool:
+def mark_unchanged(state: Any, start: Any) -> Any:
+    """
+    Mark the attributes of wrappers and callbacks that are as they were at the start of the training.
+
+    :param state: states in lists and tuples
+    :param start: the same at the start of the training
+    :return: the states with the marks
+    """
+    if isinstance(state, Attributes):
+        return state._replace(unchanged=frozenset(dict(state.digests.items() & start.digests.items())))
+    if isinstance(state, EnvState):
+        return state._replace(wrappers=mark_unchanged(state.wrappers, start.wrappers))
+    if isinstance(state, (list, tuple)) and start is not None:
+        return [mark_unchanged(*pair) for pair in zip(state, start, strict=True)]
+    return state
+
+
+def set_vec_env_state(env: VecEnv, state: VecEnvState) -> bool:
     """
     Restore the state of a vectorised environment.
 

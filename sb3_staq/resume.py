@@ -22,7 +22,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
-from sb3_staq.env_state import get_attributes, get_vec_env_state, set_attributes, set_vec_env_state
+from sb3_staq.env_state import get_attributes, get_vec_env_state, mark_unchanged, set_attributes, set_vec_env_state
 from sb3_staq.save_util import atomic_write
 
 NOT_OF_THE_MODEL = (
@@ -30,6 +30,7 @@ NOT_OF_THE_MODEL = (
     *("start_time", "tensorboard_log", "verbose", "_total_timesteps"),
 )
 NOT_COMPARED = ("start_time", "tensorboard_log", "verbose")
+COMPARED_BY_TEXT = {"policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "train_freq"}
 NOT_OF_CALLBACKS = (
     *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
     *("globals", "locals", "logger"),
@@ -72,8 +73,9 @@ class ResumeCallback(BaseCallback):
     :param save_path: folder of the checkpoints of this training, and of no other
     :param keep: number of checkpoints to keep
     :param verbose: Verbosity level: 1 reports from where a training continues
-    :raise ValueError: if the checkpoint is of a training with other arguments. Functions, such as schedules, cannot be
-        compared: those of the checkpoint are used
+    :raise ValueError: if the checkpoint is of a training with other arguments, or in another environment. Functions,
+        such as schedules, cannot be compared: those of the checkpoint are used. Other arguments of callbacks and
+        wrappers take effect
     """
 
     def __init__(self, save_freq: int, save_path: str | Path, keep: int = 1, verbose: int = 1):
@@ -91,6 +93,8 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._drawn_twice: dict[str, Any] = {}
+        self._others = self._other_callbacks()
+        self._start = self._states()
         self._arguments = self._own_arguments()
         if self._checkpoints():
             self._resume(self._checkpoints()[-1])
@@ -119,27 +123,37 @@ class ResumeCallback(BaseCallback):
         return self.save_path / f"step_{self.model.num_timesteps}"
 
     def _own_arguments(self) -> dict[str, Any]:
-        """Return the algorithm's arguments that can be compared: plain values, and two others by their text."""
+        """Return the arguments that can be compared: plain values, and others by their text."""
         kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
         plain = {name: value for name, value in attributes.items() if name[0] != "_" and isinstance(value, kinds)}
-        for name in {"train_freq", "policy_kwargs"} & attributes.keys():
+        for name in COMPARED_BY_TEXT & attributes.keys():
             plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
+        plain["stats_window_size"] = self.model._stats_window_size
+        if names := dict.fromkeys(single.name for single in self._start[0][1] if single is not None):
+            plain["env"] = ", ".join(names)
         return plain
 
-    def _callbacks(self) -> list[BaseCallback]:
-        """Return all callbacks of the training, in a fixed order."""
-        found, todo = [], [self.locals["callback"]]
+    def _other_callbacks(self) -> list[BaseCallback]:
+        """Return all other callbacks of the training, also those that others hold, in a fixed order."""
+        found: list[BaseCallback] = []
+        todo = [self.locals["callback"]]
         while todo:
             callback = todo.pop()
-            found.append(callback)
-            todo += [*getattr(callback, "callbacks", []), *filter(None, [getattr(callback, "callback", None)])]
-        return [callback for callback in found if isinstance(callback, BaseCallback)]
+            if isinstance(callback, BaseCallback) and callback not in found:
+                found.append(callback)
+                for value in vars(callback).values():
+                    todo += value if isinstance(value, list) else [value]
+        return [callback for callback in found if callback is not self]
 
-    @staticmethod
-    def _state_of(callback: BaseCallback) -> tuple[str, dict[str, Any], Any]:
-        eval_env = getattr(callback, "eval_env", None)
-        of_eval_env = None if eval_env is None else get_vec_env_state(eval_env)
-        return type(callback).__name__, get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env
+    def _states(self) -> tuple[Any, list[Any]]:
+        """Return the states of environments and callbacks."""
+        assert self.model.env is not None
+        of_callbacks = []
+        for callback in self._others:
+            eval_env = getattr(callback, "eval_env", None)
+            of_eval_env = None if eval_env is None else get_vec_env_state(eval_env)
+            of_callbacks.append((type(callback).__name__, get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env))
+        return get_vec_env_state(self.model.env), of_callbacks
 
     def save(self) -> None:
         """Save a checkpoint, which gets its name only once it is complete."""
@@ -150,13 +164,11 @@ class ResumeCallback(BaseCallback):
         model.save(unfinished / "model.zip", include=["_last_lstm_states"])  # RecurrentPPO leaves them out
         if hasattr(model, "save_replay_buffer"):
             model.save_replay_buffer(unfinished / "replay_buffer.pkl")
-        assert model.env is not None
         names = "exploration_mat", "exploration_matrices"
         is_over = model.num_timesteps >= model._total_timesteps
         rest = dict(
             arguments=self._arguments,
-            env=get_vec_env_state(model.env),
-            callbacks=[self._state_of(callback) for callback in self._callbacks()],
+            states=mark_unchanged(self._states(), self._start),
             random=_random_states(),
             # Not at the end of a training: if it is prolonged, its next rollout draws new noise
             noise=[] if is_over else [{name: own[name].detach().cpu() for name in names} for own in _noise(model)],
@@ -171,6 +183,17 @@ class ResumeCallback(BaseCallback):
     def _resume(self, checkpoint: Path) -> None:
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
+        if "states" not in rest:
+            raise ValueError(
+                f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of an older version; expected another "
+                "folder"
+            )
+        began, begins = rest["arguments"]["num_timesteps"], self._arguments["num_timesteps"]
+        if began != begins:
+            raise ValueError(
+                f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of a training that began at step "
+                f"{began}, this one begins at step {begins}; expected a folder of its own for each call of learn()"
+            )
         for name, value in rest["arguments"].items():
             if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
                 raise ValueError(
@@ -189,17 +212,19 @@ class ResumeCallback(BaseCallback):
             if value is not None:
                 getattr(model, name).data = value.data
         if (checkpoint / "replay_buffer.pkl").exists():
+            buffer = model.replay_buffer
             model.load_replay_buffer(checkpoint / "replay_buffer.pkl", truncate_last_traj=False)
-        left = list(rest["callbacks"])
-        for callback in self._callbacks():
+            buffer.__dict__ = vars(model.replay_buffer)  # callbacks may refer to the old object: it becomes the same
+        of_env, left = rest["states"]
+        for callback in self._others:
             state = next((state for state in left if state[0] == type(callback).__name__), None)
-            if state is None or callback is self:
+            if state is None:
                 continue
             left.remove(state)
             set_attributes(callback, state[1])
             if state[2] is not None:
                 set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
-        exact = set_vec_env_state(model.env, rest["env"])
+        exact = set_vec_env_state(model.env, of_env)
         model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
         how = "exactly where it was"
         if not exact:

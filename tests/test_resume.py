@@ -1,6 +1,8 @@
 """A training that is stopped anywhere and started again is bitwise the training that was not stopped."""
 
+import functools
 import multiprocessing as mp
+import pickle
 import random
 import signal
 import time
@@ -12,7 +14,7 @@ import torch as th
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
@@ -173,12 +175,44 @@ def test_other_arguments_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("train_freq", dict(train_freq=4)), ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9])))],
+    [
+        ("train_freq", dict(train_freq=4)),
+        ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9]))),
+        ("replay_buffer_kwargs", dict(replay_buffer_kwargs=dict(n_sampled_goal=1))),
+        ("stats_window_size", dict(stats_window_size=7)),
+    ],
 )
 def test_other_rollouts_and_networks_are_refused(name, argument, tmp_path):
-    make("CartPole-v1").learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
+    case = "HER" if name == "replay_buffer_kwargs" else "CartPole-v1"
+    make(case).learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
     with pytest.raises(ValueError, match=rf"Invalid {name}=.*: the checkpoint .* is of a training with"):
-        make("CartPole-v1", **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+        make(case, **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "other", "kwargs"), [("CartPole-v1", "CartPole-v0", {}), ("Pendulum-v1", "Pendulum-v1", dict(g=9.0))]
+)
+def test_other_environments_are_refused(env_id, other, kwargs, tmp_path):
+    def learn(env):
+        StaQ("MlpPolicy", env, **SMALL).learn(50, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+    learn(gym.make(env_id, render_mode="rgb_array"))
+    learn(gym.make(env_id))
+    with pytest.raises(ValueError, match=rf"Invalid env=.{other}.*: the checkpoint .* of a training with '{env_id}'"):
+        learn(gym.make(other, **kwargs))
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    model = make("CartPole-v1").learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
+    with pytest.raises(ValueError, match=r"Invalid save_path=.* began at step 0, this one begins at step 60; expected"):
+        model.learn(60, callback=ResumeCallback(40, tmp_path, verbose=0), reset_num_timesteps=False)
+
+
+def test_older_checkpoints_are_refused(tmp_path):
+    (tmp_path / "step_40").mkdir()
+    (tmp_path / "step_40" / "rest.pkl").write_bytes(pickle.dumps(dict(arguments={}, env=[], callbacks=[])))
+    with pytest.raises(ValueError, match=r"Invalid save_path=.*: its checkpoints are of an older version"):
+        make("CartPole-v1").learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
 
 
 def test_functions_go_on(tmp_path):
@@ -385,3 +419,166 @@ def test_running_statistics_go_on(tmp_path):
     assert sum("running_mean" in name for name in states[0]) == 2
     for name, value in states[0].items():
         assert th.equal(value, states[1][name]), name
+
+
+class Centred(gym.Wrapper):
+    """Shapes the reward by the state of the inner environment."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.inside = dict(simulation=env.unwrapped)
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return obs, reward - abs(float(self.inside["simulation"].state[0])), *rest
+
+
+class Bound(gym.Wrapper):
+    """Keeps methods of the inner environment."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.inner_step, self.inner_reset = env.step, functools.partial(env.reset)
+
+    def step(self, action):
+        return self.inner_step(action)
+
+    def reset(self, **kwargs):
+        return self.inner_reset(**kwargs)
+
+
+class Curious(gym.Wrapper):
+    """Learns a network of its own, which rewards what it does not know."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.network = nn.Linear(4, 1)
+        with th.no_grad():
+            self.network.weight.fill_(0.1)
+        self.optimizer = th.optim.Adam(self.network.parameters(), lr=0.01)
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        loss = self.network(th.as_tensor(obs)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return obs, reward + loss.item(), *rest
+
+
+@pytest.mark.parametrize("wrapper", [Centred, Bound, Curious])
+def test_what_wrappers_refer_to_stays_alive(wrapper, tmp_path):
+    """Parts of the environment, and parts of each other."""
+
+    def learn(callback):
+        env = make_vec_env("CartPole-v1", 1, seed=0, wrapper_class=wrapper)
+        return StaQ("MlpPolicy", env, **SMALL).learn(200, callback=callback)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn([ResumeCallback(40, tmp_path, verbose=0), Stop(130)])
+    assert digest(learn(ResumeCallback(40, tmp_path, verbose=0))) == digest(learn(None))
+
+
+class Refer(BaseCallback):
+    """Refers to parts of the training, and counts."""
+
+    def __init__(self, env):
+        super().__init__()
+        self.vec_normalize, self.count = env, 0
+
+    def _on_training_start(self):
+        self.found = [self.model.replay_buffer, self.model.policy, self.logger]
+
+    def _on_step(self):
+        self.count += 1
+        return True
+
+
+def test_what_callbacks_refer_to_stays_alive(tmp_path):
+    for stop in ([Stop(65)], []):
+        model = make("VecNormalize")
+        callback = Refer(model.env)
+        try:
+            model.learn(200, callback=[callback, ResumeCallback(40, tmp_path, verbose=0), *stop])
+        except KeyboardInterrupt:
+            pass
+    assert callback.vec_normalize is model.env and callback.count == 100
+    buffer, policy, logger = callback.found
+    assert policy is model.policy and logger is model.logger
+    assert buffer.pos == model.replay_buffer.pos == 100 and buffer.rewards is model.replay_buffer.rewards
+
+
+class CountAll(BaseCallback):
+    """Counts its calls, and writes their number to a file."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.file = folder / "calls"
+
+    def _on_step(self):
+        self.file.write_text(str(self.n_calls))
+        return True
+
+
+def test_other_arguments_of_callbacks_take_effect(tmp_path):
+    """In a new folder, as each start of the RL Zoo has one, and with longer intervals."""
+
+    def learn(name, freq, *more):
+        folder = tmp_path / name
+        folder.mkdir()
+        env = make_vec_env("CartPole-v1", 1, seed=9)
+        arguments = dict(n_eval_episodes=1, log_path=str(folder), best_model_save_path=str(folder), verbose=0)
+        evaluation = EvalCallback(env, CountAll(folder), eval_freq=freq, **arguments)
+        callbacks = [evaluation, CheckpointCallback(freq, str(folder)), ResumeCallback(40, tmp_path / "all", verbose=0)]
+        make("CartPole-v1").learn(300, callback=[*callbacks, *more])
+        return evaluation
+
+    with pytest.raises(KeyboardInterrupt):
+        learn("one", 40, Stop(130))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    evaluation = learn("two", 100)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
+    assert np.load(tmp_path / "two" / "evaluations.npz")["timesteps"].tolist() == [40, 80, 120, 200, 300]
+    assert {path.name for path in (tmp_path / "two").glob("rl_model*")} == {f"rl_model_{i}00_steps.zip" for i in (2, 3)}
+    assert evaluation.best_mean_reward == max(map(np.mean, evaluation.evaluations_results))
+
+
+def test_callbacks_within_callbacks_go_on(tmp_path):
+    def learn(folder, *more):
+        inner = Refer(None), Refer(None)
+        evaluation = EvalCallback(make_vec_env("CartPole-v1", 1, seed=9), *inner, 2, eval_freq=20, verbose=0)
+        make("CartPole-v1").learn(300, callback=[evaluation, ResumeCallback(40, folder, verbose=0), *more])
+        assert all(callback.model is evaluation.model for callback in inner)
+        return [callback.count for callback in inner]
+
+    expected = learn(tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "two", Stop(250))
+    assert learn(tmp_path / "two") == expected and expected[1] == 15
+
+
+class Scaled(gym.ObservationWrapper):
+    """Has arguments, what was made of them, a random number, and a count that begins with an argument."""
+
+    def __init__(self, env, factor, count=0):
+        super().__init__(env)
+        self._factor, self.inverse, self.count, self.drawn = factor, 1 / factor, count, random.SystemRandom().random()
+
+    def observation(self, obs):
+        self.count += 1
+        return obs * self._factor
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_other_arguments_of_wrappers_take_effect(factor, tmp_path):
+    """With the same arguments, all goes on; with others, what was not changed by the training is new."""
+
+    def learn(factor, n):
+        env = make_vec_env("CartPole-v1", 1, seed=0, wrapper_class=Scaled, wrapper_kwargs=dict(factor=factor))
+        StaQ("MlpPolicy", env, **SMALL).learn(n, callback=ResumeCallback(40, tmp_path, verbose=0))
+        return env.envs[0]
+
+    old, new = learn(0.5, 100), learn(factor, 200)
+    assert (new._factor, new.inverse) == (factor, 1 / factor)
+    assert new.count > 200 > old.count
+    assert (new.drawn == old.drawn) == (factor == 0.5)
