@@ -33,8 +33,7 @@ def end_episodes(buffer: ReplayBuffer) -> None:
     last = (buffer.pos - 1) % buffer.buffer_size
     if buffer.handle_timeout_termination:
         buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
-    if buffer.handle_timeout_termination or buffer.optimize_memory_usage:  # whose next observation is the next row
-        buffer.dones[last] = 1
+    buffer.dones[last] = 1
 
 
 class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):

@@ -23,6 +23,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
 from sb3_staq.env_state import get_attributes, get_vec_env_state, mark_unchanged, set_attributes, set_vec_env_state
+from sb3_staq.off_policy import end_episodes
 from sb3_staq.save_util import atomic_write
 
 NOT_OF_THE_MODEL = (
@@ -241,10 +242,7 @@ class ResumeCallback(BaseCallback):
         assert model.env is not None
         buffer: Any = getattr(model, "replay_buffer", None)
         if buffer is not None and buffer.size() > 0:
-            last = (buffer.pos - 1) % buffer.buffer_size
-            if buffer.handle_timeout_termination:
-                buffer.timeouts[last] = buffer.timeouts[last] + (1 - buffer.dones[last])
-            buffer.dones[last] = 1
+            end_episodes(buffer)
             if hasattr(buffer, "truncate_last_trajectory"):
                 buffer.truncate_last_trajectory()
         model._last_obs = model.env.reset()  # type: ignore[assignment]
