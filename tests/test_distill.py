@@ -182,7 +182,7 @@ def test_discrete_part_of_a_dict():
     class DiscreteFirst(RandomObsEnv):
         def __init__(self):
             super().__init__("dict")
-            self.observation_space = spaces.Dict([(key, self.observation_space[key]) for key in "ba"])
+            self.observation_space = spaces.Dict(b=spaces.Discrete(5), a=spaces.Box(-1, 1, (3,), np.float32))
 
     model = make_model(DiscreteFirst(), "MultiInputPolicy", learning_starts=100)
     model.learn(40)
