@@ -16,7 +16,7 @@ import pandas as pd
 import torch as th
 from matplotlib.figure import Figure
 
-from benchmarks.figures import save
+from benchmarks.figures import BLUE, save
 from sb3_staq import StaQ
 from sb3_staq.callbacks import PolicyUpdateInfo
 
@@ -68,10 +68,12 @@ def run(n_updates: int) -> pd.DataFrame:
 def plot(table: pd.DataFrame) -> Figure:
     """Plot memory, time and drift over the policy updates."""
     names = [*table.columns[1:3], *table.columns[4:]]
-    axes = table.plot(table.columns[0], names, subplots=True, layout=(2, 2), figsize=(10, 6), title=names, legend=False)
+    panels: dict[str, Any] = dict(subplots=True, layout=(2, 2), figsize=(10, 6), title=names, legend=False)
+    axes = table.plot(table.columns[0], names, color=BLUE, **panels)
     for ax, name in zip(axes.flat, names, strict=True):
         ax.set_ylim(0, 1.1 * table[name].max())
         ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     axes.flat[0].figure.tight_layout()
     return axes.flat[0].figure
 

@@ -26,6 +26,7 @@ LABELS = {
     "trpo": "TRPO",
     "sac": "SAC",
     "staq_last": "StaQ 0.1.0",
+    "staq_five": "StaQ, five episodes",
     "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",

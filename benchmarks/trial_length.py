@@ -3,11 +3,13 @@ How long must a trial of an average be? Trials simulated with the returns of eva
 
     python -m benchmarks.trial_length
 
-Two kinds of trainings. One no longer learns, from 200,000 to 1,000,000 steps: each candidate is one evaluation of the
-task, drawn at random. The other learns, from 10,000 steps on: each candidate is what a training of HalfCheetah-v4
-returned at that step. The episodes of a trial are drawn from the ten of the evaluation, and a trial lasts for 5% of the
-steps so far. A candidate that is ahead then is accepted if it is ahead by enough standard errors, or stays ahead until
-it has enough episodes. What is delivered is worth the mean of the candidate's evaluation.
+Three kinds of trainings. One no longer learns, from 200,000 to 1,000,000 steps: each candidate is one evaluation of the
+task, drawn at random. One learns, from 10,000 steps on: each candidate is what a training of HalfCheetah-v4 returned at
+that step. One stands still, from 350,000 steps on, with the best average of a training of Walker2d-v4: each candidate
+is the one that was accepted there at 850,000 steps, and often falls. The episodes of a trial are drawn from the ten of
+the evaluation, and a trial lasts for 5% of the steps so far. A candidate that is ahead then is accepted if it is ahead
+by enough standard errors, or stays ahead until it has enough episodes. What is delivered is worth the mean of the
+candidate's evaluation.
 """
 
 import csv
@@ -26,8 +28,9 @@ N_TRAININGS, N_ENVS, EPISODE, STEPS = 1000, 8, 1000, 1_000_000
 # Candidates are evaluations with a mean return above this one; the second pool of Hopper-v4 is of good ones
 POOLS = (("Hopper-v4", 1000), ("Hopper-v4", 2800), ("Walker2d-v4", 1000))
 LEARNING = "steadiness/HalfCheetah-v4/mixed_1m/seed_10.csv"
+STANDING = "mujoco_1m/Walker2d-v4/staq_five/seed_52.csv"
 # Episodes that it takes to be accepted, and standard errors that are enough with fewer; with None, nothing is
-RULES = ((1, None), (3, None), (5, None), (10, None), (5, 1.0), (5, 2.0), (5, 3.0))
+RULES = ((1, None), (3, None), (5, None), (10, None), (5, 1.0), (5, 2.0), (5, 3.0), (10, 2.0), (20, 2.0))
 
 
 def evaluations(path: Path) -> Iterator[tuple[int, np.ndarray]]:
@@ -46,11 +49,16 @@ def pool_of(env_id: str, floor: float) -> list[np.ndarray]:
 
 
 def simulate(
-    candidate_at: Callable[[int], np.ndarray], step: int, enough: int, errors: float | None, rng: np.random.Generator
+    candidate_at: Callable[[int], np.ndarray],
+    step: int,
+    best: float,
+    enough: int,
+    errors: float | None,
+    rng: np.random.Generator,
 ) -> pd.DataFrame:
     """Simulate one training: the worth of each candidate, when it was taken, when its trial ended, and how."""
-    best, squares, freedom = -math.inf, 0.0, 0.0
-    trials = []
+    squares, freedom = 0.0, 0.0
+    trials = [(step, step, best, True)] if math.isfinite(best) else []
     while step < STEPS:
         candidate, taken = candidate_at(step), step
         returns: list[float] = []
@@ -82,21 +90,24 @@ def measure(trials: pd.DataFrame, curve: dict[int, np.ndarray] | None) -> tuple[
 
 def main() -> None:
     """Write the table."""
-    curve = dict(evaluations(FOLDER / LEARNING))
+    curve, standing = (dict(evaluations(FOLDER / path)) for path in (LEARNING, STANDING))
+    lucky = [returns for step, returns in standing.items() if step >= 850_000]
+    # Task, floor of the pool, first step, best return at it, candidates
+    trainings = [(env_id, floor, 200_000, -math.inf, pool_of(env_id, floor)) for env_id, floor in POOLS]
+    trainings += [("HalfCheetah-v4, learning", None, 10_000, -math.inf, list(curve.values()))]
+    trainings += [("Walker2d-v4, standing still", None, 350_000, standing[840_000].mean(), [np.concatenate(lucky)])]
     rows = []
-    for env_id, floor in (*POOLS, ("HalfCheetah-v4", None)):
-        pool = list(curve.values()) if floor is None else pool_of(env_id, floor)
+    for name, floor, start, best, pool in trainings:
+        learns = name.endswith("learning")
         for enough, errors in RULES:
             rng = np.random.default_rng(0)
 
-            def candidate_at(step: int, rng=rng, pool=pool, learns=floor is None) -> np.ndarray:
+            def candidate_at(step: int, rng=rng, pool=pool, learns=learns) -> np.ndarray:
                 return curve[step // 10_000 * 10_000] if learns else pool[rng.integers(len(pool))]
 
-            start = 10_000 if floor is None else 200_000
-            trainings = (simulate(candidate_at, start, enough, errors, rng) for _ in range(N_TRAININGS))
-            runs = [measure(trials, curve if floor is None else None) for trials in trainings]
-            share, drawdown = np.transpose(runs)
-            row = dict(env=env_id, floor=floor, n_evaluations=len(pool), episodes=enough, errors=errors)
+            runs = (simulate(candidate_at, start, best, enough, errors, rng) for _ in range(N_TRAININGS))
+            share, drawdown = np.transpose([measure(trials, curve if learns else None) for trials in runs])
+            row = dict(env=name, floor=floor, n_evaluations=len(pool), episodes=enough, errors=errors)
             row |= dict(delivered_to_best=share.mean(), drawdown=drawdown.mean())
             row |= {"drawdown_90": np.quantile(drawdown, 0.9), "above_0.2": (drawdown > 0.2).mean()}
             rows.append(row)

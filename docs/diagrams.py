@@ -135,7 +135,8 @@ def main_effects() -> plt.Figure:
     left.axhline(values[3], color="white", linestyle="--", linewidth=1.5)
     left.plot(values, np.full(5, values[3]), "o", color="white", markersize=6)
     left.set(title="critic of whole actions: $Q(s, a)$", xlabel="$a_1$", ylabel="$a_2$")
-    left.text(-0.98, values[3] + 0.08, "one branch is swept", color="white", fontsize=9)
+    shade = dict(facecolor="black", alpha=0.6, linewidth=0)
+    left.text(-0.98, values[3] + 0.16, "one branch is swept", color="white", fontsize=9, bbox=shade)
     for ax, effect, policy, color, other, own in [
         (middle, effects[0], policies[0], BLUE, 2, 1),
         (right, effects[1], policies[1], ORANGE, 1, 2),
@@ -188,7 +189,9 @@ def data_flow() -> plt.Figure:
     arrow(ax, (5.1, 1.85), (5.1, 2.5))
     ax.text(5.2, 2.17, "weights by age", fontsize=9, color=GREY, va="center")
     arrow(ax, (7.4, 1.37), (6.4, 1.37))
+    ax.text(6.9, 1.49, r"$\eta, \tau$", ha="center", fontsize=9, color=GREY)
     arrow(ax, (2.55, 1.75), (3.8, 2.6))
+    ax.text(3.3, 1.95, "products", fontsize=9, color=GREY, va="center")
     ax.text(0.2, 0.35, "Blue: the memory. Orange: what is trained. Green: what acts.", fontsize=9.5, color=GREY)
     return fig
 

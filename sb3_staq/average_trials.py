@@ -19,9 +19,9 @@ from sb3_staq.policies import StaQPolicy
 
 # A trial lasts for this share of the steps so far, and for at least one greedy episode
 TRIAL_SHARE = 0.05
-# A candidate becomes the best once it is ahead by two standard errors, or after so many episodes: one or two may be
-# lucky, and the comparison never forgets
-ENOUGH_EPISODES = 5
+# A candidate becomes the best once it is ahead by two standard errors, or after so many episodes: a few may be lucky,
+# and the comparison never forgets
+ENOUGH_EPISODES = 20
 # The spread of the episodes is that of all trials, of which older ones count less and less, by this factor per trial
 FORGETTING = 0.9
 

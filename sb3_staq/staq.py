@@ -126,7 +126,7 @@ class StaQ(BaseStaQ):
         at most three times as much with ``average_share``
     :param average_share: share of the environments that act by averages instead of the policy that learns; by each for
         5% of the steps so far and at least one whole episode. The first environment acts greedily, and its mean return
-        tells which average is the best, once it is ahead by two standard errors or for five episodes. If this is no
+        tells which average is the best, once it is ahead by two standard errors or for 20 episodes. If this is no
         whole number of environments, one alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is

@@ -664,7 +664,7 @@ class Watch(BaseCallback):
             freedom = sum(weight * (len(x) - 1) for weight, x in weighted)
             squares = sum(weight * np.sum((x - np.mean(x)) ** 2) for weight, x in weighted)
             error = np.sqrt(squares / freedom / len(returns)) if freedom > 0 else np.inf
-            if is_best and len(returns) < 5 and np.mean(returns) - best[1] < 2 * error:
+            if is_best and len(returns) < 20 and np.mean(returns) - best[1] < 2 * error:
                 continue
             if is_best:
                 best = taken, np.mean(returns)

@@ -21,8 +21,14 @@ STEPS = dict(
     mujoco=400,
     vec_normalize=600,
 )
-NEEDS = {"deploy": "onnxruntime", "lunar_lander": "Box2D", "minatar_breakout": "minatar", "mujoco": "mujoco"}
-SLOW = {"deploy", "minatar_breakout"}  # more than 5 seconds
+NEEDS = {
+    "atari": "ale_py",
+    "deploy": "onnxruntime",
+    "lunar_lander": "Box2D",
+    "minatar_breakout": "minatar",
+    "mujoco": "mujoco",
+}
+SLOW = {"atari", "deploy", "minatar_breakout"}  # more than 5 seconds
 OWN_TESTS = {"demo", "export_policy", "record", "resume"}
 
 
