@@ -6,20 +6,15 @@ import json
 import os
 import pathlib
 import pickle
-import stat
+import shutil
 import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from stable_baselines3.common.save_util import open_path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 PathOrFile = str | pathlib.Path | io.BufferedIOBase
 # Begins the checksum behind a pickle, which unpickling does not reach
@@ -31,10 +26,9 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
     """
     Open a file for writing that replaces ``path`` in one step once it is complete.
 
-    If the process fails or is killed half-way, the old file stays as it was; a leftover temporary file is removed at
-    the next save to the same path. An existing file keeps its mode, and a link stays a link. Pipes and devices are
-    written to directly. Other paths are completed as in SB3: a missing suffix is added, missing folders are created,
-    and a folder's name gets ``_2``.
+    If the process fails or is killed half-way, the old file stays as it was; only a kill leaves a temporary file. An
+    existing file keeps its mode, and a link stays a link. Pipes and devices are written to directly. Other paths are
+    completed as in SB3: a missing suffix is added, missing folders are created, and a folder's name gets ``_2``.
 
     :param path: the file to write; an open file is written to as it is
     :param suffix: suffix for a path that has none, without the dot
@@ -55,57 +49,22 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         with open(path, "wb") as file:
             yield file
         return
-    # Of a fixed length, because the file's own name may be as long as the file system allows
-    prefix = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}."
-    _remove_leftovers(path.parent, prefix)
-    file = _create(path.parent, prefix)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with file:
-            if path.exists() and hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        with open(temporary, "xb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is not None:  # under its lock, so that no other process takes it for a leftover
-                os.replace(file.name, path)
-        if fcntl is None:  # Windows renames closed files only
-            os.replace(file.name, path)
+        os.replace(temporary, path)  # after closing, as Windows asks for
     finally:
-        pathlib.Path(file.name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _is_special(path: pathlib.Path) -> bool:
     """Return whether this is a pipe or a device."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _create(folder: pathlib.Path, prefix: str) -> io.BufferedWriter:
-    """Create a temporary file that is locked as long as its process lives."""
-    while True:
-        file = open(folder / f"{prefix}{uuid.uuid4().hex}.tmp", "xb")
-        if fcntl is None or not _is_abandoned(file) or os.path.exists(file.name):
-            return file
-        file.close()  # another process took it for a leftover before it was locked
-
-
-def _is_abandoned(file: Any) -> bool:
-    """Lock a temporary file, and return whether nobody held it; without support for locks, all seem to be held."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-def _remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
-    """Remove the temporary files of processes that were killed."""
-    if fcntl is None:
-        return
-    for path in folder.glob(f"{prefix}*.tmp"):
-        # Some other process may just have finished or removed it
-        with suppress(OSError), open(path, "r+b") as file:
-            if _is_abandoned(file):
-                path.unlink(missing_ok=True)
 
 
 class _HashingFile:

@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy, save_util
+from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
@@ -554,8 +554,8 @@ def test_names_as_long_as_they_may_be(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs the list of open files that Linux has")
-def test_renames_closed_files_where_there_are_no_locks(tmp_path, monkeypatch):
-    """As on Windows, which refuses to rename an open file."""
+def test_renames_closed_files(tmp_path, monkeypatch):
+    """Windows refuses to rename an open file."""
     replace = os.replace
 
     def replace_closed(source, target):
@@ -564,7 +564,6 @@ def test_renames_closed_files_where_there_are_no_locks(tmp_path, monkeypatch):
             raise PermissionError(source)
         replace(source, target)
 
-    monkeypatch.setattr(save_util, "fcntl", None)
     monkeypatch.setattr(os, "replace", replace_closed)
     model = make_model()
     grow(model, 2)
@@ -730,7 +729,6 @@ def test_killed_save_leaves_the_old_file(what, tmp_path):
         model.save(path)  # and the next save works
         assert_same_policy(StaQ.load(path).policy, model.policy, observations(model))
     savers(model)[path.name](path)
-    assert list(tmp_path.iterdir()) == [path]  # what was left behind is gone
 
 
 # Files of version 0.1.0
