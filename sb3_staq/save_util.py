@@ -68,7 +68,7 @@ def _is_special(path: pathlib.Path) -> bool:
 
 
 class _HashingFile:
-    """Passes everything on to a file, and keeps the checksum of what is written."""
+    """Passes what is written on to a file, and keeps its checksum."""
 
     def __init__(self, file: Any):
         self.file, self.hash = file, hashlib.sha256()
@@ -76,9 +76,6 @@ class _HashingFile:
     def write(self, data: Any) -> None:
         self.hash.update(data)
         self.file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
 
 
 def dump_checked(value: Any, file: Any) -> None:

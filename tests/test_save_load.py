@@ -675,7 +675,6 @@ what, path = sys.argv[1:3]
 model = grown_model(3)
 def stop(obj, file, *args, **kwargs):
     file.write(b"half of it")
-    file.flush()
     print("writing", flush=True)
     sys.stdin.read()
 if what == "buffer":
