@@ -184,22 +184,11 @@ class ResumeCallback(BaseCallback):
     def _resume(self, checkpoint: Path) -> None:
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
-        if "states" not in rest:
-            raise ValueError(
-                f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of an older version; expected another "
-                "folder"
-            )
-        began, begins = rest["arguments"]["num_timesteps"], self._arguments["num_timesteps"]
-        if began != begins:
-            raise ValueError(
-                f"Invalid save_path={str(self.save_path)!r}: its checkpoints are of a training that began at step "
-                f"{began}, this one begins at step {begins}; expected a folder of its own for each call of learn()"
-            )
         for name, value in rest["arguments"].items():
             if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
                 raise ValueError(
                     f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
-                    f"{value!r}; expected the same, or another save_path"
+                    f"{value!r}; expected the same, or another save_path, as each call of learn() needs"
                 )
         data, params, variables = load_from_zip_file(checkpoint / "model.zip", device=model.device)
         assert data is not None and params is not None
