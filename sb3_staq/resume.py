@@ -18,7 +18,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
@@ -51,20 +50,14 @@ def _set_random_states(states: dict[str, Any]) -> None:
         th.cuda.set_rng_state_all(states["cuda"])
 
 
-def _noise(model: BaseAlgorithm) -> list[dict[str, Any]]:
-    """Return the attributes of distributions whose noise lasts for several steps (``use_sde=True``)."""
-    found = [getattr(module, "action_dist", None) for module in model.policy.modules()]
-    return [vars(distribution) for distribution in found if isinstance(distribution, StateDependentNoiseDistribution)]
-
-
 class ResumeCallback(BaseCallback):
     """
     Save checkpoints regularly, and continue from the newest complete one when the same script is started again.
 
     It saves between two rollouts, where nothing is in flight: the model, the replay buffer with the logit cache,
     wrappers with their statistics, environments, callbacks, and the states of all random number generators. Whatever
-    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm; only ARS does not
-    continue bitwise. The files are pickles, so load only your own.
+    happens during a save, the newest complete checkpoint is kept. It works with any SB3 algorithm; only ARS and
+    ``use_sde=True`` do not continue bitwise. The files are pickles, so load only your own.
 
     Example::
 
@@ -93,7 +86,6 @@ class ResumeCallback(BaseCallback):
         return sorted(self.save_path.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
 
     def _on_training_start(self) -> None:
-        self._drawn_twice: dict[str, Any] = {}
         self._others = self._other_callbacks()
         self._start = self._states()
         self._arguments = self._own_arguments()
@@ -102,11 +94,6 @@ class ResumeCallback(BaseCallback):
         self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
 
     def _on_rollout_start(self) -> None:
-        if self._drawn_twice:  # SB3 draws noise before it calls callbacks, so it has just drawn once more
-            for own, noise in zip(_noise(self.model), self._drawn_twice["noise"], strict=True):
-                own.update({name: value.to(self.model.device) for name, value in noise.items()})
-            _set_random_states(self._drawn_twice["random"])
-            self._drawn_twice = {}
         if self.model.num_timesteps >= self._next_save:
             self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
             self.save()
@@ -165,14 +152,10 @@ class ResumeCallback(BaseCallback):
         model.save(unfinished / "model.zip", include=["_last_lstm_states"])  # RecurrentPPO leaves them out
         if hasattr(model, "save_replay_buffer"):
             model.save_replay_buffer(unfinished / "replay_buffer.pkl")
-        names = "exploration_mat", "exploration_matrices"
-        is_over = model.num_timesteps >= model._total_timesteps
         rest = dict(
             arguments=self._arguments,
             states=mark_unchanged(self._states(), self._start),
             random=_random_states(),
-            # Not at the end of a training: if it is prolonged, its next rollout draws new noise
-            noise=[] if is_over else [{name: own[name].detach().cpu() for name in names} for own in _noise(model)],
         )
         with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
             pickle.dump(rest, file)
@@ -221,7 +204,6 @@ class ResumeCallback(BaseCallback):
             self._begin_episodes_anew(model)
             how = "with new episodes, since the environments cannot give their states"
         _set_random_states(rest["random"])
-        self._drawn_twice = rest if rest.get("noise") else {}
         if self.verbose >= 1:
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
 

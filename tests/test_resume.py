@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
-from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -318,24 +318,14 @@ def test_other_algorithms(tmp_path):
     assert th.equal(model.log_ent_coef, expected.log_ent_coef)
 
 
-LASTING = {
-    "noise on policy": (PPO, "MlpPolicy", dict(use_sde=True, n_steps=20, batch_size=20)),
-    "noise off policy": (SAC, "MlpPolicy", dict(use_sde=True, train_freq=20, learning_starts=30, buffer_size=250)),
-    "states of the LSTM": (RecurrentPPO, "MlpLstmPolicy", dict(n_steps=20, batch_size=40, n_epochs=1)),
-}
-
-
 @pytest.mark.parametrize("prolonged", [False, True])
-@pytest.mark.parametrize("case", LASTING)
-def test_what_lasts_for_several_steps_goes_on(case, prolonged, tmp_path):
-    """In other algorithms, between the steps of a rollout or across rollouts; also if more steps are asked for."""
-    algorithm, policy, arguments = LASTING[case]
+def test_states_of_the_lstm_go_on(prolonged, tmp_path):
+    """Across rollouts; also if more steps are asked for."""
 
     def learn(n, **kwargs):
-        policy_kwargs = dict(net_arch=[8], **(dict(lstm_hidden_size=8) if algorithm is RecurrentPPO else {}))
-        env = make_vec_env("Pendulum-v1", 2, seed=0)
-        model = algorithm(policy, env, seed=0, device="cpu", policy_kwargs=policy_kwargs, **arguments)
-        return model.learn(n, **kwargs)
+        env, policy_kwargs = make_vec_env("Pendulum-v1", 2, seed=0), dict(net_arch=[8], lstm_hidden_size=8)
+        arguments = dict(n_steps=20, batch_size=40, n_epochs=1, policy_kwargs=policy_kwargs)
+        return RecurrentPPO("MlpLstmPolicy", env, seed=0, device="cpu", **arguments).learn(n, **kwargs)
 
     expected = learn(200)
     if prolonged:
