@@ -10,13 +10,7 @@ def auto_memory_size(gamma: float, kl_coef: float, ent_coef: float) -> int:
     :return: number of Q-functions
     :raise ValueError: if ``ent_coef`` is 0: no Q-function would ever fade
     """
-    try:
-        bound = resolution_bound(kl_coef, ent_coef)
-    except ValueError:
-        raise ValueError(
-            f"Invalid memory_size='auto': with kl_coef={kl_coef} and ent_coef={ent_coef} no critic ever fades; "
-            "expected an integer >= 1"
-        ) from None
+    bound = resolution_bound(kl_coef, ent_coef)
     return bound if gamma == 1 else min(bound, memory_bound(gamma, kl_coef, ent_coef))
 
 
@@ -66,6 +60,8 @@ def _log_decay_rate(kl_coef: float, ent_coef: float) -> float:
         raise ValueError(f"Invalid kl_coef={kl_coef}: expected a finite number >= 0")
     # With less entropy the bounds would overflow
     if not 0 < ent_coef < math.inf or ent_coef < 1e-300 * kl_coef:
-        accepted = "a finite number > 0 and at least 1e-300 * kl_coef; without entropy no Q-function ever fades"
-        raise ValueError(f"Invalid ent_coef={ent_coef}: expected {accepted}")
+        raise ValueError(
+            f"Invalid ent_coef={ent_coef}: expected a finite number > 0 and at least 1e-300 * kl_coef; without entropy "
+            "no Q-function ever fades, so memory_size='auto' has no bound and has to be an integer"
+        )
     return -math.log1p(ent_coef / kl_coef) if kl_coef > 0 else -math.inf
