@@ -103,7 +103,7 @@ ARGUMENTS = {
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
 }
-# Arguments that `train` reads at each call
+# Arguments that may change during the training, which `train` checks at each call
 CHANGEABLE_ARGUMENTS = (
     "batch_size",
     "tau",
@@ -111,6 +111,9 @@ CHANGEABLE_ARGUMENTS = (
     "memory_size",
     "policy_update_interval",
     "target_update_interval",
+    "exploration_fraction",
+    "exploration_initial_eps",
+    "exploration_final_eps",
     "average_share",
     "reward_scale",
 )

@@ -15,7 +15,6 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_staq.action_spaces import flatten_action_space
-from sb3_staq.arguments import check_argument
 from sb3_staq.average_trials import AverageTrials
 from sb3_staq.observations import select
 from sb3_staq.policies import (
@@ -144,8 +143,6 @@ class BaseStaQ(AverageTrials):
     def _on_step(self) -> None:
         """Count the step, and update the exploration rate."""
         super()._on_step()
-        for name in ("exploration_initial_eps", "exploration_final_eps", "exploration_fraction"):
-            check_argument(name, getattr(self, name))
         schedule = LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
         self.exploration_rate = schedule(self._current_progress_remaining)
         self._steps_since_train += max(0, min(self.n_envs, self.num_timesteps - self.learning_starts))
