@@ -48,8 +48,8 @@ class FrozenCritics(nn.ModuleList):
         template: CriticEnsemble,
         logit_rule: LogitRule,
         memory_size: int,
-        average_window: float = 0.15,
-        average_size: int = 60,
+        average_window: float,
+        average_size: int,
     ):
         super().__init__()
         self.weights = StackWeights(logit_rule, memory_size)
