@@ -74,17 +74,16 @@ class BaseStaQ(AverageTrials):
     def replay(self) -> PolicyReplay:
         """The replay buffer as the training sees it: with the policy at the next states."""
         assert self.replay_buffer is not None
-        parts = self.replay_buffer, self.policy, self._vec_normalize_env
-        replay = self._replay
-        known = (None, None, None) if replay is None else (replay.buffer, replay.policy, replay.vec_normalize)
-        is_known = [part is known_part for part, known_part in zip(parts, known, strict=True)]
-        if replay is None or not all(is_known):  # users may have replaced these very objects
+        replay: Any = self._replay
+        policy, vec_normalize = self.policy, self._vec_normalize_env
+        follows = replay is not None and replay.policy is policy and replay.vec_normalize is vec_normalize
+        if not follows or replay.buffer is not self.replay_buffer:  # users may have replaced these very objects
             use_cache = self.logit_cache
-            if use_cache == "auto" and replay is not None and all(is_known[1:]):
-                use_cache = replay.cache is not None  # as before, if a buffer was loaded
+            if use_cache == "auto" and follows:  # as before, if a buffer was loaded
+                use_cache = replay.cache is not None
             elif use_cache == "auto":
-                use_cache = cache_pays(*parts, self._samples_per_policy_update)
-            replay = self._replay = PolicyReplay(*parts, bool(use_cache))
+                use_cache = cache_pays(self.replay_buffer, policy, vec_normalize, self._samples_per_policy_update)
+            replay = self._replay = PolicyReplay(self.replay_buffer, policy, vec_normalize, bool(use_cache))
         return replay
 
     def predict(
