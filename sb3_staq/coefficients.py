@@ -154,11 +154,6 @@ class Coefficients:
         return self.logit_rule if isinstance(self.logit_rule, str) else None
 
     @property
-    def relative_kl(self) -> float | None:
-        """The factor of a relative ``kl_coef``."""
-        return parse_relative(self.kl_coef)
-
-    @property
     def first_ent_coef(self) -> float | None:
         """The first value of an automatic ``ent_coef``."""
         return parse_auto(self.ent_coef)
@@ -190,9 +185,8 @@ class Coefficients:
         return kl_coef, ent_coef
 
     def _kl_coef_at(self, progress: float, ent_coef: float) -> float:
-        if self.relative_kl is not None:
-            return self.relative_kl * ent_coef
-        return value_at("kl_coef", self.kl_coef, progress)
+        factor = parse_relative(self.kl_coef)
+        return value_at("kl_coef", self.kl_coef, progress) if factor is None else factor * ent_coef
 
     def target_entropy_at(self, progress: float) -> float:
         """
