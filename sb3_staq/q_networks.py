@@ -124,8 +124,7 @@ class QNetwork(Critic):
 
 def _apply_copies(layer: nn.Module, params: dict[str, th.Tensor], x: Any, shared_input: bool) -> th.Tensor:
     """Apply N copies of any layer that differ only in their parameters, if possible in one pass."""
-    traced = exporting()
-    if not traced:
+    if not exporting():
         in_dims = (0, None if shared_input else 0)
         try:
             return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
@@ -133,18 +132,17 @@ def _apply_copies(layer: nn.Module, params: dict[str, th.Tensor], x: Any, shared
             pass
     n_copies = len(next(iter(params.values())))
     copies = [{name: param[i] for name, param in params.items()} for i in range(n_copies)]
-    call = _call_with if traced else functional_call  # th.jit.trace refuses the latter
-    return th.stack([call(layer, p, (x if shared_input else x[i],)) for i, p in enumerate(copies)])
+    return th.stack([_call_with(layer, p, x if shared_input else x[i]) for i, p in enumerate(copies)])
 
 
-def _call_with(layer: nn.Module, params: dict[str, th.Tensor], args: tuple[Any, ...]) -> th.Tensor:
-    """Call a layer with other parameters in place of its own."""
+def _call_with(layer: nn.Module, params: dict[str, th.Tensor], x: Any) -> th.Tensor:
+    """Call a layer with other parameters in place of its own, like ``functional_call``, which cannot be traced."""
     owners = [(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in params]
     own: list[Any] = [owner._parameters[leaf] for owner, leaf in owners]
     try:
         for (owner, leaf), param in zip(owners, params.values(), strict=True):
             owner._parameters[leaf] = param  # type: ignore[assignment]
-        return layer(*args)
+        return layer(x)
     finally:
         for (owner, leaf), old in zip(owners, own, strict=True):
             owner._parameters[leaf] = old
