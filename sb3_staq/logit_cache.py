@@ -176,8 +176,7 @@ def cache_fits(buffer: ReplayBuffer, n_bins: int) -> bool:
     It may take ``CACHE_BYTES`` more than half of the replay buffer.
     """
     arrays = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
-    next_arrays = {} if buffer.optimize_memory_usage else arrays
-    n_states = buffer.buffer_size * buffer.n_envs
     observations = sum(array.nbytes for array in arrays.values())
-    needed = observations + n_states * (4 * n_bins + BYTES_PER_KEY)
-    return needed <= CACHE_BYTES + (observations + sum(array.nbytes for array in next_arrays.values())) // 2
+    stored = observations if buffer.optimize_memory_usage else 2 * observations
+    needed = observations + buffer.buffer_size * buffer.n_envs * (4 * n_bins + BYTES_PER_KEY)
+    return needed <= CACHE_BYTES + stored // 2
