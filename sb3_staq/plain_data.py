@@ -176,17 +176,13 @@ def load_policy(
     device = get_device(device)
     with open_archive(path) as file:
         try:
-            try:
-                saved = th.load(file, map_location=device, weights_only=True)
-            except pickle.UnpicklingError as error:
-                if weights_only:
-                    raise ValueError(
-                        f"Invalid weights_only=True: {file_name(path)} has its arguments as code only; expected a file "
-                        "of StaQPolicy.save. If you know whose it is, load it without, and save it again"
-                    ) from error
-                file.seek(0)
-                saved = th.load(file, map_location=device, weights_only=False)
+            saved = th.load(file, map_location=device, weights_only=weights_only)
         except (RuntimeError, pickle.UnpicklingError) as error:  # from PyTorch's own reader
+            if weights_only and isinstance(error, pickle.UnpicklingError):
+                raise ValueError(
+                    f"Invalid weights_only=True: {file_name(path)} has its arguments as code only; expected a file of "
+                    "StaQPolicy.save. If you know whose it is, load it without, and save it again"
+                ) from error
             raise ValueError(f"{file_name(path)} is damaged, or no policy: {error}") from error
     if not (isinstance(saved, dict) and saved.keys() >= {"state_dict", "data"}):
         raise ValueError(f"{file_name(path)} is no policy: expected a file of StaQPolicy.save")
