@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
-from sb3_staq.mirror_descent import StackWeights, entropy, kl_divergence, log_policy, max_entropy
+from sb3_staq.mirror_descent import StackWeights, centre, entropy, kl_divergence, log_policy, max_entropy
 from sb3_staq.observations import select
 from sb3_staq.save_util import atomic_write
 from sb3_staq.staq import PolicyUpdateInfo, StaQ
@@ -128,8 +128,7 @@ class PolicyUpdateDiagnostics(BaseCallback):
         for i, entry in enumerate(critics):
             q_values = entry.q_values(obs).cpu().double()
             logits = logits + weightings[:, i, None, None] * q_values
-            centred = [branch - branch.mean(dim=-1, keepdim=True) for branch in q_values.split(branches, dim=-1)]
-            deviations[i] = th.cat(centred, dim=-1).abs().mean()
+            deviations[i] = centre(q_values, branches).abs().mean()
 
         log_pi, log_old, log_kept = log_policy(logits, branches)
         best = [branch.topk(2).values for branch in logits[0].split(branches, dim=-1) if branch.shape[-1] > 1]

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
 from sb3_staq.distill_report import DistillReport, measure_policy
-from sb3_staq.mirror_descent import kl_divergence, log_policy
+from sb3_staq.mirror_descent import centre, kl_divergence, log_policy
 from sb3_staq.observations import join, map_fields, select
 from sb3_staq.policies import StaQPolicy
 
@@ -35,10 +35,6 @@ HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
 TAU = 0.005  # of the Polyak average, which becomes the student
 OBS_NORMALISATION = ("norm_obs", "norm_obs_keys", "obs_rms", "clip_obs", "epsilon")  # attributes of VecNormalize
-
-
-def _centre(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
-    return th.cat([x - x.mean(dim=1, keepdim=True) for x in logits.split(list(branch_sizes), dim=1)], dim=1)
 
 
 def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
@@ -170,7 +166,7 @@ def distill(
             new = states.collect(student if trained else policy, states_per_round, len(trained) % 2 == 1)
             if new is not None:
                 with th.no_grad():
-                    new_logits = _centre(policy.logits(new), sizes)
+                    new_logits = centre(policy.logits(new), sizes)
                 held_out = th.randperm(len(new_logits)) < HELD_OUT * len(new_logits)
                 trained.append((select(new, ~held_out), new_logits[~held_out]))
                 tested.append((select(new, held_out), new_logits[held_out]))
@@ -184,7 +180,7 @@ def distill(
             if n_steps == 0:  # the student's outputs are of the order of 1
                 scale = max(logits.square().mean().sqrt().item(), 1e-6)
             for rows in th.randint(len(logits), (min(STEPS_PER_ROUND, max_steps - n_steps), BATCH_SIZE)):
-                outputs = _centre(critics.q_values(student.preprocess(select(obs, rows))), sizes)
+                outputs = centre(critics.q_values(student.preprocess(select(obs, rows))), sizes)
                 loss = (outputs - logits[rows] / scale).square().mean()
                 loss = loss + _kl(logits[rows], scale * outputs, sizes).mean()
                 student.optimizer.zero_grad()

@@ -205,6 +205,11 @@ def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
     return th.cat([th.log_softmax(branch, dim=-1) for branch in logits.split(list(branch_sizes), dim=-1)], dim=-1)
 
 
+def centre(values: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
+    """Subtract the mean over each branch, which makes no difference to a product policy: same shape."""
+    return th.cat([x - x.mean(dim=-1, keepdim=True) for x in values.split(list(branch_sizes), dim=-1)], dim=-1)
+
+
 def entropy(log_pi: th.Tensor) -> th.Tensor:
     """Compute the entropy in nats, summed over the branches: shape (..., sum(branch_sizes)) -> (...)."""
     return -(log_pi.exp() * log_pi).sum(dim=-1)
