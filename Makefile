@@ -58,13 +58,9 @@ wheel-test:
 	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd $$(mktemp -d) && $(abspath $(VENV))-wheel/bin/python -m rl_zoo3.train --algo staq --env CartPole-v1 -n 2000 --eval-freq -1
 
-# The results that the README shows; the runs take hours, are resumable and repeat nothing that is done
+# The reports and figures, from the committed results; docs/algorithm.md has the commands that make the results
 figures: $(INSTALLED)
-	$(BIN)/python -m benchmarks run classic
-	$(BIN)/python -m benchmarks report classic
-	$(BIN)/python -m benchmarks run mujoco --algos staq --envs Hopper-v4 Walker2d-v4
-	$(BIN)/python -m benchmarks run mujoco --seeds 0 1 2 --algos staq_last sac --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4
-	$(BIN)/python -m benchmarks report mujoco
+	for suite in classic mujoco mujoco_1m minatar; do $(BIN)/python -m benchmarks report $$suite || exit 1; done
 	$(BIN)/python -m docs.diagrams
 
 # A hundred kills at random moments, and other faults; takes half an hour

@@ -75,8 +75,9 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         if reset_num_timesteps:
             self._trial_step, self._trial_episode = 0, False
         assert self.env is not None
-        self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor))
-        if self.policy.eval_policy == "best" and self.average_share > 0 and not self._monitored:
+        tries = self.average_share > 0  # otherwise other VecEnvs are not asked: they need not know their wrappers
+        self._monitored = tries and (is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor)))
+        if self.policy.eval_policy == "best" and tries and not self._monitored:
             warnings.warn(
                 "eval_policy='best' is the average: without a Monitor or VecMonitor around the environments, no return "
                 "tells which average is the best",

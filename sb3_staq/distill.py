@@ -158,6 +158,10 @@ def distill(
     policy, sizes, vec_env = model.policy, model.policy.branches.sizes, _wrap(model, env)
     if not policy.frozen_critics:
         raise ValueError(f"Invalid model={model!r}: expected one with at least one policy update")
+    if model._learns and vec_env is model.get_env():
+        raise ValueError(
+            f"Invalid env={env!r}: expected another environment than the one in which the model is learning"
+        )
     with _undisturbed(model, vec_env, seed), tqdm(total=max_steps, disable=not progress_bar, unit="step") as bar:
         student, states = _make_student(policy, policy_kwargs), _States(model, vec_env)
         critics: Any = student.critics

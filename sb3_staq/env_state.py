@@ -30,8 +30,10 @@ NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
 class Attributes(NamedTuple):
     """The attributes of a wrapper, a callback or an environment."""
 
+    owner: str  # name of its class
     pickled: bytes  # all at once, since some may share an object
     digests: dict[str, str]  # of each alone
+    left_out: list[str]  # those that cannot be pickled
     monitor_file: str | None
     unchanged: frozenset[str] = frozenset()  # since the start of the training
 
@@ -47,34 +49,42 @@ class EnvState(NamedTuple):
 VecEnvState = tuple[list[Attributes], list[EnvState | None]]
 
 
+class _ReferenceError(pickle.PicklingError):
+    """The attribute is not a part of the state."""
+
+
 class _OwnPickler(pickle.Pickler):
     """Refuses everything from which something of ``NOT_OWNED`` can be reached."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, NOT_OWNED):
-            raise pickle.PicklingError(f"not a part of the state: {type(value).__name__}")
+            raise _ReferenceError
         return NotImplemented
 
 
-def _digest(value: Any) -> str | None:
+def _digest(value: Any) -> str:
     """Hash the value of an attribute, if it can be copied and is not a mere reference."""
     file = io.BytesIO()
-    try:
-        _OwnPickler(file).dump(value)
-        pickle.loads(file.getvalue())
-    except Exception:  # whatever the reason, a file cannot hold it
-        return None
+    _OwnPickler(file).dump(value)
+    pickle.loads(file.getvalue())
     return hashlib.sha256(file.getvalue()).hexdigest()
 
 
 def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
     """Copy the attributes that can be pickled, and the contents of a monitor's file."""
-    names = [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]
-    digests = {name: digest for name in names if (digest := _digest(vars(owner)[name])) is not None}
+    digests, left_out = {}, []
+    for name in [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]:
+        try:
+            digests[name] = _digest(vars(owner)[name])
+        except _ReferenceError:
+            pass
+        except Exception:  # whatever the reason, a file cannot hold it
+            left_out.append(name)
     pickled = pickle.dumps({name: vars(owner)[name] for name in digests})
     writer = vars(owner).get("results_writer")
     has_file = isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name)
-    return Attributes(pickled, digests, Path(writer.file_handler.name).read_bytes().decode() if has_file else None)
+    monitor_file = Path(writer.file_handler.name).read_bytes().decode() if has_file else None
+    return Attributes(type(owner).__name__, pickled, digests, left_out, monitor_file)
 
 
 def _argument_names(owner: Any) -> set[str]:
@@ -89,13 +99,24 @@ def set_attributes(owner: Any, state: Attributes) -> None:
     """
     Set what :func:`get_attributes` copied from an object that was made in the same way.
 
-    If this one was made with other arguments, they take effect: it keeps what the training had not changed. A
-    monitor's file is restored: without rows written since, with those that a new start has erased.
+    If this one was made with other arguments, they take effect: it keeps what the training had not changed. Lists and
+    dictionaries stay the same objects, since others may hold them. A monitor's file is restored: without rows written
+    since, with those that a new start has erased.
     """
-    arguments = _argument_names(owner) & state.unchanged
-    is_same = all(_digest(vars(owner)[name]) == state.digests[name] for name in arguments)
+    digests = get_attributes(owner).digests
+    is_same = all(digests.get(name) == state.digests[name] for name in _argument_names(owner) & state.unchanged)
     keep = () if is_same else state.unchanged
-    vars(owner).update({name: value for name, value in pickle.loads(state.pickled).items() if name not in keep})
+    for name, value in pickle.loads(state.pickled).items():
+        old = vars(owner).get(name)
+        if name in keep:
+            continue
+        if type(old) is type(value) is list:
+            old[:] = value
+        elif type(old) is type(value) is dict:
+            old.clear()
+            old.update(value)
+        else:
+            vars(owner)[name] = value
     writer = vars(owner).get("results_writer")
     if isinstance(writer, ResultsWriter) and state.monitor_file is not None:
         writer.file_handler.truncate(0)
@@ -134,7 +155,7 @@ def get_env_state(env: gym.Env) -> EnvState:
 
 def set_env_state(env: gym.Env, state: EnvState) -> bool:
     """
-    Restore the state of an environment. If it could not provide its own, only its monitors are restored.
+    Restore the state of an environment. If it could not provide its own, only its wrappers are restored.
 
     :param env: an environment that was made in the same way
     :return: whether it is in that state
@@ -142,8 +163,9 @@ def set_env_state(env: gym.Env, state: EnvState) -> bool:
     *wrappers, unwrapped = _layers(env)
     is_whole = state.own is not None
     for layer, attributes in zip(wrappers, state.wrappers, strict=True):
-        if is_whole or isinstance(layer, Monitor):
-            set_attributes(layer, attributes)
+        set_attributes(layer, attributes)
+        if isinstance(layer, Monitor):
+            layer.needs_reset |= not is_whole
     if is_whole and hasattr(unwrapped, "set_training_state"):
         unwrapped.set_training_state(state.own)
     elif is_whole:
@@ -189,6 +211,14 @@ def get_vec_env_state(env: VecEnv) -> VecEnvState:
     elif all(base.env_is_wrapped(TrainingState)):
         states = base.env_method("get_training_state")
     return [get_attributes(layer) for layer in (*wrappers, base)], states
+
+
+def names_left_out(state: Any) -> set[str]:
+    """Return the attributes in states, lists and tuples that could not be pickled, with their classes."""
+    if isinstance(state, Attributes):
+        return {f"{state.owner}.{name}" for name in state.left_out}
+    parts = state if isinstance(state, (list, tuple)) else []
+    return set().union(*(names_left_out(part) for part in parts))
 
 
 def mark_unchanged(state: Any, start: Any) -> Any:

@@ -4,6 +4,7 @@ Non-finite numbers are refused before they can spread, and so are files that are
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from types import MappingProxyType
@@ -34,6 +35,10 @@ def end_episodes(buffer: ReplayBuffer) -> None:
     if buffer.handle_timeout_termination:
         buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
     buffer.dones[last] = 1
+    if isinstance(buffer, HerReplayBuffer):  # or goals would come from the episodes after
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does what it is asked for
+            buffer.truncate_last_trajectory()
 
 
 class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):

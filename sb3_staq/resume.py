@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_staq.arguments import CALLBACK_ARGUMENTS, check_argument
-from sb3_staq.env_state import get_attributes, get_vec_env_state, mark_unchanged, set_attributes, set_vec_env_state
+from sb3_staq.env_state import (
+    get_attributes,
+    get_vec_env_state,
+    mark_unchanged,
+    names_left_out,
+    set_attributes,
+    set_vec_env_state,
+)
 from sb3_staq.off_policy import end_episodes
 from sb3_staq.save_util import atomic_write
 
@@ -29,7 +38,7 @@ NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
     *("start_time", "tensorboard_log", "verbose", "_total_timesteps"),
 )
-NOT_COMPARED = ("start_time", "tensorboard_log", "verbose")
+NOT_COMPARED = {"tensorboard_log", "verbose"}
 COMPARED_BY_TEXT = {"policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "train_freq"}
 NOT_OF_CALLBACKS = (
     *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
@@ -83,10 +92,12 @@ class ResumeCallback(BaseCallback):
 
     def _checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
-        return sorted(self.save_path.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        steps = {path: path.name.removeprefix("step_") for path in self.save_path.glob("step_*")}
+        return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))
 
     def _on_training_start(self) -> None:
         self._others = self._other_callbacks()
+        self._of_callbacks: list[Any] = []
         self._start = self._states()
         self._arguments = self._own_arguments()
         if self._checkpoints():
@@ -94,6 +105,8 @@ class ResumeCallback(BaseCallback):
         self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
 
     def _on_rollout_start(self) -> None:
+        self._restore_callbacks()  # again, as those behind this one have had their `_on_training_start` since
+        self._of_callbacks = []
         if self.model.num_timesteps >= self._next_save:
             self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
             self.save()
@@ -102,8 +115,7 @@ class ResumeCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        is_over = self.model.num_timesteps >= self.model._total_timesteps  # otherwise it was stopped within a rollout
-        if is_over and not self._path().exists():  # it exists if a finished training was started again
+        if self.model.num_timesteps >= self.model._total_timesteps:  # otherwise it was stopped within a rollout
             self.save()
 
     def _path(self) -> Path:
@@ -111,14 +123,20 @@ class ResumeCallback(BaseCallback):
         return self.save_path / f"step_{self.model.num_timesteps}"
 
     def _own_arguments(self) -> dict[str, Any]:
-        """Return the arguments that can be compared: plain values, and others by their text."""
+        """Return the arguments that can be compared: plain values, and others by their text; and where it begins."""
         kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
-        plain = {name: value for name, value in attributes.items() if name[0] != "_" and isinstance(value, kinds)}
+        signatures = [signature(cls.__init__) for cls in type(self.model).__mro__]  # type: ignore[misc]
+        names = {name for found in signatures for name in found.parameters} - NOT_COMPARED
+        names |= {"num_timesteps", "_n_updates"}
+        plain = {name: attributes[name] for name in names & attributes.keys() if isinstance(attributes[name], kinds)}
         for name in COMPARED_BY_TEXT & attributes.keys():
             plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
         plain["stats_window_size"] = self.model._stats_window_size
-        if names := dict.fromkeys(single.name for single in self._start[0][1] if single is not None):
-            plain["env"] = ", ".join(names)
+        layers, singles = self._start[0]
+        singles = [single for single in singles if single is not None]
+        if singles:
+            plain["env"] = ", ".join(dict.fromkeys(single.name for single in singles))
+        plain["wrappers"] = ", ".join(x.owner for x in (*layers, *(singles[0].wrappers if singles else [])))
         return plain
 
     def _other_callbacks(self) -> list[BaseCallback]:
@@ -139,12 +157,14 @@ class ResumeCallback(BaseCallback):
         of_callbacks = []
         for callback in self._others:
             eval_env = getattr(callback, "eval_env", None)
-            of_eval_env = None if eval_env is None else get_vec_env_state(eval_env)
-            of_callbacks.append((type(callback).__name__, get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env))
+            of_eval_env = get_vec_env_state(eval_env) if isinstance(eval_env, VecEnv) else None
+            of_callbacks.append((get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env))
         return get_vec_env_state(self.model.env), of_callbacks
 
     def save(self) -> None:
-        """Save a checkpoint, which gets its name only once it is complete."""
+        """Save a checkpoint, which gets its name only once it is complete, unless there is one of this step."""
+        if self._path().exists():  # such as that of a finished training that was started again
+            return
         model, unfinished = self.model, self.save_path / f"unfinished_{os.getpid()}"
         for path in self.save_path.glob("unfinished_*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -159,7 +179,6 @@ class ResumeCallback(BaseCallback):
         )
         with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
             pickle.dump(rest, file)
-        shutil.rmtree(self._path(), ignore_errors=True)
         unfinished.rename(self._path())
         for path in self._checkpoints()[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
@@ -168,7 +187,7 @@ class ResumeCallback(BaseCallback):
         model: Any = self.model
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
         for name, value in rest["arguments"].items():
-            if name not in NOT_COMPARED and self._arguments.get(name, value) != value:
+            if self._arguments.get(name, value) != value:
                 raise ValueError(
                     f"Invalid {name}={self._arguments[name]!r}: the checkpoint {checkpoint} is of a training with "
                     f"{value!r}; expected the same, or another save_path, as each call of learn() needs"
@@ -188,34 +207,39 @@ class ResumeCallback(BaseCallback):
             buffer = model.replay_buffer
             model.load_replay_buffer(checkpoint / "replay_buffer.pkl", truncate_last_traj=False)
             buffer.__dict__ = vars(model.replay_buffer)  # callbacks may refer to the old object: it becomes the same
+        left_out = names_left_out(rest["states"])
         of_env, left = rest["states"]
         for callback in self._others:
-            state = next((state for state in left if state[0] == type(callback).__name__), None)
-            if state is None:
-                continue
-            left.remove(state)
-            set_attributes(callback, state[1])
-            if state[2] is not None:
-                set_vec_env_state(callback.eval_env, state[2])  # type: ignore[attr-defined]
+            state = next((state for state in left if state[0].owner == type(callback).__name__), None)
+            if state is not None:
+                left.remove(state)
+                self._of_callbacks.append((callback, *state))
+        self._restore_callbacks()
         exact = set_vec_env_state(model.env, of_env)
         model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
         how = "exactly where it was"
         if not exact:
             self._begin_episodes_anew(model)
             how = "with new episodes, since the environments cannot give their states"
+        if left_out:
+            how += f"; left out, since they cannot be pickled: {', '.join(sorted(left_out))}"
         _set_random_states(rest["random"])
         if self.verbose >= 1:
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
+
+    def _restore_callbacks(self) -> None:
+        for callback, attributes, of_eval_env in self._of_callbacks:
+            set_attributes(callback, attributes)
+            if of_eval_env is not None:
+                set_vec_env_state(callback.eval_env, of_eval_env)
 
     @staticmethod
     def _begin_episodes_anew(model: BaseAlgorithm) -> None:
         """Start new episodes; in the replay buffer, the old ones end as if by a timeout."""
         assert model.env is not None
         buffer: Any = getattr(model, "replay_buffer", None)
-        if buffer is not None and buffer.size() > 0:
+        if buffer is not None:
             end_episodes(buffer)
-            if hasattr(buffer, "truncate_last_trajectory"):
-                buffer.truncate_last_trajectory()
         model._last_obs = model.env.reset()  # type: ignore[assignment]
         model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
         if model._vec_normalize_env is not None:

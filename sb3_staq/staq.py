@@ -103,7 +103,8 @@ class StaQ(BaseStaQ):
     :param n_critics: number of critics in the ensemble
     :param critic_reduction: "mean" or "min" of the critics' expected values, for the targets. The policy follows the
         critics' mean. Default: "mean", Box: "min"
-    :param target_update_interval: gradient steps between two updates of the target critics
+    :param target_update_interval: gradient steps between two updates of the target critics; the main effects of a
+        ``Box`` follow at every step, by ``tau / target_update_interval``
     :param exploration_fraction: share of the training over which the exploration rate goes from its initial to its
         final value
     :param exploration_initial_eps: initial probability of a uniformly random action; all other actions follow the

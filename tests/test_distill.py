@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -274,6 +275,18 @@ def test_replay_without_environment(tmp_path):
 def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"Invalid {name}="):
         distill(make_model(), **{name: value})
+
+
+def test_not_in_the_environment_of_a_running_training():
+    class Distill(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 100:
+                with pytest.raises(ValueError, match=r"Invalid env=None: expected another environment"):
+                    self.model.distill()
+                self.model.distill(env=RandomObsEnv(), max_steps=10, n_eval_episodes=1)
+            return True
+
+    make_model(RandomObsEnv()).learn(200, callback=Distill())
 
 
 def test_bad_models_and_environments():

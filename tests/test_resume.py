@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.wrappers import NormalizeObservation
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, SAC
@@ -146,7 +147,12 @@ def test_environments_without_a_state(tmp_path, capsys):
     arguments = {**SMALL, "buffer_size": 250}
 
     def make_env():
-        return VecNormalize(make_vec_env(RandomObsEnv, 2, monitor_dir=str(tmp_path / "monitors")))
+        return VecNormalize(
+            make_vec_env(
+                RandomObsEnv, 2, monitor_dir=str(tmp_path / "monitors"), monitor_kwargs=dict(allow_early_resets=False),
+                wrapper_class=NormalizeObservation,
+            )
+        )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
         model = StaQ("MlpPolicy", make_env(), **arguments)
@@ -161,6 +167,7 @@ def test_environments_without_a_state(tmp_path, capsys):
     terminated = model.replay_buffer.dones[step - 1] * (1 - model.replay_buffer.timeouts[step - 1])
     assert terminated.sum() < 2  # at most those that had ended by themselves
     assert model.env.obs_rms.count > count
+    assert model.env.get_attr("obs_rms")[0].count > 100
     after = episodes(tmp_path / "monitors")
     assert sum(row in before for row in after) > 10 and len(after) > len(before)
     assert 150 < sum(int(row[0].split(",")[1]) for row in after if row[1] != "t") <= 200
@@ -201,10 +208,34 @@ def test_other_environments_are_refused(env_id, other, kwargs, tmp_path):
         learn(gym.make(other, **kwargs))
 
 
-def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
-    model = make("CartPole-v1").learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
-    with pytest.raises(ValueError, match=r"Invalid num_timesteps=60: .* is of a training with 0; .* save_path"):
-        model.learn(60, callback=ResumeCallback(40, tmp_path, verbose=0), reset_num_timesteps=False)
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_second_training_in_the_same_folder_is_refused(reset, tmp_path):
+    model = make("Pendulum-v1").learn(150, callback=ResumeCallback(40, tmp_path, verbose=0))
+    match = r"Invalid (num_timesteps|_n_updates)=\d+: .* is of a training with 0; .* save_path"
+    with pytest.raises(ValueError, match=match):
+        model.learn(150, callback=ResumeCallback(40, tmp_path, verbose=0), reset_num_timesteps=reset)
+
+
+@pytest.mark.parametrize("wrappers", [[VecMonitor, VecNormalize], [VecNormalize, VecMonitor], [VecNormalize] * 2, []])
+def test_other_wrappers_are_refused(wrappers, tmp_path):
+    def learn(wrappers):
+        env = make_vec_env("CartPole-v1", 1)
+        for wrapper in wrappers:
+            env = wrapper(env)
+        StaQ("MlpPolicy", env, **SMALL).learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+    learn([VecNormalize])
+    with pytest.raises(ValueError, match=r"Invalid wrappers='.*': .* is of a training with 'VecNormalize, DummyVecEnv"):
+        learn(wrappers)
+
+
+def test_other_attributes_and_folders_are_no_concern(tmp_path):
+    """Only arguments are compared, and only folders of checkpoints are read."""
+    for name in ("one", "two"):
+        model = make("CartPole-v1")
+        model.run_name = name
+        model.learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
+        (tmp_path / "step_60_backup").mkdir(exist_ok=True)
 
 
 def test_functions_go_on(tmp_path):
@@ -291,12 +322,13 @@ def test_old_and_unfinished_checkpoints_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_280", "step_300"]
 
 
-def test_started_again_after_its_end(tmp_path, monkeypatch):
+def test_started_again_after_its_end(tmp_path):
     """The checkpoint of the end is not written again: a kill in between would leave none."""
+    written = set()
     for _ in range(2):
         make("CartPole-v1").learn(60, callback=ResumeCallback(1000, tmp_path, verbose=0))
-        monkeypatch.setattr(ResumeCallback, "save", lambda self: pytest.fail("saved again"))
-    monkeypatch.undo()
+        written.add((tmp_path / "step_60" / "rest.pkl").stat().st_mtime_ns)
+    assert len(written) == 1
     model = make("CartPole-v1").learn(90, callback=ResumeCallback(1000, tmp_path, verbose=0))
     assert model.num_timesteps == 90
     assert [path.name for path in tmp_path.iterdir()] == ["step_90"]
@@ -488,6 +520,42 @@ def test_what_callbacks_refer_to_stays_alive(tmp_path):
     buffer, policy, logger = callback.found
     assert policy is model.policy and logger is model.logger
     assert buffer.pos == model.replay_buffer.pos == 100 and buffer.rewards is model.replay_buffer.rewards
+
+
+class Begins(BaseCallback):
+    """Sets itself up when the training begins, and notes the return of each step in a list of others."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+        self.eval_env = gym.make("CartPole-v1")  # not a VecEnv, as in many callbacks that users write
+        self.key = lambda row: row
+
+    def _on_training_start(self):
+        self.count = 0
+
+    def _on_rollout_start(self):
+        self.count += 1
+
+    def _on_step(self):
+        self.rows.append(self.count)
+        return True
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_callbacks_that_begin_anew_go_on(order, tmp_path, capsys):
+    """Before and behind, and others see it. What cannot be saved is named."""
+
+    def learn(folder, *more):
+        rows = []
+        make("CartPole-v1").learn(150, callback=[*[Begins(rows), ResumeCallback(40, folder)][::order], *more])
+        return rows
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "two", Stop(97))
+    rows = learn(tmp_path / "two")
+    assert "exactly where it was; left out, since they cannot be pickled: Begins.key\n" in capsys.readouterr().out
+    assert rows == learn(tmp_path / "one") == list(range(1, 151))
 
 
 class CountAll(BaseCallback):

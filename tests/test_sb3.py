@@ -170,6 +170,42 @@ def test_hindsight_experience_replay_in_every_batch():
     assert 0.6 < np.mean(shares) <= 0.8
 
 
+class CountedEpisodes(BitFlippingEnv):
+    """Achieves the number of the episode."""
+
+    n_episodes = 0
+
+    def reset(self, **kwargs):
+        self.n_episodes += 1
+        return super().reset(**kwargs)
+
+    def _get_obs(self):
+        number = np.array([self.n_episodes >> i & 1 for i in range(8)], dtype=np.int8)
+        return {**super()._get_obs(), "achieved_goal": number}
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_no_goal_of_another_episode(n_envs):
+    """Also where `learn` begins anew within an episode."""
+    model = make_model(
+        make_vec_env(CountedEpisodes, n_envs, env_kwargs=dict(n_bits=8, max_steps=9)),
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="final"),
+        learning_starts=10 * n_envs,
+    )
+    for n in (30, 100, 50):
+        model.learn(n * n_envs)
+    model.set_env(make_vec_env(CountedEpisodes, n_envs, env_kwargs=dict(n_bits=8, max_steps=9)))
+    model.learn(50 * n_envs, reset_num_timesteps=False)
+    real_goals = {tuple(goal) for goal in model.replay_buffer.observations["desired_goal"].reshape(-1, 8)}
+    obs = model.replay_buffer.sample(2000).observations
+    relabelled = map(tuple, obs["desired_goal"].int().tolist())
+    achieved = map(tuple, obs["achieved_goal"].int().tolist())
+    wrong = [goal not in (own, *real_goals) for goal, own in zip(relabelled, achieved, strict=True)]
+    assert not any(wrong)
+
+
 @pytest.mark.slow
 def test_hindsight_experience_replay_solves_bit_flipping():
     """The reward is sparse: random actions reach few goals, relabelled transitions teach to reach nearly all."""
