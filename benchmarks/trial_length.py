@@ -93,6 +93,7 @@ def main() -> None:
     curve, standing = (dict(evaluations(FOLDER / path)) for path in (LEARNING, STANDING))
     lucky = [returns for step, returns in standing.items() if step >= 850_000]
     # Task, floor of the pool, first step, best return at it, candidates
+    trainings: list[tuple[str, int | None, int, float, list[np.ndarray]]]
     trainings = [(env_id, floor, 200_000, -math.inf, pool_of(env_id, floor)) for env_id, floor in POOLS]
     trainings += [("HalfCheetah-v4, learning", None, 10_000, -math.inf, list(curve.values()))]
     trainings += [("Walker2d-v4, standing still", None, 350_000, standing[840_000].mean(), [np.concatenate(lucky)])]
