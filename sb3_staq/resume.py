@@ -127,7 +127,7 @@ class ResumeCallback(BaseCallback):
         kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
         signatures = [signature(cls.__init__) for cls in type(self.model).__mro__]  # type: ignore[misc]
         names = {name for found in signatures for name in found.parameters} - NOT_COMPARED
-        names |= {"num_timesteps", "_n_updates"}
+        names |= {"n_envs", "num_timesteps", "_n_updates"}
         plain = {name: attributes[name] for name in names & attributes.keys() if isinstance(attributes[name], kinds)}
         for name in COMPARED_BY_TEXT & attributes.keys():
             plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
