@@ -26,11 +26,11 @@ LABELS = {
     "trpo": "TRPO",
     "sac": "SAC",
     "staq_last": "StaQ 0.1.0",
-    "staq_five": "StaQ, five episodes",
     "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",
     "td3": "TD3",
+    "staq_five": "StaQ, five episodes",
 }
 # Dashes are for readers who cannot see the colours
 COLORS = (
@@ -39,7 +39,7 @@ COLORS = (
 )
 DASHES = (
     *("", (5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (8, 2), (2, 2), (8, 1, 2, 1), (1, 3), (5, 1)),
-    (4, 1),
+    *((4, 1), (3, 3)),
 )
 
 # The prose, by heading

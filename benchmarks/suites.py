@@ -146,7 +146,7 @@ def make_cells(
             suite.hyperparams.get(algo, {}),
             folder,
         )
-        for seed in dict.fromkeys(seed for of_algo in seeds_of.values() for seed in of_algo)
+        for seed in seeds or sorted({seed for of_algo in seeds_of.values() for seed in of_algo})
         for env_id in env_ids or suite.envs
         for algo in seeds_of
         if seed in seeds_of[algo]

@@ -75,7 +75,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         if reset_num_timesteps:
             self._trial_step, self._trial_episode = 0, False
         assert self.env is not None
-        tries = self.average_share > 0  # otherwise other VecEnvs are not asked: they need not know their wrappers
+        tries = any(self._average_envs)  # otherwise other VecEnvs are not asked: they need not know their wrappers
         self._monitored = tries and (is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor)))
         if self.policy.eval_policy == "best" and tries and not self._monitored:
             warnings.warn(
