@@ -169,6 +169,9 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
             f"Invalid policy_kwargs['net_arch']={net_arch!r}: expected a list of integers >= 1, the hidden layers of "
             "each critic; with critic='joint' also dict(pi=[...], qf=[...])"
         )
+    layer_norm = policy_kwargs.get("layer_norm")
+    if not (layer_norm is None or isinstance(layer_norm, bool)):
+        raise ValueError(f"Invalid policy_kwargs['layer_norm']={layer_norm!r}: expected True, False or None")
 
 
 def check_arguments(model: Any) -> None:

@@ -247,3 +247,8 @@ class BaseStaQ(AverageTrials):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f"Invalid policy={policy_name!r}: expected one of {', '.join(self.policy_aliases)}")
+        return self.policy_aliases[policy_name]

@@ -323,6 +323,13 @@ def test_network_sizes(net_arch):
     assert repr(net_arch) in str(error.value)
 
 
+@pytest.mark.parametrize("layer_norm", [1, "True", NAN, [True]])
+def test_layer_norm(layer_norm):
+    with pytest.raises(ValueError, match=r"layer_norm.*expected True, False or None") as error:
+        make_model(policy_kwargs=dict(layer_norm=layer_norm))
+    assert repr(layer_norm) in str(error.value)
+
+
 def test_misspelt_arguments():
     """Python's and SB3's own errors name them."""
     with pytest.raises(TypeError, match="policy_delay"):
@@ -333,7 +340,7 @@ def test_misspelt_arguments():
 
 @pytest.mark.parametrize("policy", ["MlpPolicies", "", "LstmPolicy", "mlppolicy"])
 def test_unknown_policy_names(policy):
-    with pytest.raises(ValueError, match=f"Policy {policy} unknown"):
+    with pytest.raises(ValueError, match=rf"policy='{policy}'.*expected one of MlpPolicy, CnnPolicy, MultiInputPolicy"):
         make_model(policy=policy)
 
 
