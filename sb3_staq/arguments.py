@@ -1,6 +1,5 @@
 """The accepted values of StaQ's arguments, and what None stands for: the only place that defines them."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,10 @@ class Argument:
     box_default: Any = None
 
 
-def _is_integer(value: Any, minimum: int, maximum: float = math.inf) -> bool:
+LARGEST_INTEGER = 2**62
+
+
+def _is_integer(value: Any, minimum: int, maximum: int = LARGEST_INTEGER) -> bool:
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return is_integer and minimum <= value <= maximum
 
@@ -150,7 +152,8 @@ def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUM
     except (TypeError, ValueError):  # such as an array where a number is expected
         valid = False
     if not valid:
-        raise ValueError(f"Invalid {name}={value!r}: expected {arguments[name].expected}")
+        limit = f", at most {LARGEST_INTEGER}" if isinstance(value, int) and value > LARGEST_INTEGER else ""
+        raise ValueError(f"Invalid {name}={value!r}: expected {arguments[name].expected}{limit}")
 
 
 def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:

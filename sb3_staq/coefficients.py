@@ -34,7 +34,10 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf, above:
     """Return whether this is a finite real number (of Python or NumPy; booleans are not) within the limits."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
-    return bool(math.isfinite(value) and low <= value <= high and value > above)
+    try:
+        return bool(math.isfinite(value) and low <= value <= high and value > above)
+    except OverflowError:  # an integer too large for a float
+        return False
 
 
 def _parse_linear(text: str) -> Schedule | None:

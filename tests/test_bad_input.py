@@ -178,10 +178,20 @@ def test_automatic_memory_needs_entropy(ent_coef):
     make_model(ent_coef=ent_coef, kl_coef=1.0, logit_rule=[1.0, 0.5], memory_size="auto")
 
 
-@pytest.mark.parametrize("seed", [-1, -(10**30), 2**32, 10**30, 1.0, "1", np.array([1, 2])])
-def test_seeds_out_of_range(seed):
-    with pytest.raises(ValueError, match=r"Invalid seed=.*expected None or an integer from 0 to 2\*\*32 - 1"):
-        make_model(seed=seed)
+def test_numbers_beyond_any_limit():
+    """The error says what the limit is; nothing overflows."""
+    for name in WHOLE_NUMBERS:
+        with pytest.raises(
+            ValueError, match=rf"Invalid {name}={10**30}: expected .*an integer .*(at most|to) "
+        ) as error:
+            StaQ("MlpPolicy", "CartPole-v1", **{name: 10**30})
+        assert re.search(r"\d+$", str(error.value))
+    for name in ("learning_rate", "kl_coef", "ent_coef", "target_entropy", "reward_scale", "gamma", "tau"):
+        with pytest.raises(ValueError, match=rf"Invalid {name}=1000.*expected "):
+            make_model(**{name: 10**400})
+    for seed in (-1, -(10**30), 2**32, 10**30, 1.0, "1", np.array([1, 2])):
+        with pytest.raises(ValueError, match=r"Invalid seed=.*expected None or an integer from 0 to 2\*\*32 - 1"):
+            make_model(seed=seed)
 
 
 @pytest.mark.parametrize("value", [np.array(["auto"]), np.array([]), np.array("auto"), ["auto"]], ids=repr)

@@ -378,7 +378,7 @@ def test_numbers_of_any_kind():
         assert value_at("kl_coef", number, 0.5) == value_at("kl_coef", lambda progress, x=number: x, 0.5) == 2.0
         assert type(value_at("kl_coef", number, 0.5)) is float
     assert value_at("kl_coef", lambda progress: np.array(2.0), 0.5) == 2.0  # as NumPy's functions return
-    for number in (True, np.bool_(True), "2", np.array([2.0]), 2j, None):
+    for number in (True, np.bool_(True), "2", np.array([2.0]), 2j, None, 10**400, -(10**400)):
         with pytest.raises(ValueError, match=r"^Invalid kl_coef=.*expected a finite number >= 0"):
             value_at("kl_coef", number, 0.5)
         with pytest.raises(ValueError, match=r"^Invalid kl_coef=<function .* at progress 0.5; expected a finite"):

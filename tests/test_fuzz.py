@@ -23,8 +23,8 @@ ACTION_SPACES = [
     spaces.Box(0.0, 1.0, (1, 2), np.float64),
 ]
 NUMBERS = [0, 1, 2.5, np.float32(0.5), np.int64(2), 1e-6, 1e3]
-NOT_NUMBERS = [math.nan, math.inf, -1, "many", [1.0], {}, True, np.array([1.0, 2.0]), 1j]
-BAD_INTEGERS = [-2, 0.5, 3.0, "3", [3], True, math.nan, np.array([3, 4])]
+NOT_NUMBERS = [math.nan, math.inf, -1, "many", [1.0], {}, True, np.array([1.0, 2.0]), 10**400, 1j]
+BAD_INTEGERS = [-2, 0.5, 3.0, "3", [3], True, math.nan, 10**30, np.array([3, 4])]
 
 
 def lin_strings():
