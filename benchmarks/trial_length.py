@@ -90,25 +90,25 @@ def measure(trials: pd.DataFrame, curve: dict[int, np.ndarray] | None) -> tuple[
 
 def main() -> None:
     """Write the table."""
-    curve, standing = (dict(evaluations(FOLDER / path)) for path in (LEARNING, STANDING))
+    learning, standing = (dict(evaluations(FOLDER / path)) for path in (LEARNING, STANDING))
     lucky = [returns for step, returns in standing.items() if step >= 850_000]
-    # Task, floor of the pool, first step, best return at it, candidates
-    trainings: list[tuple[str, int | None, int, float, list[np.ndarray]]]
+    # Task, floor of the pool, first step, best return at it, and the candidates: any of these, or by the step
+    trainings: list[tuple[str, int | None, int, float, list[np.ndarray] | dict[int, np.ndarray]]]
     trainings = [(env_id, floor, 200_000, -math.inf, pool_of(env_id, floor)) for env_id, floor in POOLS]
-    trainings += [("HalfCheetah-v4, learning", None, 10_000, -math.inf, list(curve.values()))]
+    trainings += [("HalfCheetah-v4, learning", None, 10_000, -math.inf, learning)]
     trainings += [("Walker2d-v4, standing still", None, 350_000, standing[840_000].mean(), [np.concatenate(lucky)])]
     rows = []
-    for name, floor, start, best, pool in trainings:
-        learns = name.endswith("learning")
+    for name, floor, start, best, candidates in trainings:
+        curve = candidates if isinstance(candidates, dict) else None
         for enough, errors in RULES:
             rng = np.random.default_rng(0)
 
-            def candidate_at(step: int, rng=rng, pool=pool, learns=learns) -> np.ndarray:
-                return curve[step // 10_000 * 10_000] if learns else pool[rng.integers(len(pool))]
+            def candidate_at(step: int, rng=rng, candidates=candidates, curve=curve) -> np.ndarray:
+                return candidates[rng.integers(len(candidates)) if curve is None else step // 10_000 * 10_000]
 
             runs = (simulate(candidate_at, start, best, enough, errors, rng) for _ in range(N_TRAININGS))
-            share, drawdown = np.transpose([measure(trials, curve if learns else None) for trials in runs])
-            row = dict(env=name, floor=floor, n_evaluations=len(pool), episodes=enough, errors=errors)
+            share, drawdown = np.transpose([measure(trials, curve) for trials in runs])
+            row = dict(env=name, floor=floor, n_evaluations=len(candidates), episodes=enough, errors=errors)
             row |= dict(delivered_to_best=share.mean(), drawdown=drawdown.mean())
             row |= {"drawdown_90": np.quantile(drawdown, 0.9), "above_0.2": (drawdown > 0.2).mean()}
             rows.append(row)

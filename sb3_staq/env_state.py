@@ -70,8 +70,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(file.getvalue()).hexdigest()
 
 
-def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
-    """Copy the attributes that can be pickled, and the contents of a monitor's file."""
+def _digests(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> tuple[dict[str, str], list[str]]:
+    """Hash each attribute that is a part of the state; return the names of those that cannot be pickled too."""
     digests, left_out = {}, []
     for name in [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]:
         try:
@@ -80,6 +80,12 @@ def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
             pass
         except Exception:  # whatever the reason, a file cannot hold it
             left_out.append(name)
+    return digests, left_out
+
+
+def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
+    """Copy the attributes that can be pickled, and the contents of a monitor's file."""
+    digests, left_out = _digests(owner, skip)
     pickled = pickle.dumps({name: vars(owner)[name] for name in digests})
     writer = vars(owner).get("results_writer")
     has_file = isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name)
@@ -103,7 +109,7 @@ def set_attributes(owner: Any, state: Attributes) -> None:
     dictionaries stay the same objects, since others may hold them. A monitor's file is restored: without rows written
     since, with those that a new start has erased.
     """
-    digests = get_attributes(owner).digests
+    digests, _ = _digests(owner)
     is_same = all(digests.get(name) == state.digests[name] for name in _argument_names(owner) & state.unchanged)
     keep = () if is_same else state.unchanged
     for name, value in pickle.loads(state.pickled).items():
