@@ -7,9 +7,9 @@ Three kinds of trainings. One no longer learns, from 200,000 to 1,000,000 steps:
 task, drawn at random. One learns, from 10,000 steps on: each candidate is what a training of HalfCheetah-v4 returned at
 that step. One stands still, from 350,000 steps on, with the best average of a training of Walker2d-v4: each candidate
 is the one that was accepted there at 850,000 steps, and often falls. The episodes of a trial are drawn from the ten of
-the evaluation, and a trial lasts for 5% of the steps so far. A candidate that is ahead then is accepted if it is ahead
-by enough standard errors, or stays ahead until it has enough episodes. What is delivered is worth the mean of the
-candidate's evaluation.
+the evaluation (from all since 850,000 steps for the training that stands still), and a trial lasts for 5% of the steps
+so far. A candidate that is ahead then is accepted if it is ahead by enough standard errors, or stays ahead until it has
+enough episodes. What is delivered is worth the mean of the candidate's evaluation.
 """
 
 import csv
