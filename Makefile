@@ -60,7 +60,7 @@ wheel-test:
 
 # The reports and figures, from the committed results; docs/algorithm.md has the commands that make the results
 figures: $(INSTALLED)
-	for suite in classic mujoco mujoco_1m minatar; do $(BIN)/python -m benchmarks report $$suite || exit 1; done
+	for suite in classic mujoco mujoco_1m minatar critics; do $(BIN)/python -m benchmarks report $$suite || exit 1; done
 	$(BIN)/python -m docs.diagrams
 
 # A hundred kills at random moments, and other faults; takes half an hour

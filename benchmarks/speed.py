@@ -33,12 +33,12 @@ HERE = Path(__file__).resolve()
 Work = Callable[[int], Any]
 
 
-def full_stack(env_id: str, n_envs: int = 1, **kwargs: Any) -> Any:
+def full_stack(env_id: str, n_envs: int = 1, n_updates: int | None = None, **kwargs: Any) -> Any:
     """Make a StaQ model with a full stack of random critics and a replay buffer of random data."""
     env = make_vec_env(env_id, n_envs, seed=0)
     model = StaQ("MlpPolicy", env, learning_starts=1000, seed=0, device="cpu", **kwargs)
     model.learn(1000)
-    for _ in range(model.policy.memory_size):
+    for _ in range(n_updates or model.policy.memory_size):
         for param in model.policy.additive_critics.parameters():
             param.data.normal_(0, 0.05)
         model.policy.push_critics(1.0, 0.05)
@@ -61,6 +61,14 @@ def iteration(memory_size: int, n_envs: int) -> Work:
     """Prepare iterations: a policy update, and the 1000 environment steps before it."""
     settings = dict(buffer_size=50_000, kl_coef=20.0, ent_coef=0.4, policy_update_interval=1000, logit_cache=True)
     return steps(full_stack("CartPole-v1", n_envs, memory_size=memory_size, train_freq=4, **settings))
+
+
+def million() -> Work:
+    """Prepare environment steps with the MuJoCo settings of ``hyperparams/staq.yml``."""
+    settings: dict[str, Any] = dict(train_freq=1, gradient_steps=8, average_share=0.5, eval_policy="best")
+    model = full_stack("HalfCheetah-v4", 8, n_updates=400, **settings)  # 15% of them are a whole average
+    model.policy.frozen_critics.propose(accept=False)
+    return steps(model)
 
 
 def actions(n_rows: int, memory_size: int, eval_policy: str) -> Work:
@@ -117,12 +125,14 @@ MEASURES: dict[str, tuple[Any, ...]] = {
         "StaQ, HalfCheetah-v4, 8 environments, default arguments: the same",
         lambda: steps(full_stack("HalfCheetah-v4", 8, train_freq=1, gradient_steps=8)),
     ),
+    "box step, average": (2400, "the same, and half of the environments act by an average of 60 critics", million),
 }
 RATIOS = [
     ("gradient step", "dqn gradient step", "a gradient step per network takes this share of DQN's"),
     ("iteration M=300, 1 env", "iteration M=1, 1 env", "a stack of 300 makes an iteration so many times as long"),
     ("iteration M=300, 8 envs", "iteration M=1, 8 envs", "the same with 8 environments"),
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
+    ("box step, average", "sac step", "the same where half of the environments act by an average"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
 # Variants, and what they replace in the kernels of this version
