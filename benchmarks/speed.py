@@ -59,7 +59,9 @@ def gradient_steps(model: Any, batch_size: int, n_networks: int) -> Work:
 
 def iteration(memory_size: int, n_envs: int) -> Work:
     """Prepare iterations: a policy update, and the 1000 environment steps before it."""
-    settings = dict(buffer_size=50_000, kl_coef=20.0, ent_coef=0.4, policy_update_interval=1000, logit_cache=True)
+    settings: dict[str, Any] = dict(
+        buffer_size=50_000, kl_coef=20.0, ent_coef=0.4, policy_update_interval=1000, logit_cache=True
+    )
     return steps(full_stack("CartPole-v1", n_envs, memory_size=memory_size, train_freq=4, **settings))
 
 
