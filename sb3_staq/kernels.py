@@ -28,6 +28,7 @@ import platform
 from pathlib import Path
 
 import torch as th
+from torch.nn.functional import linear
 
 # Up to this many rows, MKL, PyTorch's library for matrix products on CPUs, is up to three times slower on AMD's
 # processors unless the weights are the left operand
@@ -75,13 +76,15 @@ def batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tenso
     """
     if x.device.type != "cpu" or not _special() or not _on_amd():
         return plain_batched_linear(x, weight, bias)
-    x = x.expand(len(weight), -1, -1)
-    if x.shape[1] <= FEW_ROWS:
+    if x.shape[-2] <= FEW_ROWS:
+        if x.dim() == 2:  # one wide layer
+            return linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape).transpose(0, 1)
         # Rows that are not contiguous, or a single row with ambiguous strides, would make it slow
         return th.baddbmm(bias.unsqueeze(2), weight, x.flatten(1).unflatten(1, x.shape[1:]).mT).mT
-    n = max(1, READ_AHEAD_BYTES // (weight[0].numel() * weight.element_size()))
+    n = max(1, READ_AHEAD_BYTES // (math.prod(weight.shape[1:]) * weight.element_size()))
     if th.is_grad_enabled() or len(weight) <= n:
         return plain_batched_linear(x, weight, bias)
+    x = x.expand(len(weight), -1, -1)
     outputs = x.new_empty(*x.shape[:2], weight.shape[1])
     for out, b, part, w in zip(outputs.split(n), bias.split(n), x.split(n), weight.split(n), strict=True):
         w.sum()  # reads it ahead
