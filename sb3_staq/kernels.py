@@ -57,8 +57,7 @@ def _on_amd() -> bool:
 
 def exporting() -> bool:
     """Return whether the model is being traced, compiled or exported: nothing may depend on the batch size then."""
-    compiler = th.compiler
-    return th.jit.is_tracing() or compiler.is_compiling() or compiler.is_exporting() or th.onnx.is_in_onnx_export()
+    return th.jit.is_tracing() or th.compiler.is_compiling()  # the second also during th.export
 
 
 def plain_batched_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
