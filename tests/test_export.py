@@ -215,6 +215,17 @@ class Branching(BaseFeaturesExtractor):
         return obs if obs.mean() > 0 else -3 * obs
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_the_rest_of_the_stack_takes_no_room(suffix, tmp_path):
+    """Files of two critics that act are of one size, whatever else is on the stack."""
+    sizes = []
+    for n in (2, 100):
+        model = make_model("CartPole-v1", eval_policy="average", average_size=2, memory_size=n)
+        grow(model, n)
+        sizes.append(export_policy(model, tmp_path / f"policy{suffix}").stat().st_size)
+    assert sizes[1] <= sizes[0] + 1000
+
+
 def test_failure_leaves_the_old_file(tmp_path):
     model = make_model(RandomObsEnv(), policy_kwargs=dict(features_extractor_class=Branching))
     grow(model, 3)
