@@ -274,7 +274,7 @@ class StaQ(BaseStaQ):
             return
         asked = auto_memory_size(self.gamma, *self._coefficients().at(1.0))
         if self.policy.memory_size < asked:
-            print(f"{self.policy.memory_size} critics are fewer than the {asked} that the paper's theorem asks for")
+            print(f"memory_size={self.policy.memory_size}: the paper's theorem asks for {asked} critics ('auto')")
 
     # Policy evaluation and policy update
 
