@@ -30,9 +30,7 @@ class ExportedPolicy(nn.Module):
         self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["obs"]
         stack = policy.frozen_critics
         used: Any = [x for x in zip(stack, stack.coefs(policy.eval_policy), strict=False) if x[1].any()]
-        self.net = copy.deepcopy(stack.newest.net)
-        for param in self.net.parameters():
-            param.data = param.data.clone()  # a view would bring the memory of the whole stack into the file
+        self.net = copy.deepcopy(stack.newest.net)  # the views would bring the whole stack into the file
         self.coef = th.cat([coef for _, coef in used]) * stack.weights.scale
         self.params = {name: th.cat([entry.params[name].detach() for entry, _ in used]) for name in used[0][0].params}
         self.vec_normalize = vec_normalize if vec_normalize is not None and vec_normalize.norm_obs else None

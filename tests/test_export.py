@@ -205,6 +205,18 @@ def test_either_policy(eval_policy, tmp_path):
     np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_the_rest_of_the_stack_takes_no_room(suffix, tmp_path):
+    """Files of two critics that act are of one size, whatever else is on the stack."""
+    sizes = []
+    for n in (2, 100):
+        average = dict(eval_policy="average", average_window=1.0, average_size=2)
+        model = make_model("CartPole-v1", memory_size=n, **average)
+        grow(model, n)
+        sizes.append(export_policy(model, tmp_path / f"policy{suffix}").stat().st_size)
+    assert sizes[1] <= sizes[0] + 1000
+
+
 class Branching(BaseFeaturesExtractor):
     """Takes one of two ways by the values that it sees: a trace knows one of them only."""
 
@@ -213,17 +225,6 @@ class Branching(BaseFeaturesExtractor):
 
     def forward(self, obs):
         return obs if obs.mean() > 0 else -3 * obs
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
-def test_the_rest_of_the_stack_takes_no_room(suffix, tmp_path):
-    """Files of two critics that act are of one size, whatever else is on the stack."""
-    sizes = []
-    for n in (2, 100):
-        model = make_model("CartPole-v1", eval_policy="average", average_size=2, memory_size=n)
-        grow(model, n)
-        sizes.append(export_policy(model, tmp_path / f"policy{suffix}").stat().st_size)
-    assert sizes[1] <= sizes[0] + 1000
 
 
 def test_failure_leaves_the_old_file(tmp_path):
