@@ -177,13 +177,17 @@ def check_policy_kwargs(policy_kwargs: Any, critic: str) -> None:
         raise ValueError(f"Invalid policy_kwargs['layer_norm']={layer_norm!r}: expected True, False or None")
 
 
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_arguments(model: Any) -> None:
     """Raise a ValueError for the first argument of an algorithm that is not accepted; they are its attributes."""
     for name in ARGUMENTS:
         check_argument(name, getattr(model, f"_{name}" if name == "stats_window_size" else name))
     for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
         value = getattr(model, name)
-        setattr(model, name, value.item() if isinstance(value, np.generic) else value)
+        setattr(model, name, tuple(map(_plain, value)) if type(value) is tuple else _plain(value))
     check_policy_kwargs(model.policy_kwargs, model.critic)
 
 

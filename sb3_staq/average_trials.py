@@ -50,7 +50,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
         # For the environment that alternates: whether it acts by the average now, and how many such steps it is ahead
         self._average_turn, self._average_lead = False, 0.0
-        self._monitored = False  # whether a Monitor reports the returns of episodes
+        self._monitored: bool | None = None  # whether a Monitor reports the returns of episodes; None: not asked yet
         self._forget_returns()
 
     @property
@@ -75,15 +75,21 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         if reset_num_timesteps:
             self._trial_step, self._trial_episode = 0, False
         assert self.env is not None
-        tries = any(self._average_envs)  # otherwise other VecEnvs are not asked: they need not know their wrappers
-        self._monitored = tries and (is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor)))
-        if self.policy.eval_policy == "best" and tries and not self._monitored:
+        self._monitored = None
+        if self.policy.eval_policy == "best" and any(self._average_envs) and not self._reports_returns():
             warnings.warn(
                 "eval_policy='best' is the average: without a Monitor or VecMonitor around the environments, no return "
                 "tells which average is the best",
                 UserWarning,
                 stacklevel=5,
             )
+
+    def _reports_returns(self) -> bool:
+        """Ask whether the environments have a Monitor; only where averages are tried, as not all VecEnvs can tell."""
+        if self._monitored is None:
+            assert self.env is not None
+            self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor))
+        return self._monitored
 
     def _forget_returns(self) -> None:
         """Forget the returns so far, since the next task may be a different one."""
@@ -102,7 +108,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
         """
         n_whole, part = self._average_envs
-        if self._monitored:  # other ends are lost lives (``EpisodicLifeEnv``)
+        if (n_whole or part) and self._reports_returns():  # other ends are lost lives (``EpisodicLifeEnv``)
             dones = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
         self._trial_episode = self._trial_episode and self._n_average_envs > 0
         if dones[0] and self._trial_episode and "episode" in infos[0]:

@@ -124,9 +124,10 @@ class CriticPolicy(BasePolicy):
         return super().obs_to_tensor(arrays if isinstance(observation, dict) else arrays[""])
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """Scale actions of a Box to stored ones: [low, high] to [-1, 1], -1 where the bounds are equal."""
+        """Scale actions of a Box to stored ones: [low, high] to [-1, 1], 0 where the bounds are equal."""
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return 2.0 * ((action - low) / np.where(high > low, high - low, 1.0)) - 1.0
+        free = high > low
+        return np.where(free, 2.0 * ((action - low) / np.where(free, high - low, 1.0)) - 1.0, np.zeros_like(low))
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Scale stored actions of a Box to its bounds, and clip rounding errors."""

@@ -260,10 +260,11 @@ class Coefficients:
         # The logits tend to the stack's weighted average / ent_coef: find the ent_coef that gives them the entropy
         least = MIN_ENT_COEF * self.first_ent_coef
         ent_coef = max(self.first_ent_coef if weights.ent_coef is None else weights.ent_coef, least)
-        beta = decay_rate(self._kl_coef_at(progress, ent_coef), ent_coef)
+        kl_coef = self._kl_coef_at(progress, ent_coef)
+        beta = decay_rate(kl_coef, ent_coef)
         average = PolicyUpdate(beta).apply(logit_sums, q_new) / (beta * weights.total + 1.0)
         if self.rule == "truncated":  # whose weights sum to less than 1 / ent_coef
-            average = average * (1.0 - beta**weights.memory_size)
+            average = average * (1.0 - beta ** self.memory_size_for(kl_coef, ent_coef))
         ent_coef = solve_ent_coef(
             average,
             branch_sizes,

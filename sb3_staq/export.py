@@ -13,8 +13,11 @@ import copy
 import importlib.util
 import io
 import json
+import logging
 import pathlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -52,9 +55,25 @@ def _write(module: ExportedPolicy, arrays: list[np.ndarray], suffix: str, metada
     if suffix == ".pt2":
         th.export.save(program, file, extra_files=metadata)
         return file.getvalue()
-    onnx: Any = th.onnx.export(program, input_names=module.keys, output_names=OUTPUTS, dynamo=True, verbose=False)
+    axes = (tuple({0: "batch"} for _ in example),)  # or its name would be arbitrary
+    names: Any = dict(input_names=module.keys, output_names=OUTPUTS, dynamic_shapes=axes)
+    onnx: Any = th.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props.update(metadata)
     return onnx.model_proto.SerializeToString()
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Suppress what tracing and PyTorch's exporter have to say: the file is checked afterwards."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _run(data: bytes, suffix: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -147,8 +166,7 @@ def export_policy(
         "branch_sizes": json.dumps(module.branches.sizes),
         "bins": json.dumps(module.bins()),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: the check below covers what matters
+    with _silently():
         data = _write(module, obs, path.suffix, metadata)
     batches = [_run(data, path.suffix, [x[rows] for x in obs]) for rows in (slice(1), slice(1, None))]
     _check(policy, module.normalise(obs), [np.concatenate(outputs) for outputs in zip(*batches, strict=True)])

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
@@ -29,7 +29,8 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
 def end_episodes(buffer: ReplayBuffer) -> None:
     """Mark the episodes in a replay buffer as ended by a timeout, since the environments are about to be reset."""
-    if buffer.size() == 0:
+    follow_rows = buffer.optimize_memory_usage or isinstance(buffer, (NStepReplayBuffer, HerReplayBuffer))
+    if buffer.size() == 0 or not (follow_rows or buffer.handle_timeout_termination):  # would be stored as a real end
         return
     last = (buffer.pos - 1) % buffer.buffer_size
     if buffer.handle_timeout_termination:

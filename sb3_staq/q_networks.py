@@ -1,6 +1,7 @@
 """One critic, the dueling head, and ensembles of critics that are evaluated in one batched pass."""
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,8 @@ from sb3_staq.kernels import batched_linear, exporting, plain_batched_linear
 Net = TypeVar("Net", bound="Critic")
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
 Params = Mapping[str, th.Tensor]
+# Held while a layer has other parameters in place of its own: another thread may want to use or copy it
+_SWAPPING = threading.RLock()
 
 
 class DuelingHead(nn.Module):
@@ -124,12 +127,17 @@ class QNetwork(Critic):
 
 def _apply_copies(layer: nn.Module, params: dict[str, th.Tensor], x: Any, shared_input: bool) -> th.Tensor:
     """Apply N copies of any layer that differ only in their parameters, if possible in one pass."""
-    if not exporting():
-        in_dims = (0, None if shared_input else 0)
+    if exporting():
+        return _apply_one_by_one(layer, params, x, shared_input)
+    in_dims = (0, None if shared_input else 0)
+    with _SWAPPING:
         try:
             return vmap(lambda p, x: functional_call(layer, p, (x,)), in_dims, randomness="different")(params, x)
         except RuntimeError:  # recurrent layers, in-place writes, branches on values
-            pass
+            return _apply_one_by_one(layer, params, x, shared_input)
+
+
+def _apply_one_by_one(layer: nn.Module, params: dict[str, th.Tensor], x: Any, shared_input: bool) -> th.Tensor:
     n_copies = len(next(iter(params.values())))
     copies = [{name: param[i] for name, param in params.items()} for i in range(n_copies)]
     return th.stack([_call_with(layer, p, x if shared_input else x[i]) for i, p in enumerate(copies)])
@@ -206,7 +214,8 @@ class Ensemble(nn.Module, Generic[Net]):
 
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
         """Make a copy that is never trained."""
-        return copy.deepcopy(self).requires_grad_(False).eval()
+        with _SWAPPING:
+            return copy.deepcopy(self).requires_grad_(False).eval()
 
     def follow(self: SelfEnsemble, online: SelfEnsemble, tau: float) -> None:
         """Move this Polyak average towards the networks that it is of, all parameters in one operation."""

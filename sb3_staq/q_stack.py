@@ -104,8 +104,9 @@ class FrozenCritics(nn.ModuleList):
 
     def _factors(self, weighting: str) -> tuple[th.Tensor, list[range]]:
         """Return the factors and the ranges of rows to evaluate: an average may skip most of the rule's entries."""
-        if weighting in self._coefs:
-            return self._coefs[weighting]
+        cached = self._coefs  # a push in another thread replaces it
+        if weighting in cached:
+            return cached[weighting]
         block = next(iter(self._blocks.values()))
         values = self._rule_values() if weighting == "last" else self._average_values(weighting)
         threshold = NEGLIGIBLE_WEIGHT * sum(map(abs, values))
@@ -121,7 +122,7 @@ class FrozenCritics(nn.ModuleList):
                 start = runs.pop().start if runs and row - runs[-1].stop < GAP else row
                 runs.append(range(start, row + 1))
         if not exporting():  # a cached trace would differ from the next one
-            self._coefs[weighting] = coefs, runs
+            cached[weighting] = coefs, runs
         return coefs, runs
 
     def _rule_values(self) -> list[float]:

@@ -34,7 +34,6 @@ from sb3_staq.mirror_descent import (
 )
 from sb3_staq.policies import StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
-from sb3_staq.replay import PolicyReplay
 
 if TYPE_CHECKING:
     from sb3_staq.distill_report import DistillReport
@@ -98,8 +97,8 @@ class StaQ(BaseStaQ):
         over the training; for a Box with more than 5 values per dimension, it stays as many nats below the largest as
         with 5
     :param policy_update_interval: environment steps (of all environments) between two policy updates, of which there is
-        at most one per gradient step. Without new steps, as in offline training, ``train`` counts gradient steps
-        instead, at the ratio between the two that ``learn`` has. Default: 500, Box: 100
+        at most one per gradient step. Outside ``learn``, as in offline training, ``train`` counts gradient steps, if
+        they are more, at the ratio between the two that ``learn`` has. Default: 500, Box: 100
     :param n_critics: number of critics in the ensemble
     :param critic_reduction: "mean" or "min" of the critics' expected values, for the targets. The policy follows the
         critics' mean. Default: "mean", Box: "min"
@@ -253,6 +252,8 @@ class StaQ(BaseStaQ):
         if _init_setup_model:
             check_best_can_be_found(self)
             self._setup_model()
+            if self.verbose >= 1:
+                self._print_choices()
 
     def _setup_model(self) -> None:
         check_arguments(self)
@@ -263,12 +264,9 @@ class StaQ(BaseStaQ):
         with self._as_sb3_needs_them(memory_size):
             super()._setup_model()
         self.policy.action_space = self.action_space
-        replay = self.replay
-        if self.verbose >= 1:
-            self._print_choices(replay)
 
-    def _print_choices(self, replay: PolicyReplay) -> None:
-        how = "evaluated directly through the whole stack" if replay.cache is None else "kept in a cache"
+    def _print_choices(self) -> None:
+        how = "evaluated directly through the whole stack" if self.replay.cache is None else "kept in a cache"
         print(f"Logits of replayed states are {how}")
         if self.logit_rule != "weight_corrected":
             return
@@ -293,7 +291,7 @@ class StaQ(BaseStaQ):
         # The learning rate follows its schedule
         self._check_learning_rate(self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(policy.optimizer)
-        losses: dict[str, list[th.Tensor]] = defaultdict(list)
+        totals: dict[str, th.Tensor | float] = defaultdict(float)
 
         for n_steps, update_is_due in self._phases(gradient_steps):
             for data in self.replay.batches(n_steps, batch_size):
@@ -308,17 +306,16 @@ class StaQ(BaseStaQ):
                 # Each critic has its own regression: mean over the batch, sum over the critics
                 td_error = policy.action_values(data.observations, data.actions) - target_q.squeeze(1)
                 critic_loss = td_error.square().mean(dim=1).sum()
-                losses["critic_loss"].append(critic_loss.detach())
-                losses["td_error"].append(td_error.detach().abs().mean())
-                loss = critic_loss
+                loss, losses = critic_loss, {"critic_loss": critic_loss, "td_error": td_error.abs().mean()}
                 if sweep is not None and policy.main_effects is not None:  # continuous actions only
-                    effects_loss = main_effects_loss(policy.main_effects, sweep)
-                    losses["main_effects_loss"].append(effects_loss.detach())
-                    loss = critic_loss + effects_loss
+                    losses["main_effects_loss"] = main_effects_loss(policy.main_effects, sweep)
+                    loss = critic_loss + losses["main_effects_loss"]
 
                 if not np.isfinite(loss.item()):  # the only number that a step waits for, before anything changes
-                    for name, values in {**losses, "loss": [loss]}.items():
-                        self._check_critics(name, values[-1].item())
+                    for name, value in {**losses, "loss": loss}.items():
+                        self._check_critics(name, value.item())
+                for name, value in losses.items():
+                    totals[name] += value.detach()
 
                 policy.optimizer.zero_grad()
                 loss.backward()
@@ -339,8 +336,8 @@ class StaQ(BaseStaQ):
                     self._steps_since_policy_update -= n_updates * self.policy_update_interval
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, values in losses.items():
-            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+        for name, total in totals.items():
+            self.logger.record(f"train/{name}", float(total) / gradient_steps)
 
     def update_policy(self) -> None:
         """

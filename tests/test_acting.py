@@ -772,6 +772,27 @@ def test_lost_lives_are_no_ends_of_episodes(n_envs, wrapped, monkeypatch):
     assert set(counted) == {100.0}
 
 
+def test_lost_lives_where_the_average_is_switched_on():
+    """Also then, who acts changes only between whole games."""
+    actors = []
+
+    class SwitchOn(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 250:
+                self.model.average_share = 0.5
+            actors.append(self.model._n_average_envs > 0)
+            return True
+
+    model = make_model(
+        ThreeLives(Monitor(OfLength100())), average_share=0.0, learning_starts=0, gradient_steps=0, buffer_size=4000
+    )
+    grow(model, 3)
+    model.learn(2000, callback=SwitchOn())
+    games = np.reshape(actors[300:], (-1, 100))
+    assert 5 < games.all(axis=1).sum() < 12
+    assert (games.all(axis=1) == games.any(axis=1)).all()
+
+
 def test_predict_in_another_thread_while_learning():
     """It acts by the delivered policy, also while the candidate acts in the environments."""
     policy = two_policies().policy

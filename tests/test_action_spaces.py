@@ -76,6 +76,21 @@ def test_decode_and_encode_are_inverse(name):
     assert th.equal(branches.encode(actions), bins)
 
 
+@pytest.mark.parametrize(
+    "grid", [dict(action_grid="axis"), *(dict(action_grid="joint", action_bins=n) for n in (3, 4))], ids=str
+)
+def test_components_without_a_choice(grid):
+    """Where the bounds are equal, a bin is still learnt from its own actions."""
+    space = spaces.Box(np.float32([-1, 0.5, -2]), np.float32([1, 0.5, 4]))
+    policy = make_model(OneStepEnv(space), **grid).policy
+    bins = th.arange(policy.branches.n_bins).unsqueeze(1)
+    actions = policy.unscale_action(policy.branches.decode(bins).numpy())
+    stored = policy.scale_action(actions)
+    assert stored.dtype == np.float32
+    found = policy.branches.encode(th.as_tensor(stored)).flatten()
+    np.testing.assert_allclose(actions[found], actions, rtol=1e-6)
+
+
 def test_expected_bins():
     """The numbers of bins of each grid, and their extremes."""
     sizes = {name: make_branches(space, **kwargs).sizes for name, (space, kwargs) in SPACES.items()}

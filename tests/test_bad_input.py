@@ -132,6 +132,7 @@ def test_arguments_out_of_range(case):
         dict(kl_coef="lin_1e-1_2e-1_0.5", ent_coef=lambda progress: 1, logit_rule="exact"),
         dict(kl_coef=lambda progress: np.float32(1.0), ent_coef="lin_0.3_0", logit_rule="truncated", memory_size=3),
         dict(train_freq=(2, "step")),
+        dict(train_freq=(np.int64(2), np.str_("step"))),
         dict(train_freq=(1, "episode"), gradient_steps=0),
         dict(learning_rate=lambda progress: 1e-3 * progress),
         dict(logit_rule=[-1, 0, np.float32(0.5)], memory_size=3, ent_coef=0),

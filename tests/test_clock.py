@@ -1,6 +1,7 @@
 """When policy updates come, and what is changed while a model learns."""
 
 import copy
+import gc
 import itertools
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_training_without_steps_at_the_ratio_of_learn(kwargs, per_update, pieces
         assert model.n_policy_updates <= done // per_update
     assert model._n_updates == done
     assert model.policy.logits(th.ones(1, 4)).abs().max() > 0
+
+
+def test_memory_of_many_gradient_steps():
+    """A long offline training keeps nothing of each step."""
+    model, n_tensors = filled_model(policy_update_interval=1000), {}
+
+    def count(*_):
+        if model._n_updates in (5, 59):
+            n_tensors[model._n_updates] = sum(type(x) is th.Tensor for x in gc.get_objects())
+
+    model.policy.optimizer.register_step_post_hook(count)
+    model.train(gradient_steps=60, batch_size=4)
+    assert n_tensors[59] <= n_tensors[5]
 
 
 def test_policy_updates_by_hand():

@@ -294,6 +294,23 @@ def test_target_entropy_with_a_truncated_sum():
     assert model.logger.name_to_value["train/entropy"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_truncated_sum_with_automatic_memory_after_loading(tmp_path):
+    """The memory that is needed has grown with the training; the next update of a loaded model is the same."""
+    arguments = dict(ent_coef="auto_2", kl_coef=0.5, gamma=0.2, logit_rule="truncated", memory_size="auto")
+    model = make_model(RandomObsEnv(), **arguments)
+    n_first = model.policy.memory_size
+    model.learn(400).save(tmp_path / "model")
+    loaded = StaQ.load(tmp_path / "model")
+    loaded.replay_buffer = model.replay_buffer
+    assert model.policy.memory_size > 10 * n_first
+    coefs = []
+    for each in (model, loaded):
+        np.random.seed(0)
+        each.update_policy()
+        coefs.append(each.policy.frozen_critics.weights.ent_coef)
+    assert coefs[0] == pytest.approx(coefs[1], rel=1e-6)
+
+
 def test_automatic_coefficient_that_is_switched_on():
     """It starts from the one in force, and changes by its factor at most."""
     model = make_model(RandomObsEnv(), ent_coef=0.1).learn(60)

@@ -139,6 +139,7 @@ import json, sys
 sys.modules["torch"] = None  # an import of it would fail
 import numpy as np, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
+assert {x.shape[0] for x in [*session.get_inputs(), *session.get_outputs()]} == {"batch"}
 obs = dict(np.load(sys.argv[2]))
 action, prob = session.run(["action", "prob"], obs)
 single = session.run(["action"], {key: x[:1] for key, x in obs.items()})[0]
@@ -154,7 +155,7 @@ np.savez(sys.argv[3], action=action, single=single, prob=prob, sampled=sampled, 
     ("kind", "policy", "action_space"),
     [("dict", "MultiInputPolicy", spaces.Box(-2, 3, (2,))), ("box", "MlpPolicy", spaces.MultiDiscrete([2, 3]))],
 )
-def test_onnx_without_torch(kind, policy, action_space, tmp_path):
+def test_onnx_without_torch(kind, policy, action_space, tmp_path, capfd):
     """A second process has onnxruntime and NumPy only; its samples follow the policy."""
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     pytest.importorskip("onnxscript", reason="needs the extra export")
@@ -162,6 +163,7 @@ def test_onnx_without_torch(kind, policy, action_space, tmp_path):
     model = make_normalised(kind, policy, action_space, **keys)
     model.policy.frozen_critics.weights.scale /= 20  # several bins are probable
     path = export_policy(model, tmp_path / "policy.onnx")
+    assert "not installed" not in capfd.readouterr().err  # packages that PyTorch's exporter could use
     obs = draw(model.observation_space, 7)
     np.savez(tmp_path / "obs.npz", **(obs if isinstance(obs, dict) else dict(obs=obs)))
     result = tmp_path / "result.npz"

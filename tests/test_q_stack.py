@@ -9,12 +9,13 @@ import pickle
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from architectures import ARCHITECTURES, BOX, make_policy, push
+from architectures import ARCHITECTURES, BOX, NormExtractor, make_policy, push
 from helpers import (
     RandomObsEnv,
     by_age,
@@ -911,6 +912,60 @@ def test_push_in_a_thread():
     thread.join()
     assert errors == []
     assert th.equal(both_sums(policies[1], obs), both_sums(policies[0], obs))
+
+
+class PausingExtractor(NormExtractor):
+    """Pauses in the middle of a prediction, except in the main thread."""
+
+    pauses: threading.Event
+    goes_on: threading.Event
+
+    def forward(self, obs):
+        if threading.current_thread() is not threading.main_thread():
+            self.pauses.set()
+            self.goes_on.wait(0.5)
+        return super().forward(obs)
+
+
+@pytest.mark.parametrize("what", ["push", "predict"])
+def test_prediction_in_another_thread(what):
+    """Neither of two threads that use the networks at the same time gets those of the other."""
+    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
+    policy, expected = make_policy("extractor", features_extractor_class=PausingExtractor), make_policy("extractor")
+    expected.load_state_dict(policy.state_dict())
+    obs = sample_obs(BOX, 6)
+    for i in range(3):
+        push(policy, seed=i)
+        push(expected, seed=i)
+    with ThreadPoolExecutor(1) as other:
+        result = other.submit(policy.logits, obs)
+        PausingExtractor.pauses.wait()
+        for stack in (policy, expected):
+            push(stack, seed=3) if what == "push" else stack.predict(obs.numpy())
+        PausingExtractor.goes_on.set()
+        assert result.result().shape == (6, 3)
+    for stack in (policy, expected):
+        push(stack, seed=4)
+    th.testing.assert_close(policy.logits(obs), expected.logits(obs))
+
+
+def test_push_during_a_prediction(monkeypatch):
+    """A thread that has begun with the old weights does not leave them to later predictions."""
+    policy = make_policy("mlp")
+    obs = sample_obs(BOX, 6)
+    for i in range(3):
+        push(policy, seed=i)
+    rule_values = q_stack.FrozenCritics._rule_values
+
+    def push_meanwhile(stack):
+        values = rule_values(stack)
+        monkeypatch.undo()
+        push(policy, seed=3)
+        return values
+
+    monkeypatch.setattr(q_stack.FrozenCritics, "_rule_values", push_meanwhile)
+    policy.logits(obs)
+    assert relative_error(policy.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
 
 
 def test_vector_of_parameters():

@@ -38,7 +38,8 @@ from sb3_staq import logit_cache as cache_file
 from sb3_staq.logit_cache import LogitCache, cache_fits, fingerprints
 from sb3_staq.replay import is_plain
 
-LOW_MEMORY = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
+NO_TIMEOUTS = dict(replay_buffer_kwargs=dict(handle_timeout_termination=False))
+LOW_MEMORY = dict(optimize_memory_usage=True, **NO_TIMEOUTS)
 BUFFERS = {
     "plain": dict(),
     "n_step": dict(n_steps=3),
@@ -746,7 +747,7 @@ class NumberedEpisodes(gym.Env):
         return np.array([self.episode], dtype=np.float32), float(self.episode), False, False, {}
 
 
-@pytest.mark.parametrize("kwargs", [dict(n_steps=3, gamma=1.0), LOW_MEMORY, dict()])
+@pytest.mark.parametrize("kwargs", [dict(n_steps=3, gamma=1.0), LOW_MEMORY, NO_TIMEOUTS, dict()])
 @pytest.mark.parametrize("resets_counters", [True, False])
 def test_targets_do_not_reach_over_a_reset(kwargs, resets_counters):
     """Not in n-step returns, and not where the next observation is the next row."""
@@ -983,3 +984,10 @@ def test_message_at_verbose_says_which_evaluation_is_used(capsys):
     assert "directly" in capsys.readouterr().out
     make_model(vec_env(), verbose=0)
     assert capsys.readouterr().out == ""
+
+
+def test_loaded_models_do_not_repeat_the_message(capsys, tmp_path):
+    make_model(vec_env(), verbose=1).save(tmp_path / "model")
+    capsys.readouterr()
+    StaQ.load(tmp_path / "model")
+    assert "cache" not in capsys.readouterr().out
