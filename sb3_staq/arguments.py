@@ -34,6 +34,7 @@ class Argument:
 
 
 LARGEST_INTEGER = 2**62
+LARGEST_SEED = 2**32 - 1  # of NumPy
 
 
 def _is_integer(value: Any, minimum: int, maximum: int = LARGEST_INTEGER) -> bool:
@@ -103,7 +104,7 @@ ARGUMENTS = {
     "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),
     "n_steps": _integer(1),
     "stats_window_size": _integer(1),
-    "seed": Argument(lambda x: x is None or _is_integer(x, 0, 2**32 - 1), "None or an integer from 0 to 2**32 - 1"),
+    "seed": Argument(lambda x: x is None or _is_integer(x, 0, LARGEST_SEED), "None or an integer from 0 to 2**32 - 1"),
 }
 # Arguments that may change during the training, which `train` checks at each call
 CHANGEABLE_ARGUMENTS = (
@@ -125,7 +126,7 @@ DISTILL_ARGUMENTS = {
     "max_steps": _integer(1),
     "states_per_round": _integer(2),
     "n_eval_episodes": _integer(1),
-    "seed": _integer(0),
+    "seed": Argument(partial(_is_integer, minimum=0, maximum=LARGEST_SEED), "an integer from 0 to 2**32 - 1"),
 }
 # Arguments of callbacks
 CALLBACK_ARGUMENTS = {name: _integer(1) for name in ("n_states", "save_freq", "keep")}

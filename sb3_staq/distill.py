@@ -66,12 +66,14 @@ def _undisturbed(model: "StaQ", env: VecEnv | None, seed: int) -> Iterator[None]
 
 
 def _wrap(model: "StaQ", env: GymEnv | str | None) -> VecEnv | None:
-    """Wrap an environment like the model's own."""
-    if env is None:
-        return model.get_env()
-    own, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
+    """Wrap an environment like the model's own, if it is not that one."""
+    own: Any = model.get_env()
+    parts = [] if own is None else [own.unwrapped, *(part.unwrapped for part in getattr(own.unwrapped, "envs", []))]
+    if env is None or (not isinstance(env, str) and any(env.unwrapped is part for part in parts)):
+        return own
+    normalize, vec_env = model.get_vec_normalize_env(), model._wrap_env(maybe_make_env(env, 0))
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
-    if own is not None and own.norm_obs and unwrap_vec_normalize(vec_env) is None:
+    if normalize is not None and normalize.norm_obs and unwrap_vec_normalize(vec_env) is None:
         raise ValueError(f"Invalid env={env!r}: expected one in VecNormalize, as that of the model")
     return vec_env
 
@@ -82,8 +84,10 @@ class _States:
     def __init__(self, model: "StaQ", env: VecEnv | None):
         self.model, self.env, self.buffer = model, env, model.replay_buffer
         n_replayed = 0 if self.buffer is None else self.buffer.size() * self.buffer.n_envs
-        if n_replayed == 0 and env is None:
-            raise ValueError("Invalid env=None: expected an environment, as the model has neither one nor a replay")
+        if n_replayed < 2 and env is None:
+            raise ValueError(
+                "Invalid env=None: expected an environment, as the model has neither one nor two replayed states"
+            )
         self.order = np.random.permutation(n_replayed)
         self.obs: Any = None
         if env is not None:
@@ -118,6 +122,9 @@ def _make_student(policy: StaQPolicy, policy_kwargs: dict[str, Any]) -> StaQPoli
         logit_rule="weight_corrected",
         **dict(critic="additive", n_critics=1, memory_size=1, average_size=0, eval_policy="last"),
     )
+    for name in ("features_extractor", "optimizer"):
+        if f"{name}_class" in policy_kwargs:  # the arguments of the old class may not be those of the new one
+            arguments[f"{name}_kwargs"] = None
     return type(policy)(**{**arguments, **policy_kwargs}).to(policy.device)
 
 

@@ -56,7 +56,8 @@ def _write(module: ExportedPolicy, arrays: list[np.ndarray], suffix: str, metada
         th.export.save(program, file, extra_files=metadata)
         return file.getvalue()
     axes = (tuple({0: "batch"} for _ in example),)  # or its name would be arbitrary
-    names: Any = dict(input_names=module.keys, output_names=OUTPUTS, dynamic_shapes=axes)
+    inputs = [f"obs_{key}" if key in OUTPUTS else key for key in module.keys]  # names are unique within a graph
+    names: Any = dict(input_names=inputs, output_names=OUTPUTS, dynamic_shapes=axes)
     onnx: Any = th.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props.update(metadata)
     return onnx.model_proto.SerializeToString()
@@ -97,14 +98,14 @@ def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
     prob, branches = log_policy(logits, policy.branches.sizes).exp(), policy.branches
     errors, difference = np.abs(found_prob - prob.numpy()), np.abs(found - actions)
     allowed = TOLERANCE + ROUNDING * logits.abs().amax(dim=1, keepdim=True).numpy()
-    if isinstance(policy.action_space, spaces.Box):
-        difference = difference / (policy.action_space.high - policy.action_space.low).clip(min=1e-30)
-        sampled = policy.scale_action(sampled)
+    is_box, space = isinstance(policy.action_space, spaces.Box), policy.action_space
+    bins = branches.encode(th.as_tensor(policy.scale_action(sampled) if is_box else sampled).reshape(len(prob), -1))
+    of_bins = branches.decode(bins).numpy().reshape(sampled.shape)
+    off = np.abs(sampled - (policy.unscale_action(of_bins) if is_box else of_bins))
+    if isinstance(space, spaces.Box):
+        difference, off = (x / (space.high - space.low).clip(min=1e-30) for x in (difference, off))
     n_wrong = (difference > TOLERANCE).reshape(len(prob), -1).any(axis=1).sum()
-    stored = th.as_tensor(sampled).reshape(len(prob), -1)
-    bins = branches.encode(stored)
-    are_bins = th.allclose(branches.decode(bins).float(), stored.float(), atol=TOLERANCE)
-    possible = are_bins and bool((prob.gather(1, branches.columns(bins)) > 0).all())
+    possible = bool((off <= TOLERANCE).all() and (prob.gather(1, branches.columns(bins)) > 0).all())
     if not (errors <= allowed).all() or n_wrong > TIES * len(prob) or not possible:
         raise RuntimeError(
             f"The exported file would be wrong, so it was not written: at {len(prob)} observations its probabilities "
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--env", help="id of the environment for --distill")
     parser.add_argument("--replay-buffer", metavar="FILE", help="replayed states for --distill")
     parser.add_argument("--net-arch", type=int, nargs="*", help="hidden layers of the student")
-    parser.add_argument("--max-kl", type=float, default=0.01, help="largest mean KL divergence to the stack")
+    parser.add_argument("--max-kl", type=float, help="largest mean KL divergence to the stack, by default 0.01")
     parser.add_argument(
         "--weights-only",
         action=argparse.BooleanOptionalAction,
@@ -196,6 +197,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.distill and args.env is None:
         parser.error("--distill needs --env")
+    for name in () if args.distill else ("net_arch", "max_kl", "replay_buffer"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} needs --distill")
     for path in filter(None, (args.vecnormalize, args.replay_buffer)):
         if args.weights_only and not is_npz(path):
             parser.error(f'{path} can run code; expected an ".npz", or --no-weights-only if you trust it')
@@ -215,8 +219,9 @@ def main() -> None:
     if args.replay_buffer:
         model.load_replay_buffer(args.replay_buffer)
     if args.distill:
-        policy_kwargs = None if args.net_arch is None else dict(net_arch=args.net_arch)
-        policy, report = model.distill(max_kl=args.max_kl, policy_kwargs=policy_kwargs, progress_bar=True)
+        kwargs: dict[str, Any] = {} if args.max_kl is None else dict(max_kl=args.max_kl)
+        kwargs |= {} if args.net_arch is None else dict(policy_kwargs=dict(net_arch=args.net_arch))
+        policy, report = model.distill(progress_bar=True, **kwargs)
         print(report)
     print("Wrote", export_policy(policy, args.path, args.vecnormalize))
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
@@ -51,7 +52,7 @@ class ExportedPolicy(nn.Module):
         :return: shape (batch, *action_space.shape)
         """
         if isinstance(self.action_space, spaces.Box):
-            low, high = _floats(self.action_space.low).flatten(), _floats(self.action_space.high).flatten()
+            low, high = (th.as_tensor(x).flatten() for x in (self.action_space.low, self.action_space.high))
             stored = (low + 0.5 * (stored + 1.0) * (high - low)).maximum(low).minimum(high)
         return stored.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 
@@ -65,7 +66,8 @@ class ExportedPolicy(nn.Module):
         obs = dict(zip(self.keys, inputs, strict=True))
         for key, rms in self.statistics.items():
             std, clip = np.sqrt(rms.var + self.vec_normalize.epsilon), self.vec_normalize.clip_obs  # type: ignore
-            obs[key] = ((obs[key].float() - _floats(rms.mean)) / _floats(std)).clamp(-clip, clip)
+            # In double precision, as VecNormalize does: a mean may be large
+            obs[key] = ((obs[key] - th.as_tensor(rms.mean)) / th.as_tensor(std)).clamp(-clip, clip).float()
         x = preprocess_obs(self._unnamed(obs), self.space, normalize_images=self.normalize_images)
         logits = batched_forward(self.net, self.params, x, coef=self.coef)
         log_prob = log_policy(logits, self.branches.sizes)
@@ -87,16 +89,19 @@ class ExportedPolicy(nn.Module):
 
     def draw_observations(self, n: int) -> list[np.ndarray]:
         """Draw ``n`` observations, an array for each input, from the space or around the statistics."""
-        space = copy.deepcopy(self.space)
-        space.seed(0)
-        samples = [space.sample() for _ in range(n)]
+        spaces_by_key: Any = self.space if isinstance(self.space, spaces.Dict) else {"obs": self.space}
         drawn = []
-        for key in self.keys:
-            obs = np.stack([np.asarray(x[key] if isinstance(x, dict) else x) for x in samples])
+        for key, space in spaces_by_key.items():
+            batch = batch_space(space, n)
+            batch.seed(0)
+            obs, is_float = np.asarray(batch.sample()), np.issubdtype(space.dtype, np.floating)
             if key in self.statistics:
                 rms = self.statistics[key]
                 obs = rms.mean + np.sqrt(rms.var) * np.random.default_rng(0).normal(size=obs.shape)
-            drawn.append(obs.clip(-1e6, 1e6).astype(np.float32) if np.issubdtype(obs.dtype, np.floating) else obs)
+                obs = obs.clip(space.low, space.high)
+            elif is_float:
+                obs = obs.clip(-1e6, 1e6)
+            drawn.append(obs.astype(np.float32 if is_float else space.dtype))
         return drawn
 
     def normalise(self, arrays: list[np.ndarray]) -> Any:
@@ -106,7 +111,3 @@ class ExportedPolicy(nn.Module):
 
     def _unnamed(self, obs: dict[str, Any]) -> Any:
         return obs if isinstance(self.space, spaces.Dict) else obs["obs"]
-
-
-def _floats(array: Any) -> th.Tensor:
-    return th.as_tensor(array, dtype=th.float32)

@@ -27,7 +27,7 @@ from sb3_staq.minatar import register_envs
 from sb3_staq.policies import SHAPE_ARGUMENTS
 
 SCRIPTS = (
-    *("train", "enjoy", "record_video", "record_training", "benchmark"),
+    *("train", "enjoy", "record_video"),  # record_training and benchmark start these in processes of their own
     *("plot_train", "plot_from_file", "all_plots", "load_from_hub", "push_to_hub"),
 )
 

@@ -4,10 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from architectures import NormExtractor
 from gymnasium import spaces
 from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_staq import StaQ, StaQPolicy
@@ -93,6 +95,16 @@ def test_student_is_an_sb3_policy(kind, policy, action_space, kwargs, tmp_path):
     assert np.isfinite(evaluate_policy(loaded, env, 2)[0])
 
 
+def test_other_classes_bring_their_own_arguments():
+    policy_kwargs = dict(features_extractor_class=NormExtractor, features_extractor_kwargs=dict(features_dim=6))
+    model = distillable(policy_kwargs=policy_kwargs)
+    assert "fused" in model.policy.optimizer_kwargs
+    other = dict(features_extractor_class=FlattenExtractor, optimizer_class=th.optim.RMSprop, net_arch=[8])
+    student, _ = model.distill(policy_kwargs=other, **QUICK)
+    assert isinstance(student.optimizer, th.optim.RMSprop)
+    assert isinstance(student.critics.net.features_extractor, FlattenExtractor)
+
+
 def test_architecture():
     student, report = distillable().distill(policy_kwargs=dict(net_arch=[8, 4], activation_fn=th.nn.Tanh), **QUICK)
     assert report.student.n_parameters == (4 * 8 + 8) + (8 * 4 + 4) + (4 * 3 + 3)
@@ -128,6 +140,21 @@ def test_own_environment_is_left_ready():
     model.learn(1, reset_num_timesteps=False)
     np.testing.assert_array_equal(buffer.observations[buffer.pos - 1][0], first[0])
     np.testing.assert_array_equal(buffer.next_observations[buffer.pos - 1][0], env._last)
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("box", "MlpPolicy"), ("image", "CnnPolicy")])
+@pytest.mark.parametrize("n_envs", [None, 2])
+def test_own_environment_is_recognised(kind, policy, n_envs):
+    """As it was passed to the model: without the wrappers that SB3 puts around it."""
+    env = RandomObsEnv(kind) if n_envs is None else DummyVecEnv([lambda: RandomObsEnv(kind)] * n_envs)
+    policy_kwargs = dict(features_extractor_kwargs=dict(features_dim=8)) if kind == "image" else {}
+    model = make_model(env, policy, (), policy_kwargs).learn(60)
+    model.distill(env=env, **QUICK)
+    assert model._last_obs is None
+    model.distill(env=RandomObsEnv(kind), **QUICK)
+    model.learn(10, reset_num_timesteps=False)
+    model.distill(env=RandomObsEnv(kind), **QUICK)
+    assert model._last_obs is not None
 
 
 def test_training_meets_new_episodes():
@@ -259,6 +286,10 @@ def test_replay_without_environment(tmp_path):
     assert report.student.returns == [] and isinstance(student, StaQPolicy)
     assert report.n_states + len(report.held_out) == 40  # each of them once
 
+    loaded.replay_buffer.pos = 1
+    with pytest.raises(ValueError, match=r"Invalid env=None.* neither one nor two replayed states"):
+        loaded.distill(**QUICK)
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -268,6 +299,7 @@ def test_replay_without_environment(tmp_path):
         ("states_per_round", 1.5),
         ("n_eval_episodes", 0),
         ("seed", None),
+        ("seed", 2**32),
         ("policy_kwargs", dict(memory_size=3)),
         ("policy_kwargs", 3),
     ],

@@ -99,6 +99,21 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
         column += len(branch)
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [dict(action_bins=2), dict(action_bins=4), dict(action_grid="joint", action_bins=4), dict(action_grid="axis")],
+)
+def test_bounds_of_actions(grid, tmp_path):
+    """Also where they are equal, and between single-precision numbers."""
+    space = spaces.Box(np.array([-0.1, 0.3, -7]), np.array([0.7, 0.3, 9]), dtype=np.float64)
+    model = make_model(RandomObsEnv(action_space=space), **grid)
+    grow(model, 3, ent_coef=1.0)
+    obs = draw(model.observation_space, 50)
+    path = export_policy(model, tmp_path / "policy.pt")
+    for actions in run_script(path, obs)[:2]:
+        assert all(space.contains(action) for action in actions)
+
+
 @pytest.mark.parametrize("action_grid", ["axis", "joint"])
 @pytest.mark.parametrize(("kind", "policy"), [("discrete", "MlpPolicy"), ("image", "CnnPolicy")])
 def test_whole_actions_as_bins(kind, policy, action_grid, tmp_path):
@@ -132,6 +147,48 @@ def test_normalisation_is_folded_in(how, tmp_path):
     assert (np.abs(normalised) == 1.5).any()
     np.testing.assert_allclose(prob, slow_prob(model.policy, normalised), atol=1e-5)
     np.testing.assert_array_equal(actions, model.policy.predict(normalised, deterministic=True)[0])
+
+
+def test_statistics_far_from_zero(tmp_path):
+    """In single precision, subtracting such a mean would lose the digits that count."""
+    model = make_normalised("box", "MlpPolicy")
+    rms = model.get_vec_normalize_env().obs_rms
+    rms.mean, rms.var = np.full(4, 20_000.0004), np.full(4, 0.25)
+    path = export_policy(model, tmp_path / "policy.pt")
+    obs = np.random.default_rng(0).normal(20_000, 0.5, (50, 4)).astype(np.float32)
+    prob = slow_prob(model.policy, model.get_vec_normalize_env().normalize_obs(obs))
+    np.testing.assert_allclose(run_script(path, obs)[2], prob, atol=1e-5)
+
+
+class AwkwardDict(RandomObsEnv):
+    """A key that is also the name of an output, and whole numbers that are normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(
+            action=spaces.Box(-1, 1, (2,)), count=spaces.Box(0, 255, (3,), np.uint8), b=spaces.Discrete(3)
+        )
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, True, False, {}
+
+
+def test_awkward_observations(tmp_path):
+    """ONNX files take them as environments return them."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    env = VecNormalize(DummyVecEnv([AwkwardDict]), norm_obs_keys=["count"])
+    model = make_model(env, "MultiInputPolicy")
+    grow(model, 3)
+    env.obs_rms["count"].mean, env.obs_rms["count"].var = np.full(3, 100.0), np.full(3, 400.0)
+    session = onnxruntime.InferenceSession(export_policy(model, tmp_path / "policy.onnx"))
+    assert {x.name: x.type for x in session.get_inputs()} == {
+        "obs_action": "tensor(float)", "b": "tensor(int64)", "count": "tensor(uint8)",
+    }  # fmt: skip
+    obs = draw(model.observation_space, 6)
+    arrays = {"obs_action" if key == "action" else key: x for key, x in obs.items()}
+    expected = slow_prob(model.policy, env.normalize_obs(obs))
+    np.testing.assert_allclose(session.run(["prob"], arrays)[0], expected, atol=1e-4)
 
 
 ROBOT = """
@@ -302,6 +359,10 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("--distill")
     assert "--distill needs --env" in capsys.readouterr().err
+    for name, value in (("--net-arch", "4"), ("--max-kl", "0.5"), ("--replay-buffer", paths[3])):
+        with pytest.raises(SystemExit):
+            run(name, value)
+        assert f"{name} needs --distill" in capsys.readouterr().err
 
 
 def test_command_line_for_hindsight_experience_replay(monkeypatch, tmp_path):
