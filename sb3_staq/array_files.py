@@ -36,6 +36,8 @@ def _load(path: PathOrFile, mmap: bool = False) -> tuple[dict[str, Any], dict[st
                 header = json.loads(str(npz["header"]))
                 read = _map if mmap else lambda npz, name: npz[name]
                 return header, {name: np.asarray(read(npz, name)) for name in npz.files if name != "header"}
+        except MemoryError:
+            raise
         except Exception as error:  # of many kinds, since the file may contain anything
             raise ValueError(f"{file_name(path)} is damaged, or not of sb3_staq: {error!r}") from error
 
@@ -68,7 +70,7 @@ def save_buffer(path: PathOrFile, buffer: ReplayBuffer) -> None:
         if array.dtype == object and any(array.flat):
             raise ValueError(f"Invalid replay buffer: its {name} are objects; expected numbers for {file_name(path)}")
     numbers = {name: array for name, array in arrays.items() if array.dtype != object}
-    _save(path, {"pos": buffer.pos, "full": buffer.full, **_spaces(buffer)}, numbers)
+    _save(path, {"pos": buffer.pos, "full": buffer.full, **_kind(buffer)}, numbers)
 
 
 def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> ReplayBuffer:
@@ -81,9 +83,9 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     :raise ValueError: if the file is damaged, or its buffer is of another kind
     """
     header, arrays = _load(path, mmap)
-    for name, space in _spaces(own).items():
-        if header.get(name) != to_json(space):
-            raise ValueError(f"Invalid replay buffer: its {name} is {header.get(name)}; expected {space}")
+    for name, value in _kind(own).items():
+        if header.get(name) != to_json(value):
+            raise ValueError(f"Invalid replay buffer: its {name} is {header.get(name)}; expected {value}")
     for name, array in buffer_arrays(own):
         found = arrays.get(name, np.array(None))
         if array.dtype != object and (found.shape, found.dtype) != (array.shape, array.dtype):
@@ -100,8 +102,9 @@ def load_buffer(path: PathOrFile, own: ReplayBuffer, mmap: bool = False) -> Repl
     return buffer
 
 
-def _spaces(buffer: ReplayBuffer) -> dict[str, Any]:
-    return {"observation_space": buffer.observation_space, "action_space": buffer.action_space}
+def _kind(buffer: ReplayBuffer) -> dict[str, Any]:
+    names = ("observation_space", "action_space", "optimize_memory_usage")
+    return {name: getattr(buffer, name) for name in names}
 
 
 def buffer_arrays(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
@@ -145,6 +148,8 @@ def load_vec_normalize(path: PathOrFile, venv: VecEnv) -> VecNormalize:
                 if array.shape != np.shape(own):
                     raise ValueError(f"{name} are of shape {array.shape}")
                 vars(rms)[key] = array.astype(float)[()]
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"{file_name(path)} has no statistics for these environments: {error!r}") from error
     return vec_normalize

@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
 from sb3_staq.arguments import check_argument
+from sb3_staq.env_state import all_wrapped
 from sb3_staq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_staq.policies import StaQPolicy
 
@@ -85,10 +86,10 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
             )
 
     def _reports_returns(self) -> bool:
-        """Ask whether the environments have a Monitor; only where averages are tried, as not all VecEnvs can tell."""
+        """Ask whether the environments have a Monitor, once per call of ``learn``."""
         if self._monitored is None:
             assert self.env is not None
-            self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all(self.env.env_is_wrapped(Monitor))
+            self._monitored = is_vecenv_wrapped(self.env, VecMonitor) or all_wrapped(self.env, Monitor)
         return self._monitored
 
     def _forget_returns(self) -> None:

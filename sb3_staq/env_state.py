@@ -5,7 +5,7 @@ import inspect
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 # Modules whose environments hold all of their state in attributes
 KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.mujoco")
 # Attributes that are not a part of the state, and handles of other processes
-NOT_STATE = ("env", "venv", "envs", "model", "mujoco_renderer", "screen", "clock", "results_writer", "spec", "logger")
+NOT_STATE = ("env", "venv", "envs", "results_writer", "spec", "logger", "class_attributes")
+NOT_STATE_OF_KNOWN = (*NOT_STATE, "model", "mujoco_renderer", "screen", "clock")
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
 # What an attribute may refer to without owning it: a copy would have no effect on the training
 NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
@@ -54,28 +55,34 @@ class _ReferenceError(pickle.PicklingError):
 
 
 class _OwnPickler(pickle.Pickler):
-    """Refuses everything from which something of ``NOT_OWNED`` can be reached."""
+    """Refuses everything from which something of ``NOT_OWNED``, or one of some other objects, can be reached."""
+
+    not_owned: Collection[int] = ()  # their ids
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, NOT_OWNED):
+        if isinstance(value, NOT_OWNED) or id(value) in self.not_owned:
             raise _ReferenceError
         return NotImplemented
 
 
-def _digest(value: Any) -> str:
+def _digest(value: Any, not_owned: Collection[int]) -> str:
     """Hash the value of an attribute, if it can be copied and is not a mere reference."""
     file = io.BytesIO()
-    _OwnPickler(file).dump(value)
+    pickler = _OwnPickler(file)
+    pickler.not_owned = not_owned
+    pickler.dump(value)
     pickle.loads(file.getvalue())
     return hashlib.sha256(file.getvalue()).hexdigest()
 
 
-def _digests(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> tuple[dict[str, str], list[str]]:
+def _digests(
+    owner: Any, skip: tuple[str, ...] = NOT_STATE, not_owned: Collection[int] = ()
+) -> tuple[dict[str, str], list[str]]:
     """Hash each attribute that is a part of the state; return the names of those that cannot be pickled too."""
     digests, left_out = {}, []
     for name in [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]:
         try:
-            digests[name] = _digest(vars(owner)[name])
+            digests[name] = _digest(vars(owner)[name], not_owned)
         except _ReferenceError:
             pass
         except Exception:  # whatever the reason, a file cannot hold it
@@ -83,9 +90,9 @@ def _digests(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> tuple[dict[str, s
     return digests, left_out
 
 
-def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE) -> Attributes:
+def get_attributes(owner: Any, skip: tuple[str, ...] = NOT_STATE, not_owned: Collection[int] = ()) -> Attributes:
     """Copy the attributes that can be pickled, and the contents of a monitor's file."""
-    digests, left_out = _digests(owner, skip)
+    digests, left_out = _digests(owner, skip, not_owned)
     pickled = pickle.dumps({name: vars(owner)[name] for name in digests})
     writer = vars(owner).get("results_writer")
     has_file = isinstance(writer, ResultsWriter) and os.path.exists(writer.file_handler.name)
@@ -155,7 +162,7 @@ def get_env_state(env: gym.Env) -> EnvState:
     if hasattr(unwrapped, "get_training_state"):
         own = unwrapped.get_training_state()
     elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
-        own = get_attributes(unwrapped)
+        own = get_attributes(unwrapped, NOT_STATE_OF_KNOWN)
     return EnvState(_name(unwrapped), [*map(get_attributes, wrappers)], own)
 
 
@@ -204,6 +211,14 @@ def _vec_layers(env: VecEnv) -> Iterator[VecEnv]:
     yield env
 
 
+def all_wrapped(env: VecEnv, wrapper_class: type[gym.Wrapper]) -> bool:
+    """Return whether all environments have such a wrapper; False if they cannot tell, like those of Isaac Lab."""
+    try:
+        return all(env.env_is_wrapped(wrapper_class))
+    except Exception:  # of any kind: the VecEnv may be anyone's
+        return False
+
+
 def get_vec_env_state(env: VecEnv) -> VecEnvState:
     """
     Return the state of a vectorised environment.
@@ -214,7 +229,7 @@ def get_vec_env_state(env: VecEnv) -> VecEnvState:
     states: list[Any] = [None] * base.num_envs
     if isinstance(base, DummyVecEnv):
         states = [get_env_state(single) for single in base.envs]
-    elif all(base.env_is_wrapped(TrainingState)):
+    elif all_wrapped(base, TrainingState):
         states = base.env_method("get_training_state")
     return [get_attributes(layer) for layer in (*wrappers, base)], states
 

@@ -234,7 +234,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_stored_numbers()
         except Exception as error:
             self.replay_buffer = own
-            if isinstance(error, (OSError, ValueError, AssertionError)):
+            if isinstance(error, (OSError, ValueError, AssertionError, MemoryError)):
                 raise
             raise ValueError(f"{path} is damaged, or no replay buffer: {error!r}") from error
 

@@ -4,6 +4,7 @@ SB3 saves arguments as JSON, but pickles those that JSON cannot express: spaces,
 pickles, files of this package describe how to make the same objects from plain values and a short list of classes.
 """
 
+import base64
 import importlib
 import json
 import pickle
@@ -84,8 +85,8 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         flat = np.ravel(value)
         is_constant = flat.tobytes() == flat[:1].tobytes() * flat.size  # like the bounds of images
-        values = flat[:1].tolist() or [0] if is_constant else value.tolist()
-        return {":array": value.dtype.str, "shape": list(value.shape), "values": values[0] if is_constant else values}
+        data = base64.b64encode((flat[:1] if is_constant else flat).tobytes()).decode()
+        return {":array": value.dtype.str, "shape": list(value.shape), "data": data}
     if isinstance(value, type):
         return {":class": _full_name(value)}
     return {":code": name}
@@ -109,7 +110,11 @@ def from_json(item: Any) -> Any:
     if ":tuple" in item:
         return tuple(from_json(item[":tuple"]))
     if ":array" in item:
-        return np.full(item["shape"], item["values"], item[":array"])[()]
+        if "data" in item:
+            values = np.frombuffer(base64.b64decode(item["data"]), item[":array"])
+        else:  # older files
+            values = np.asarray(item["values"], item[":array"])
+        return np.resize(values, item["shape"])[()]
     parts = {key: from_json(each) for key, each in item.items() if key != ":make"}
     if item.get(":make") == _full_name(spaces.Box):
         parts["shape"] = np.shape(parts["low"])  # otherwise scalar bounds make a shape of (1,)

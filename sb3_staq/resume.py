@@ -11,8 +11,10 @@ import pickle
 import random
 import re
 import shutil
+import warnings
 from inspect import signature
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,8 @@ from sb3_staq.env_state import (
     set_attributes,
     set_vec_env_state,
 )
-from sb3_staq.off_policy import end_episodes
-from sb3_staq.save_util import atomic_write
+from sb3_staq.off_policy import CheckedOffPolicyAlgorithm, end_episodes
+from sb3_staq.save_util import atomic_write, check_pickle, dump_checked
 
 NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
@@ -42,7 +44,7 @@ NOT_COMPARED = {"tensorboard_log", "verbose"}
 COMPARED_BY_TEXT = {"policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "train_freq"}
 NOT_OF_CALLBACKS = (
     *("callback", "callbacks", "eval_env", "training_env", "model", "parent"),
-    *("globals", "locals", "logger"),
+    *("globals", "locals", "logger", "pbar"),
 )
 
 
@@ -55,8 +57,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
-    if states["cuda"]:
-        th.cuda.set_rng_state_all(states["cuda"])
+    for i, state in enumerate(states["cuda"][: th.cuda.device_count()]):
+        th.cuda.set_rng_state(state, i)
 
 
 class ResumeCallback(BaseCallback):
@@ -97,7 +99,11 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._others = self._other_callbacks()
+        if any(isinstance(callback, ResumeCallback) for callback in self._others):
+            raise ValueError("Invalid callback: expected only one ResumeCallback, from whose checkpoints to continue")
         self._of_callbacks: list[Any] = []
+        self._random: dict[str, Any] | None = None
+        self._env = self.model.env
         self._start = self._states()
         self._arguments = self._own_arguments()
         if self._checkpoints():
@@ -105,8 +111,8 @@ class ResumeCallback(BaseCallback):
         self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
 
     def _on_rollout_start(self) -> None:
-        self._restore_callbacks()  # again, as those behind this one have had their `_on_training_start` since
-        self._of_callbacks = []
+        self._restore_rest()  # again, as callbacks behind this one have had their `_on_training_start` since
+        self._of_callbacks, self._random = [], None
         if self.model.num_timesteps >= self._next_save:
             self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
             self.save()
@@ -130,7 +136,8 @@ class ResumeCallback(BaseCallback):
         names |= {"n_envs", "num_timesteps", "_n_updates"}
         plain = {name: attributes[name] for name in names & attributes.keys() if isinstance(attributes[name], kinds)}
         for name in COMPARED_BY_TEXT & attributes.keys():
-            plain[name] = re.sub(" at 0x[0-9a-f]+", "", repr(attributes[name]))
+            text = re.sub(" at 0x[0-9a-f]+", "", pformat(attributes[name], width=1))  # which sorts sets
+            plain[name] = " ".join(text.split())
         plain["stats_window_size"] = self.model._stats_window_size
         layers, singles = self._start[0]
         singles = [single for single in singles if single is not None]
@@ -155,15 +162,20 @@ class ResumeCallback(BaseCallback):
         """Return the states of environments and callbacks."""
         assert self.model.env is not None
         of_callbacks = []
+        policy = self.model.policy
+        parts = {id(part) for part in (*policy.modules(), *policy.parameters())}  # which callbacks may refer to
         for callback in self._others:
             eval_env = getattr(callback, "eval_env", None)
             of_eval_env = get_vec_env_state(eval_env) if isinstance(eval_env, VecEnv) else None
-            of_callbacks.append((get_attributes(callback, NOT_OF_CALLBACKS), of_eval_env))
+            of_callbacks.append((get_attributes(callback, NOT_OF_CALLBACKS, parts), of_eval_env))
         return get_vec_env_state(self.model.env), of_callbacks
 
     def save(self) -> None:
         """Save a checkpoint, which gets its name only once it is complete, unless there is one of this step."""
         if self._path().exists():  # such as that of a finished training that was started again
+            return
+        if self.model.env is not self._env:
+            warnings.warn("No checkpoint was saved, as it could not be restored: another environment was set meanwhile")
             return
         model, unfinished = self.model, self.save_path / f"unfinished_{os.getpid()}"
         for path in self.save_path.glob("unfinished_*"):
@@ -178,13 +190,14 @@ class ResumeCallback(BaseCallback):
             random=_random_states(),
         )
         with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
-            pickle.dump(rest, file)
+            dump_checked(rest, file)
         unfinished.rename(self._path())
         for path in self._checkpoints()[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _resume(self, checkpoint: Path) -> None:
         model: Any = self.model
+        check_pickle(checkpoint / "rest.pkl")
         rest = pickle.loads((checkpoint / "rest.pkl").read_bytes())
         for name, value in rest["arguments"].items():
             if self._arguments.get(name, value) != value:
@@ -214,7 +227,6 @@ class ResumeCallback(BaseCallback):
             if state is not None:
                 left.remove(state)
                 self._of_callbacks.append((callback, *state))
-        self._restore_callbacks()
         exact = set_vec_env_state(model.env, of_env)
         model.action_space = model.env.action_space  # the environment's own object, whose random numbers continue
         how = "exactly where it was"
@@ -223,15 +235,22 @@ class ResumeCallback(BaseCallback):
             how = "with new episodes, since the environments cannot give their states"
         if left_out:
             how += f"; left out, since they cannot be pickled: {', '.join(sorted(left_out))}"
-        _set_random_states(rest["random"])
+        self._random = rest["random"]
+        self._restore_rest()
+        model._num_timesteps_at_start = model.num_timesteps  # from which it logs the speed
+        if isinstance(model, CheckedOffPolicyAlgorithm):
+            model._remember_statistics()
         if self.verbose >= 1:
             print(f"Training goes on from step {model.num_timesteps} of {checkpoint}, {how}")
 
-    def _restore_callbacks(self) -> None:
+    def _restore_rest(self) -> None:
+        """Restore what other callbacks may change before the first rollout: themselves, and the random numbers."""
         for callback, attributes, of_eval_env in self._of_callbacks:
             set_attributes(callback, attributes)
             if of_eval_env is not None:
                 set_vec_env_state(callback.eval_env, of_eval_env)
+        if self._random is not None:
+            _set_random_states(self._random)
 
     @staticmethod
     def _begin_episodes_anew(model: BaseAlgorithm) -> None:

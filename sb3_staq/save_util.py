@@ -49,6 +49,8 @@ def atomic_write(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         with open(path, "wb") as file:
             yield file
         return
+    if path.exists():
+        open(path, "ab").close()  # refuses a file that is read-only
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -118,6 +120,8 @@ def open_archive(path: PathOrFile, suffix: str = "") -> Iterator[Any]:
         try:
             with zipfile.ZipFile(file) as archive:
                 _check_archive(file, archive)
+        except MemoryError:
+            raise
         except Exception as error:  # of many kinds, since damage may be anywhere
             raise ValueError(f"{file_name(path)} is damaged: {error}") from error
         finally:
@@ -133,7 +137,7 @@ def _check_archive(file: Any, archive: zipfile.ZipFile) -> None:
         if info.external_attr & 0x10 and not info.is_dir():
             raise ValueError(f"its member {info.filename!r} is a folder")
     # If the end is missing, an archive inside may provide one; a wrong length in the directory hides later members
-    file.seek(-22, os.SEEK_END)
+    file.seek(-22 - len(archive.comment), os.SEEK_END)
     end = file.read()
     n_members = int.from_bytes(end[10:12], "little")  # 0xFFFF if the number is elsewhere
     if not end.startswith(b"PK\5\6") or n_members not in (len(archive.infolist()), 0xFFFF):

@@ -2,8 +2,11 @@
 
 import functools
 import multiprocessing as mp
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import gymnasium as gym
@@ -21,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 from torch import nn
 
 from benchmarks.faults import TRAININGS, digest, make
-from sb3_staq import StaQ
+from sb3_staq import StaQ, env_state, resume
 from sb3_staq.callbacks import PolicyUpdateDiagnostics
 from sb3_staq.env_state import TrainingState, get_env_state, set_env_state
 from sb3_staq.resume import ResumeCallback
@@ -316,6 +319,139 @@ def test_random_numbers_of_python_go_on(tmp_path):
     assert again.drawn == whole.drawn
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_random_numbers_at_the_start_of_a_training(order, tmp_path):
+    """Those that other callbacks draw before the first rollout: the training goes on with its own."""
+
+    class Draw(BaseCallback):
+        def _on_training_start(self):
+            np.random.rand(3), th.rand(3), random.random()
+
+        def _on_step(self):
+            return True
+
+    def learn(folder, *more):
+        callbacks = [Draw(), ResumeCallback(40, tmp_path / folder, verbose=0)][::order]
+        return make("CartPole-v1").learn(200, callback=[*callbacks, *more])
+
+    with pytest.raises(KeyboardInterrupt):
+        learn("two", Stop(97))
+    assert digest(learn("two")) == digest(learn("one"))
+
+
+class Untold(DummyVecEnv):
+    """Cannot tell its wrappers, like the environments of Isaac Lab."""
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        raise NotImplementedError
+
+
+def test_environments_that_cannot_tell_their_wrappers(tmp_path, monkeypatch):
+    """Training, averages that collect, and resuming, with new episodes."""
+    monkeypatch.setattr(env_state, "DummyVecEnv", SubprocVecEnv)  # as if in other processes
+    for steps in (100, 200):
+        env = Untold([lambda: gym.make("CartPole-v1")] * 2)
+        model = StaQ("MlpPolicy", env, **SMALL, average_share=0.5)
+        model.learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert model.num_timesteps == 200
+
+
+def test_two_at_once_are_refused(tmp_path):
+    callbacks = [ResumeCallback(20, tmp_path / "near"), ResumeCallback(100, tmp_path / "far")]
+    with pytest.raises(ValueError, match="Invalid callback: expected only one ResumeCallback"):
+        make("CartPole-v1").learn(100, callback=callbacks)
+
+
+def test_other_environment_meanwhile(tmp_path):
+    """There is no way back into it, so no checkpoint is written."""
+
+    class SetEnv(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps == 60:
+                self.model.set_env(make_vec_env("CartPole-v1", 1, wrapper_class=Curious))
+                self.model._last_obs = self.model.env.reset()
+
+        def _on_step(self):
+            return True
+
+    model = make("CartPole-v1")
+    with pytest.warns(UserWarning, match="No checkpoint was saved"):
+        model.learn(100, callback=[SetEnv(), ResumeCallback(40, tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_40"]
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    """Every flipped bit of what is not in the model or the replay buffer."""
+    make("CartPole-v1").learn(100, callback=ResumeCallback(1000, tmp_path))
+    path, rng = tmp_path / "step_100" / "rest.pkl", np.random.default_rng(0)
+    whole = path.read_bytes()
+    for position in rng.integers(len(whole), size=5):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"rest\.pkl is damaged"):
+            make("CartPole-v1").learn(200, callback=ResumeCallback(1000, tmp_path))
+
+
+SETS = """
+import sys
+from helpers import SMALL
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from sb3_staq import StaQ
+from sb3_staq.resume import ResumeCallback
+
+class Skipping(FlattenExtractor):
+    def __init__(self, space, skip):
+        super().__init__(space)
+
+kwargs = dict(features_extractor_class=Skipping, features_extractor_kwargs=dict(skip={"alpha", "beta", "gamma"}))
+model = StaQ("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, **SMALL)
+model.learn(int(sys.argv[1]), callback=ResumeCallback(40, sys.argv[2]))
+"""
+
+
+def test_sets_in_arguments(tmp_path):
+    """Their order differs in each process."""
+    for i in range(3):
+        environment = {**os.environ, "PYTHONHASHSEED": str(i), "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", SETS, str(30 * i + 30), tmp_path], check=True, env=environment)
+
+
+def test_random_numbers_of_fewer_gpus(monkeypatch):
+    """More were visible when the checkpoint was made; PyTorch's functions are replaced, as there may be none here."""
+    restored = []
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(th.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    resume._set_random_states({**resume._random_states(), "cuda": ["first", "second"]})
+    assert restored == [("first", 0)]
+
+
+def test_speed_is_that_of_this_process(tmp_path):
+    """Not all steps in the time since the restart."""
+    for steps in (150, 200):
+        model = make("CartPole-v1").learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert model._num_timesteps_at_start == 150
+
+
+def test_bad_observations_after_a_restart(tmp_path):
+    """The statistics are those of the checkpoint, as they were before the step."""
+    make("VecNormalize").learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
+    model = make("VecNormalize")
+    monitored = model.env.envs[0]
+    monitored.step = lambda action: (np.full(4, np.nan, np.float32), 0.0, False, False, {})
+    with pytest.raises(ValueError, match="non-finite observation"):
+        model.learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert model.env.obs_rms.count > 100
+
+
+def test_only_what_matters_is_named(tmp_path, capsys):
+    """Constants of SB3's wrappers are no loss."""
+    for steps in (100, 150):
+        env = VecMonitor(VecNormalize(make_vec_env("CartPole-v1", 1)))
+        StaQ("MlpPolicy", env, **SMALL).learn(steps, callback=ResumeCallback(40, tmp_path))
+    assert capsys.readouterr().out.endswith("exactly where it was\n")
+
+
 def test_old_and_unfinished_checkpoints_go(tmp_path):
     (tmp_path / "unfinished_1").mkdir()
     make("CartPole-v1").learn(300, callback=ResumeCallback(40, tmp_path, keep=2, verbose=0))
@@ -469,6 +605,7 @@ class Curious(gym.Wrapper):
         self.network = nn.Linear(4, 1)
         with th.no_grad():
             self.network.weight.fill_(0.1)
+            self.network.bias.fill_(0.0)
         self.optimizer = th.optim.Adam(self.network.parameters(), lr=0.01)
 
     def step(self, action):
@@ -480,7 +617,13 @@ class Curious(gym.Wrapper):
         return obs, reward + loss.item(), *rest
 
 
-@pytest.mark.parametrize("wrapper", [Centred, Bound, Curious])
+class CuriousModel(Curious):
+    """The same network under a name that some of Gymnasium's environments have for something else."""
+
+    network = property(lambda self: self.model, lambda self, value: setattr(self, "model", value))
+
+
+@pytest.mark.parametrize("wrapper", [Centred, Bound, Curious, CuriousModel])
 def test_what_wrappers_refer_to_stays_alive(wrapper, tmp_path):
     """Parts of the environment, and parts of each other."""
 
@@ -502,6 +645,7 @@ class Refer(BaseCallback):
 
     def _on_training_start(self):
         self.found = [self.model.replay_buffer, self.model.policy, self.logger]
+        self.parts = [self.model.policy.optimizer, self.model.policy.frozen_critics]
 
     def _on_step(self):
         self.count += 1
@@ -519,6 +663,7 @@ def test_what_callbacks_refer_to_stays_alive(tmp_path):
     assert callback.vec_normalize is model.env and callback.count == 100
     buffer, policy, logger = callback.found
     assert policy is model.policy and logger is model.logger
+    assert callback.parts[0] is policy.optimizer and callback.parts[1] is policy.frozen_critics
     assert buffer.pos == model.replay_buffer.pos == 100 and buffer.rewards is model.replay_buffer.rewards
 
 
