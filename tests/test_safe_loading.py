@@ -179,6 +179,35 @@ def test_boxes_of_older_files(shape):
     assert from_json(entry) == spaces.Box(-1, 2, shape)
 
 
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "u1", "?", "<i8"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_arrays_as_plain_values(dtype, shape):
+    """Every bit of them, also of what is no number, in little more room than in memory."""
+    rng = np.random.default_rng(0)
+    for array in (
+        np.zeros(shape, dtype),
+        rng.integers(0, 2, shape).astype(dtype),
+        rng.normal(size=shape).astype(dtype),
+    ):
+        if dtype == "<f8" and array.size > 1:
+            array[:1] = np.nan
+        found = from_json(json.loads(json.dumps(to_json(array))))
+        assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    large = rng.normal(size=10_000)
+    assert len(json.dumps(to_json(large))) < 1.4 * large.nbytes
+
+
+def test_buffers_of_another_layout_are_refused(tmp_path):
+    """With ``optimize_memory_usage``, timeouts are stored as real ends; the arrays alone do not tell."""
+    no_timeouts = dict(replay_buffer_kwargs=dict(handle_timeout_termination=False))
+    plain = make_model(RandomObsEnv()).learn(30)
+    compact = make_model(RandomObsEnv(), optimize_memory_usage=True, **no_timeouts).learn(30)
+    for model, other in ((plain, compact), (compact, plain)):
+        model.save_replay_buffer(tmp_path / "buffer.npz")
+        with pytest.raises(ValueError, match="Invalid replay buffer: its optimize_memory_usage is"):
+            other.load_replay_buffer(tmp_path / "buffer.npz")
+
+
 def test_scalar_actions(tmp_path):
     """Actions of shape () stay so; the training goes on with its buffer."""
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 import zipfile
@@ -25,6 +27,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
+from sb3_staq.save_util import atomic_write
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
@@ -514,6 +517,22 @@ def test_existing_files_keep_their_modes(tmp_path):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users of Unix")
+def test_read_only_files_are_kept():
+    """Renaming another file over them would need no permission."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, user = Path(folder) / "model.zip", os.geteuid()
+        path.write_bytes(b"precious")
+        path.chmod(0o444), Path(folder).chmod(0o777)
+        os.seteuid(user or 65534)  # root may write to any file
+        try:
+            with pytest.raises(PermissionError), atomic_write(path) as file:
+                file.write(b"new")
+        finally:
+            os.seteuid(user)
+        assert path.read_bytes() == b"precious" and len(list(Path(folder).iterdir())) == 1
+
+
 @pytest.mark.parametrize("suffix", [True, False])
 def test_pipes_are_written_to(suffix, tmp_path):
     """... by their names as they are; what comes out is what would be in the file."""
@@ -609,6 +628,27 @@ def test_damaged_pickle(tmp_path):
     with pytest.raises(ValueError, match=r"buffer\.pkl is damaged"):
         model.load_replay_buffer(path)
     assert model.replay_buffer is own
+
+
+def test_archives_with_a_comment(tmp_path):
+    model = grown_model(2)
+    model.save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip", "a") as archive:
+        archive.comment = b"the best one"
+    assert StaQ.load(tmp_path / "model.zip").n_policy_updates == model.n_policy_updates
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "npz"])
+def test_too_little_memory_is_no_damage(suffix, tmp_path, monkeypatch):
+    model = make_model(RandomObsEnv()).learn(30)
+    model.save_replay_buffer(tmp_path / f"buffer.{suffix}")
+
+    def out_of_memory(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(*((pickle, "load") if suffix == "pkl" else (np, "load")), out_of_memory)
+    with pytest.raises(MemoryError):
+        model.load_replay_buffer(tmp_path / f"buffer.{suffix}")
 
 
 def test_zip_files_that_are_no_policies(tmp_path):
