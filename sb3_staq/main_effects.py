@@ -12,38 +12,15 @@ the best additive approximation of Q(s, .) under pi. A policy update freezes the
 from typing import NamedTuple
 
 import torch as th
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import nn
 
 from sb3_staq.action_spaces import Branches
 from sb3_staq.observations import select
 from sb3_staq.q_networks import Critic, CriticEnsemble, Ensemble, batched_forward
 
 
-class StateActionQNetwork(Critic):
-    """
-    A critic of whole actions: features extractor, then an MLP from features and action to one value.
-
-    :param n_inputs: number of components of an action
-    :param net_arch: sizes of the hidden layers
-    :param layer_norm: whether hidden layers are normalised before their activations
-    """
-
-    def __init__(
-        self,
-        features_extractor: BaseFeaturesExtractor,
-        n_inputs: int,
-        net_arch: list[int],
-        activation_fn: type[nn.Module] = nn.ReLU,
-        layer_norm: bool = False,
-    ):
-        n_inputs += features_extractor.features_dim
-        super().__init__(features_extractor, n_inputs, 1, net_arch, activation_fn, layer_norm)
-
-
-class StateActionCritics(Ensemble[StateActionQNetwork]):
-    """Several critics of whole actions."""
+class StateActionCritics(Ensemble[Critic]):
+    """Several critics of whole actions: features extractors, then MLPs from features and action to one value."""
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, rows: th.Tensor | None = None) -> th.Tensor:
         """

@@ -22,10 +22,10 @@ from torch import nn
 
 from sb3_staq.action_spaces import make_branches
 from sb3_staq.base_policy import CriticPolicy
-from sb3_staq.main_effects import StateActionCritics, StateActionQNetwork
+from sb3_staq.main_effects import StateActionCritics
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, log_policy, make_logit_rule
 from sb3_staq.observations import in_parts
-from sb3_staq.q_networks import CriticEnsemble, QNetwork
+from sb3_staq.q_networks import Critic, CriticEnsemble, QNetwork
 from sb3_staq.q_stack import FrozenCritics
 
 # What replaces the weighted sums of the delivered policy in `acting_by`. Only in the thread that collects: others may
@@ -160,10 +160,11 @@ class StaQPolicy(CriticPolicy):
         extractor, sizes = self.make_features_extractor(), self.branches.sizes
         return QNetwork(extractor, sizes, net_arch, self.activation_fn, dueling, layer_norm)
 
-    def _make_state_action_critic(self) -> StateActionQNetwork:
+    def _make_state_action_critic(self) -> Critic:
         _, net_arch = get_actor_critic_arch(self.net_arch)
-        extractor, n_inputs = self.make_features_extractor(), self.branches.n_inputs
-        return StateActionQNetwork(extractor, n_inputs, net_arch, self.activation_fn, self.layer_norm)
+        extractor = self.make_features_extractor()
+        n_inputs = extractor.features_dim + self.branches.n_inputs
+        return Critic(extractor, n_inputs, 1, net_arch, self.activation_fn, self.layer_norm)
 
     # Acting
 
