@@ -79,41 +79,27 @@ def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -
     return float(number)
 
 
-def _number_after(prefix: str, text: str) -> float:
+def number_after(prefix: str, name: str, value: Any, expected: str, **limits: float) -> float | None:
+    """
+    Parse an argument of the form ``"PREFIX_NUMBER"``.
+
+    :param prefix: the prefix, without the underscore
+    :param name: name of the argument, for error messages
+    :param value: its value
+    :param expected: what is accepted, for error messages
+    :param limits: of the number, see :func:`is_number`
+    :return: the number; None if the value does not begin with the prefix
+    :raise ValueError: if what follows is no such number
+    """
+    if not (isinstance(value, str) and value.startswith(prefix)):
+        return None
     try:
-        return float(text.removeprefix(prefix))
+        number = float(value.removeprefix(f"{prefix}_"))
     except ValueError:
-        return math.nan
-
-
-def parse_auto(ent_coef: Any) -> float | None:
-    """
-    Parse an automatic ``ent_coef``.
-
-    :return: its first value, for "auto" or "auto_FIRST"; None if it is not automatic
-    :raise ValueError: if FIRST is not a number above 0
-    """
-    if not (isinstance(ent_coef, str) and ent_coef.startswith("auto")):
-        return None
-    first = FIRST_ENT_COEF if ent_coef == "auto" else _number_after("auto_", ent_coef)
-    if not is_number(first, above=0):
-        raise ValueError(f"Invalid ent_coef={ent_coef!r}: expected 'auto' or 'auto_FIRST' with a number FIRST > 0")
-    return first
-
-
-def parse_relative(kl_coef: Any) -> float | None:
-    """
-    Parse a ``kl_coef`` that is a multiple of ``ent_coef``.
-
-    :return: the factor of "rel_FACTOR"; None if it is not of that form
-    :raise ValueError: if FACTOR is not a number >= 0
-    """
-    if not (isinstance(kl_coef, str) and kl_coef.startswith("rel")):
-        return None
-    factor = _number_after("rel_", kl_coef)
-    if not is_number(factor, low=0):
-        raise ValueError(f"Invalid kl_coef={kl_coef!r}: expected 'rel_FACTOR' with a number FACTOR >= 0")
-    return factor
+        number = math.nan
+    if is_number(number, **limits):
+        return number
+    raise ValueError(f"Invalid {name}={value!r}: expected {expected}")
 
 
 def default_target_entropy(action_space: spaces.Space, action_grid: str, action_bins: int) -> Schedule:
@@ -159,7 +145,10 @@ class Coefficients:
     @property
     def first_ent_coef(self) -> float | None:
         """The first value of an automatic ``ent_coef``."""
-        return parse_auto(self.ent_coef)
+        if isinstance(self.ent_coef, str) and self.ent_coef == "auto":
+            return FIRST_ENT_COEF
+        expected = "'auto' or 'auto_FIRST' with a number FIRST > 0"
+        return number_after("auto", "ent_coef", self.ent_coef, expected, above=0)
 
     def at(self, progress: float) -> tuple[float, float]:
         """
@@ -188,7 +177,7 @@ class Coefficients:
         return kl_coef, ent_coef
 
     def _kl_coef_at(self, progress: float, ent_coef: float) -> float:
-        factor = parse_relative(self.kl_coef)
+        factor = number_after("rel", "kl_coef", self.kl_coef, "'rel_FACTOR' with a number FACTOR >= 0", low=0)
         return value_at("kl_coef", self.kl_coef, progress) if factor is None else factor * ent_coef
 
     def target_entropy_at(self, progress: float) -> float:
