@@ -7,7 +7,7 @@ that was edited, relabelled or added by other code has different content, and is
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,29 +26,13 @@ FOLLOW_ROWS = 4096
 CACHE_BYTES = 2**28
 # Memory that Python's dictionary takes per state
 BYTES_PER_KEY = 150
-# Spreads the bits of a word over 64: 2^64 divided by the golden ratio
-SPREAD = np.uint64(0x9E3779B97F4A7C15)
-
-
-@cache
-def _multipliers(n_words: int) -> np.ndarray:
-    """Return odd numbers for a multilinear hash, the same in every process."""
-    return np.random.default_rng(n_words).integers(2**64, size=n_words, dtype=np.uint64) | np.uint64(1)
 
 
 def fingerprints(obs: PyTorchObs) -> list[int]:
-    """Hash observations by their content: a 64-bit integer for each."""
-    parts = []  # the bytes of each row as unsigned 32-bit integers
-    for tensor in obs.values() if isinstance(obs, dict) else [obs]:
-        rows = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(len(tensor), -1).view(np.uint8)
-        if rows.shape[1] % 4:
-            rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-        parts.append(rows.view(np.uint32))
-    words = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    # Changes of high bits, such as signs, must reach the low bits, or the sums would differ in their high bits only
-    mixed = words * SPREAD
-    mixed ^= mixed >> np.uint64(32)
-    return (mixed @ _multipliers(words.shape[1])).tolist()
+    """Hash observations by their content: a 64-bit integer for each, which is another one in another process."""
+    fields = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
+    arrays = [x.detach().cpu().numpy().reshape(len(x), -1) for x in fields]
+    return list(map(hash, zip(*(map(np.ndarray.tobytes, rows) for rows in arrays), strict=True)))
 
 
 class LogitCache:
@@ -144,7 +128,6 @@ class LogitCache:
         return {
             **{f"obs:{name}": x[:n].cpu().numpy() for name, x in obs.items()},
             "sums": self._sums[:n].cpu().numpy(),
-            "keys": np.array(self._keys, dtype=np.uint64),
             "next": np.array(self._next),
             "stack": np.frombuffer(stack_digest(self.policy), dtype=np.uint8),
         }
@@ -153,11 +136,12 @@ class LogitCache:
         """Restore what :meth:`state_dict` returned, if it belongs to the policy's stack."""
         self.clear()
         matches = state and state["stack"].tobytes() == stack_digest(self.policy)
-        if not matches or len(state["keys"]) > self.capacity:
+        if not matches or len(state["sums"]) > self.capacity:
             return
         to_tensor = partial(th.as_tensor, device=self.policy.device)
-        obs = {name.removeprefix("obs:"): to_tensor(x) for name, x in state.items() if name.startswith("obs:")}
-        self._remember(state["keys"].tolist(), obs.get("", obs), to_tensor(state["sums"]))
+        fields = {name.removeprefix("obs:"): to_tensor(x) for name, x in state.items() if name.startswith("obs:")}
+        obs: Any = fields.get("", fields)
+        self._remember(fingerprints(obs), obs, to_tensor(state["sums"]))
         self._next, self._version = int(state["next"]), self.policy.frozen_critics.version
 
 
