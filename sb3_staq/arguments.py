@@ -1,9 +1,8 @@
 """The accepted values of StaQ's arguments, and what None stands for: the only place that defines them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -15,22 +14,11 @@ from sb3_staq.coefficients import is_number
 from sb3_staq.policies import CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS
 
 
-@dataclass(frozen=True)
-class Argument:
-    """
-    The check of an argument, and its default where that depends on the action space.
-
-    :param valid: tells whether a value is accepted
-    :param expected: what is accepted, in words
-    :param default: what None stands for; None if the signature has the default
-    :param box_default: the same for a Box with ``action_grid="factored"``: the settings of the MuJoCo tasks, which
-        adapt to the scale of the rewards
-    """
+class Argument(NamedTuple):
+    """The check of an argument."""
 
     valid: Callable[[Any], bool]
-    expected: str
-    default: Any = None
-    box_default: Any = None
+    expected: str  # in words
 
 
 LARGEST_INTEGER = 2**62
@@ -46,20 +34,12 @@ def _is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == "auto"
 
 
-def _integer(minimum: int, default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(partial(_is_integer, minimum=minimum), f"an integer >= {minimum}", default, box_default)
+def _integer(minimum: int) -> Argument:
+    return Argument(partial(_is_integer, minimum=minimum), f"an integer >= {minimum}")
 
 
-def _share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(partial(is_number, low=0, high=1), "a number in [0, 1]", default, box_default)
-
-
-def _positive_share(default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(partial(is_number, above=0, high=1), "a number in (0, 1]", default, box_default)
-
-
-def _one_of(names: Any, default: Any = None, box_default: Any = None) -> Argument:
-    return Argument(lambda x: isinstance(x, str) and x in names, " or ".join(map(repr, names)), default, box_default)
+def _one_of(names: Iterable[str]) -> Argument:
+    return Argument(lambda x: isinstance(x, str) and x in names, " or ".join(map(repr, names)))
 
 
 def _is_train_freq(value: Any) -> bool:
@@ -69,42 +49,54 @@ def _is_train_freq(value: Any) -> bool:
     return _is_integer(freq, 1) and unit in ("step", "episode")
 
 
+SHARE = Argument(partial(is_number, low=0, high=1), "a number in [0, 1]")
+POSITIVE_SHARE = Argument(partial(is_number, above=0, high=1), "a number in (0, 1]")
+# `kl_coef`, `ent_coef` and `target_entropy` are checked as schedules, by `coefficients`
 ARGUMENTS = {
     "learning_rate": Argument(
-        lambda x: callable(x) or is_number(x, low=0),
-        "a finite number >= 0, or a callable of the remaining progress",
-        3e-4,
-        7e-4,
+        lambda x: callable(x) or is_number(x, low=0), "a finite number >= 0, or a callable of the remaining progress"
     ),
     "buffer_size": _integer(1),
     "learning_starts": _integer(0),
-    "batch_size": _integer(1, 256, 128),
-    "tau": _positive_share(0.005, 0.01),
-    "gamma": _share(),
+    "batch_size": _integer(1),
+    "tau": POSITIVE_SHARE,
+    "gamma": SHARE,
     "train_freq": Argument(_is_train_freq, 'an integer >= 1, or a tuple of one and "step" or "episode"'),
     "gradient_steps": _integer(-1),
     "memory_size": Argument(lambda x: _is_auto(x) or _is_integer(x, 1), "'auto' or an integer >= 1"),
-    "kl_coef": Argument(lambda _: True, "anything", 0.5, "rel_0.5"),  # checked as a schedule
-    "ent_coef": Argument(lambda _: True, "anything", 0.05, "auto_0.2"),
-    "policy_update_interval": _integer(1, 500, 100),
+    "policy_update_interval": _integer(1),
     "n_critics": _integer(1),
-    "critic_reduction": _one_of(CRITIC_REDUCTIONS, "mean", "min"),
+    "critic_reduction": _one_of(CRITIC_REDUCTIONS),
     "target_update_interval": _integer(1),
-    "exploration_fraction": _positive_share(),
-    "exploration_initial_eps": _share(0.05, 0.0),
-    "exploration_final_eps": _share(0.05, 0.0),
+    "exploration_fraction": POSITIVE_SHARE,
+    "exploration_initial_eps": SHARE,
+    "exploration_final_eps": SHARE,
     "action_grid": _one_of(ACTION_GRIDS),
     "action_bins": _integer(2),
-    "critic": _one_of(CRITICS, "additive", "joint"),
+    "critic": _one_of(CRITICS),
     "eval_policy": _one_of(EVAL_POLICIES),
-    "average_window": _positive_share(),
-    "average_share": _share(),
+    "average_window": POSITIVE_SHARE,
+    "average_share": SHARE,
     "average_size": Argument(partial(_is_integer, minimum=2, maximum=10_000), "an integer from 2 to 10000"),
     "reward_scale": Argument(partial(is_number, above=0), "a finite number > 0"),
     "logit_cache": Argument(lambda x: isinstance(x, bool) or _is_auto(x), "'auto', True or False"),
     "n_steps": _integer(1),
     "stats_window_size": _integer(1),
     "seed": Argument(lambda x: x is None or _is_integer(x, 0, LARGEST_SEED), "None or an integer from 0 to 2**32 - 1"),
+}
+# What None stands for, and for a Box with ``action_grid="factored"``: the settings of the MuJoCo tasks, which adapt to
+# the scale of the rewards
+DEFAULTS = {
+    "learning_rate": (3e-4, 7e-4),
+    "batch_size": (256, 128),
+    "tau": (0.005, 0.01),
+    "kl_coef": (0.5, "rel_0.5"),
+    "ent_coef": (0.05, "auto_0.2"),
+    "policy_update_interval": (500, 100),
+    "critic_reduction": ("mean", "min"),
+    "exploration_initial_eps": (0.05, 0.0),
+    "exploration_final_eps": (0.05, 0.0),
+    "critic": ("additive", "joint"),
 }
 # Arguments that may change during the training, which `train` checks at each call
 CHANGEABLE_ARGUMENTS = (
@@ -139,11 +131,7 @@ def defaults_for(action_space: spaces.Space | None, action_grid: str) -> dict[st
     :param action_space: the action space; None if it is not known yet, as during loading
     """
     is_factored_box = isinstance(action_space, spaces.Box) and action_grid == "factored"
-    return {
-        name: argument.box_default if is_factored_box else argument.default
-        for name, argument in ARGUMENTS.items()
-        if argument.default is not None
-    }
+    return {name: defaults[is_factored_box] for name, defaults in DEFAULTS.items()}
 
 
 def check_argument(name: str, value: Any, arguments: dict[str, Argument] = ARGUMENTS) -> None:

@@ -9,7 +9,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_staq import StaQ
-from sb3_staq.arguments import ARGUMENTS
+from sb3_staq.arguments import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -80,10 +80,10 @@ def _table(section: str) -> list[list[str]]:
 
 def test_table_of_defaults():
     shown = {name.strip("`"): (default, box_default) for name, default, box_default in _table("Parameters")}
-    assert shown.keys() == {name for name, argument in ARGUMENTS.items() if argument.default is not None}
+    assert shown.keys() == DEFAULTS.keys()
     for name, cells in shown.items():
         values = tuple(ast.literal_eval(cell.strip("`")) for cell in cells)
-        assert values == (ARGUMENTS[name].default, ARGUMENTS[name].box_default)
+        assert values == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
