@@ -26,8 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch.utils.benchmark import Timer
 
 from sb3_staq import StaQ, StaQPolicy
-from sb3_staq.distill import distill
-from sb3_staq.distill_report import DistillReport
+from sb3_staq.distill import DistillReport, distill
 from sb3_staq.export import export_policy
 from sb3_staq.observations import select
 

@@ -5,20 +5,23 @@ The student is a policy whose stack holds one critic, so it predicts, saves, loa
 learns from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1011.0686), from states it visits itself.
 """
 
+import io
+import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_staq.arguments import DISTILL_ARGUMENTS, check_argument, check_policy_kwargs
-from sb3_staq.distill_report import DistillReport, measure_policy
 from sb3_staq.mirror_descent import centre, kl_divergence, log_policy
 from sb3_staq.observations import join, map_fields, select
 from sb3_staq.policies import StaQPolicy
@@ -35,6 +38,50 @@ HELD_OUT = 1 / 8  # of the states
 STEPS_PER_ROUND, BATCH_SIZE, LEARNING_RATE = 1000, 256, 1e-3
 TAU = 0.005  # of the Polyak average, which becomes the student
 OBS_NORMALISATION = ("norm_obs", "norm_obs_keys", "obs_rms", "clip_obs", "epsilon")  # attributes of VecNormalize
+
+
+@dataclass
+class PolicyNumbers:
+    """What a policy achieves and costs."""
+
+    returns: list[float]  # of the episodes; none without an environment
+    n_parameters: int  # of the networks that act
+    n_bytes: int  # of the saved policy
+    ms_per_action: float  # median of `predict` for one observation
+
+    def __str__(self) -> str:
+        returns = f"{np.mean(self.returns):.1f} +/- {np.std(self.returns):.1f}" if self.returns else "-"
+        return f"{returns:>20}{self.n_parameters:>14,}{self.n_bytes / 1e6:>12.2f} MB{self.ms_per_action:>11.2f} ms"
+
+
+@dataclass
+class DistillReport:
+    """How close a student is to the stack, at states that it was not trained on."""
+
+    kl_mean: float  # of KL(stack || student), in nats, summed over the branches
+    kl_max: float
+    agreement: float  # share of the branches with the same most probable bin
+    max_kl: float  # asked for
+    n_steps: int  # gradient steps
+    n_states: int  # trained on
+    stack: PolicyNumbers
+    student: PolicyNumbers
+    held_out: Any = field(repr=False)  # observations, a tensor or a dictionary of tensors
+
+    @property
+    def reached(self) -> bool:
+        """Whether the mean KL divergence is at most ``max_kl``."""
+        return self.kl_mean <= self.max_kl
+
+    def __str__(self) -> str:
+        return (
+            f"KL(stack || student) at held-out states: mean {self.kl_mean:.4g} nats, largest {self.kl_max:.4g}\n"
+            f"max_kl={self.max_kl:g} was {'' if self.reached else 'NOT '}reached"
+            f" ({self.n_steps:,} gradient steps, {self.n_states:,} states)\n"
+            f"Same most probable bin: {self.agreement:.1%}\n"
+            f"{'return':>27}{'parameters':>14}{'saved':>15}{'per action':>14}\n"
+            f"stack  {self.stack}\nstudent{self.student}"
+        )
 
 
 def _kl(logits: th.Tensor, other: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
@@ -128,6 +175,31 @@ def _make_student(policy: StaQPolicy, policy_kwargs: dict[str, Any]) -> StaQPoli
     return type(policy)(**{**arguments, **policy_kwargs}).to(policy.device)
 
 
+def _measure_policy(policy: StaQPolicy, obs: Any, env: VecEnv | None, n_episodes: int, seed: int) -> PolicyNumbers:
+    """
+    Measure what a policy achieves and costs.
+
+    :param policy: the policy
+    :param obs: observations, a tensor or a dictionary of tensors; the time is measured at the first
+    :param env: where it acts deterministically, each episode with its own seed; None for no returns
+    :param n_episodes: number of episodes
+    :param seed: the first seed
+    :return: the numbers
+    """
+    returns: list[float] = []
+    while env is not None and len(returns) < n_episodes:
+        env.seed(seed + len(returns))
+        n = min(env.num_envs, n_episodes - len(returns))
+        returns += evaluate_policy(policy, env, n, return_episode_rewards=True, warn=False)[0]  # type: ignore
+    first = map_fields(lambda x: x[0].cpu().numpy(), obs)
+    times = timeit.repeat(lambda: policy.predict(first, deterministic=True), number=1, repeat=50)
+    policy.save(file := io.BytesIO())
+    stack = policy.frozen_critics
+    n_acting = int(stack.coefs(policy.eval_policy).count_nonzero())
+    n_parameters = n_acting * sum(param[0].numel() for param in stack.newest.params.values())
+    return PolicyNumbers(returns, n_parameters, file.tell(), 1000 * float(np.median(times)))
+
+
 def distill(
     model: "StaQ",
     max_kl: float = 0.01,
@@ -202,6 +274,6 @@ def distill(
                 bar.update()
             student.frozen_critics.push(student.critics_target, 0.0, 1 / scale)  # type: ignore[arg-type]
         same = policy.branches.mode(test_logits) == policy.branches.mode(student_logits)
-        worth = [measure_policy(x, test_obs, vec_env, n_eval_episodes, seed) for x in (policy, student)]
+        worth = [_measure_policy(x, test_obs, vec_env, n_eval_episodes, seed) for x in (policy, student)]
     closeness = kl.mean().item(), kl.max().item(), same.float().mean().item()
     return student, DistillReport(*closeness, max_kl, n_steps, len(logits), worth[0], worth[1], test_obs)

@@ -36,7 +36,7 @@ from sb3_staq.policies import StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 
 if TYPE_CHECKING:
-    from sb3_staq.distill_report import DistillReport
+    from sb3_staq.distill import DistillReport
 
 SelfStaQ = TypeVar("SelfStaQ", bound="StaQ")
 
