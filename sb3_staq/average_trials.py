@@ -9,8 +9,9 @@ import warnings
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
 from sb3_staq.arguments import check_argument
@@ -72,7 +73,15 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         super().set_env(env, force_reset)
         self._forget_returns()
 
-    def _on_learn(self, reset_num_timesteps: bool) -> None:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         if reset_num_timesteps:
             self._trial_step, self._trial_episode = 0, False
         assert self.env is not None
@@ -82,8 +91,9 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
                 "eval_policy='best' is the average: without a Monitor or VecMonitor around the environments, no return "
                 "tells which average is the best",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
+        return result
 
     def _reports_returns(self) -> bool:
         """Ask whether the environments have a Monitor, once per call of ``learn``."""

@@ -1,13 +1,14 @@
 """The base of StaQ, without arguments and learning: acting, the pace of policy updates, SB3's conventions, files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
@@ -134,8 +135,18 @@ class BaseStaQ(AverageTrials):
                     actions[:1], _ = policy.predict(select(obs, slice(1)), deterministic=True)
         return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
-    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        if self.num_timesteps >= self.learning_starts:
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        # collect_rollouts accepts other buffers as well
+        if replay_buffer is self.replay_buffer and self.num_timesteps >= self.learning_starts:
             self.replay.remember_last()
             self._try_average(dones, infos)
 
@@ -206,8 +217,18 @@ class BaseStaQ(AverageTrials):
 
     # Files
 
-    def _on_save(self) -> None:
+    def save(
+        self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """
+        Save the model in a zip file, without the replay buffer. An existing file is replaced once all is written.
+
+        :param path: the path, or an open file
+        :param exclude: names of attributes to leave out, besides those that always are
+        :param include: names of attributes to save although they are normally left out
+        """
         self.eval_policy = self.policy.eval_policy  # it may have been changed there
+        super().save(path, exclude, include)
 
     @classmethod
     def _check_data(cls, data: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:

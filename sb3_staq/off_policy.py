@@ -66,11 +66,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         original = None if self._vec_normalize_env is None else self._last_original_obs  # what is stored
         self._check_finite("observation", self._last_obs if original is None else original)
         self._remember_statistics()
-        self._on_learn(reset_num_timesteps)
         return result
-
-    def _on_learn(self, reset_num_timesteps: bool) -> None:
-        """Hook: called when ``learn`` is ready to begin, before the callbacks are told."""
 
     def _on_step(self) -> None:
         self._remember_statistics()
@@ -96,11 +92,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         for i in np.flatnonzero(dones):
             self._check_finite("observation", infos[i].get("terminal_observation", ()), int(i))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if replay_buffer is self.replay_buffer:  # collect_rollouts accepts other buffers as well
-            self._on_stored(dones, infos)
-
-    def _on_stored(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        """Hook: called after the replay buffer has stored a step of the environments."""
 
     def _check_finite(
         self, what: str, values: np.ndarray | dict[str, np.ndarray], env_index: int | None = None
@@ -129,22 +120,12 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     def save(
         self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> None:
-        """
-        Save the model in a zip file, without the replay buffer. An existing file is replaced once all is written.
-
-        :param path: the path, or an open file
-        :param exclude: names of attributes to leave out, besides those that always are
-        :param include: names of attributes to save although they are normally left out
-        """
+        """Save the model in a zip file, as SB3 does. An existing file is replaced once all is written."""
         exclude, include = set(exclude or ()), set(include or ())
         left_out = {*LEFT_OUT, *(exclude.union(self._excluded_save_params()) - include)}  # the latter as SB3 does
-        self._on_save()
         vars(self)[PLAIN] = plain_values({name: x for name, x in vars(self).items() if name not in left_out})
         with atomic_write(path, "zip") as file:
             super().save(file, exclude, include)
-
-    def _on_save(self) -> None:
-        """Hook: called before the model is saved."""
 
     @classmethod
     def load(  # type: ignore[override]
