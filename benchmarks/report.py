@@ -11,6 +11,7 @@ import seaborn as sns
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from scipy.stats import iqr
 
 from benchmarks import figures, statistics
 from benchmarks.figures import save, share_legend, text_table
@@ -392,8 +393,8 @@ def stability(scores: np.ndarray, gains: np.ndarray, episodes: list[np.ndarray])
     shares = {name: [measure(curve) for curve in gains] for name, measure in SHARES.items()}
     return {
         **{name: float(np.mean([measure(curve) for curve in scores])) for name, measure in RISKS.items()},
-        "across runs": statistics.dispersion_across_runs(scores) if len(scores) > 1 else float("nan"),
-        "across episodes": float(np.mean([statistics.dispersion_across_episodes(returns) for returns in episodes])),
+        "across runs": float(np.mean(iqr(scores, axis=0))) if len(scores) > 1 else float("nan"),
+        "across episodes": float(np.mean([iqr(returns) for returns in episodes])),
         **{name: float(pd.Series(each).dropna().median()) for name, each in shares.items()},
         **{f"{name}, each": each for name, each in shares.items()},
     }

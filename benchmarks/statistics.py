@@ -72,16 +72,6 @@ def time_to_return(times: ArrayLike, returns: ArrayLike, target: float) -> float
     return float(np.asarray(times)[reached.argmax()]) if reached.any() else float("inf")
 
 
-def dispersion_across_runs(curves: np.ndarray) -> float:
-    """Compute the interquartile range between trainings (rows), averaged over the evaluations (columns)."""
-    return float(np.mean(iqr(curves, axis=0)))
-
-
-def dispersion_across_episodes(returns: np.ndarray) -> float:
-    """Compute the interquartile range of the returns of one trained policy."""
-    return float(iqr(returns))
-
-
 def bootstrap(
     scores: Mapping[str, np.ndarray], function: Callable[[np.ndarray], np.ndarray], n_resamples: int = 2000
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

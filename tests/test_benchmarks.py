@@ -70,8 +70,8 @@ def test_long_term_risk_sees_slow_decline() -> None:
 def test_dispersion_across_runs_and_episodes() -> None:
     # Quartiles between the five runs: 1 and 3 at the first evaluation, 10 and 30 at the second
     curves = np.array([[0.0, 40.0], [1.0, 30.0], [2.0, 20.0], [3.0, 10.0], [4.0, 0.0]])
-    assert statistics.dispersion_across_runs(curves) == (2.0 + 20.0) / 2
-    assert statistics.dispersion_across_episodes(curves[:, 1]) == 20.0
+    measures = report.stability(curves, curves, [curves[:, 0], curves[:, 1]])
+    assert measures["across runs"] == measures["across episodes"] == (2.0 + 20.0) / 2
 
 
 def test_relative_drawdown_is_a_share_of_the_best() -> None:
