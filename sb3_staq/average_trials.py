@@ -28,7 +28,7 @@ ENOUGH_EPISODES = 20
 FORGETTING = 0.9
 
 
-def standard_error(returns: list[float], squares: float, freedom: float) -> tuple[float, float, float]:
+def _standard_error(returns: list[float], squares: float, freedom: float) -> tuple[float, float, float]:
     """
     Compute the standard error of the mean return of a trial, with a variance that is pooled over trials.
 
@@ -105,7 +105,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
     def _forget_returns(self) -> None:
         """Forget the returns so far, since the next task may be a different one."""
         self._best_return = -math.inf
-        self._squares, self._freedom = 0.0, 0.0  # see standard_error
+        self._squares, self._freedom = 0.0, 0.0  # see _standard_error
         self._begin_trial(0)
 
     def _begin_trial(self, step: int) -> None:
@@ -139,7 +139,7 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
         """Accept or drop the candidate and take the next one, unless it is ahead and that may be luck."""
         stack = self.policy.frozen_critics
         mean_return = float(np.mean(self._trial_returns))
-        error, squares, freedom = standard_error(self._trial_returns, self._squares, self._freedom)
+        error, squares, freedom = _standard_error(self._trial_returns, self._squares, self._freedom)
         is_best = mean_return > self._best_return and stack.marked["candidate"][0] > 0
         is_clear = len(self._trial_returns) >= ENOUGH_EPISODES or mean_return - self._best_return >= 2 * error
         if is_best and not is_clear:
