@@ -114,8 +114,9 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
 
     def _try_average(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """
-        Record the returns of the candidate, and judge it when its trial is long enough.
+        Follow a step of the environments: the candidate's returns, and whose turn it is.
 
+        :param dones: whether episodes have ended
         :param infos: the environments' infos, in which ``Monitor`` puts the returns
         """
         n_whole, part = self._average_envs
@@ -123,17 +124,29 @@ class AverageTrials(CheckedOffPolicyAlgorithm):
             dones = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
         self._trial_episode = self._trial_episode and self._n_average_envs > 0
         if dones[0] and self._trial_episode and "episode" in infos[0]:
-            self._trial_returns.append(float(infos[0]["episode"]["r"]))
-            if self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps:
-                self._judge()
-
-        self._average_lead += self._average_turn - part
-        if part == 0:  # no environment alternates
-            self._average_turn, self._average_lead = False, 0.0
-        elif dones[n_whole]:  # between episodes
-            self._average_turn = self._average_lead < 0
+            self._record(float(infos[0]["episode"]["r"]))
+        self._alternate(part, part > 0 and bool(dones[n_whole]))
         if dones[0]:  # whether the first environment's next episode is a whole one of the candidate
             self._trial_episode = self._n_average_envs > 0
+
+    def _record(self, episode_return: float) -> None:
+        """Record the return of a whole episode of the candidate, and judge it when its trial is long enough."""
+        self._trial_returns.append(episode_return)
+        if self.num_timesteps - self._trial_step >= TRIAL_SHARE * self.num_timesteps:
+            self._judge()
+
+    def _alternate(self, share: float, between_episodes: bool) -> None:
+        """
+        Decide whose turn it is in the environment that alternates.
+
+        :param share: the average's share of its steps; 0 if no environment alternates
+        :param between_episodes: whether an episode has just ended there
+        """
+        self._average_lead += self._average_turn - share
+        if share == 0:
+            self._average_turn, self._average_lead = False, 0.0
+        elif between_episodes:
+            self._average_turn = self._average_lead < 0
 
     def _judge(self) -> None:
         """Accept or drop the candidate and take the next one, unless it is ahead and that may be luck."""
