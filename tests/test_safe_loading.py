@@ -87,7 +87,7 @@ def test_round_trip(kind, tmp_path):
     mapped.load_replay_buffer(tmp_path / "buffer.npz", mmap=True)
     content = (tmp_path / "buffer.npz").read_bytes()
     cache = model.replay.cache
-    assert cache is None or len(safe.replay.cache.state_dict()["keys"]) == len(cache.state_dict()["keys"]) > 0
+    assert cache is None or len(safe.replay.cache.state_dict()["sums"]) == len(cache.state_dict()["sums"]) > 0
     for each in (usual, safe, mapped):
         each.set_random_seed(1)
         each.learn(60, reset_num_timesteps=False)
