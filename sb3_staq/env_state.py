@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.logger import Logger
@@ -23,6 +24,7 @@ KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "g
 # Attributes that are not a part of the state, and handles of other processes
 NOT_STATE = ("env", "venv", "envs", "results_writer", "spec", "logger", "class_attributes")
 NOT_STATE_OF_KNOWN = (*NOT_STATE, "model", "mujoco_renderer", "screen", "clock")
+VALUES = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, frozenset, np.ndarray, np.generic)
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
 # What an attribute may refer to without owning it: a copy would have no effect on the training
 NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
@@ -163,7 +165,9 @@ def get_env_state(env: gym.Env) -> EnvState:
         own = unwrapped.get_training_state()
     elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
         own = get_attributes(unwrapped, NOT_STATE_OF_KNOWN)
-    return EnvState(_name(unwrapped), [*map(get_attributes, wrappers)], own)
+    # Wrappers may refer to parts of the environment, such as MuJoCo's model; equal values are no references
+    parts = {id(x) for x in vars(unwrapped).values() if not isinstance(x, VALUES)}
+    return EnvState(_name(unwrapped), [get_attributes(wrapper, not_owned=parts) for wrapper in wrappers], own)
 
 
 def set_env_state(env: gym.Env, state: EnvState) -> bool:

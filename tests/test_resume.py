@@ -636,6 +636,27 @@ def test_what_wrappers_refer_to_stays_alive(wrapper, tmp_path):
     assert digest(learn(ResumeCallback(40, tmp_path, verbose=0))) == digest(learn(None))
 
 
+class Heavier(gym.Wrapper):
+    """Changes the masses of MuJoCo's model at each step."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.model = env.unwrapped.model
+
+    def step(self, action):
+        self.model.body_mass[1] += 0.01
+        return self.env.step(action)
+
+
+def test_parts_of_the_simulation_stay_alive(tmp_path):
+    pytest.importorskip("mujoco", reason="needs MuJoCo")
+    for steps in (60, 100):
+        env = make_vec_env("Hopper-v4", 1, wrapper_class=Heavier)
+        StaQ("MlpPolicy", env, **SMALL).learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+    wrapper = env.envs[0]
+    assert wrapper.get_wrapper_attr("model") is wrapper.unwrapped.model
+
+
 class Refer(BaseCallback):
     """Refers to parts of the training, and counts."""
 
