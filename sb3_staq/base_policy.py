@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -125,14 +126,17 @@ class CriticPolicy(BasePolicy):
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """Scale actions of a Box to stored ones: [low, high] to [-1, 1], 0 where the bounds are equal."""
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        if not isinstance(self.action_space, spaces.Box):
+            return action
+        low, high = self.action_space.low, self.action_space.high
         free = high > low
-        return np.where(free, 2.0 * ((action - low) / np.where(free, high - low, 1.0)) - 1.0, np.zeros_like(low))
+        return np.where(free, 2.0 * ((action - low) / np.where(free, high - low, 1.0)) - 1.0, 0.0)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Scale stored actions of a Box to its bounds, and clip rounding errors."""
-        bounds = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        return np.clip(super().unscale_action(scaled_action), *bounds)
+        if not isinstance(self.action_space, spaces.Box):
+            return scaled_action
+        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
 
     def set_training_mode(self, mode: bool) -> None:
         """

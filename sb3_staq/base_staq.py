@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
@@ -133,7 +132,7 @@ class BaseStaQ(AverageTrials):
                     actions[:n_average], _ = self.predict(obs)
                     # Greedily, so that its returns are those of the policy that may be delivered
                     actions[:1], _ = policy.predict(select(obs, slice(1)), deterministic=True)
-        return actions, policy.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+        return actions, policy.scale_action(actions)
 
     def _store_transition(
         self,

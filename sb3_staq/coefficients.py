@@ -79,7 +79,7 @@ def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -
     return float(number)
 
 
-def number_after(prefix: str, name: str, value: Any, expected: str, **limits: float) -> float | None:
+def _number_after(prefix: str, name: str, value: Any, expected: str, **limits: float) -> float | None:
     """
     Parse an argument of the form ``"PREFIX_NUMBER"``.
 
@@ -148,7 +148,7 @@ class Coefficients:
         if isinstance(self.ent_coef, str) and self.ent_coef == "auto":
             return FIRST_ENT_COEF
         expected = "'auto' or 'auto_FIRST' with a number FIRST > 0"
-        return number_after("auto", "ent_coef", self.ent_coef, expected, above=0)
+        return _number_after("auto", "ent_coef", self.ent_coef, expected, above=0)
 
     def at(self, progress: float) -> tuple[float, float]:
         """
@@ -177,7 +177,7 @@ class Coefficients:
         return kl_coef, ent_coef
 
     def _kl_coef_at(self, progress: float, ent_coef: float) -> float:
-        factor = number_after("rel", "kl_coef", self.kl_coef, "'rel_FACTOR' with a number FACTOR >= 0", low=0)
+        factor = _number_after("rel", "kl_coef", self.kl_coef, "'rel_FACTOR' with a number FACTOR >= 0", low=0)
         return value_at("kl_coef", self.kl_coef, progress) if factor is None else factor * ent_coef
 
     def target_entropy_at(self, progress: float) -> float:

@@ -24,10 +24,11 @@ KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "g
 # Attributes that are not a part of the state, and handles of other processes
 NOT_STATE = ("env", "venv", "envs", "results_writer", "spec", "logger", "class_attributes")
 NOT_STATE_OF_KNOWN = (*NOT_STATE, "model", "mujoco_renderer", "screen", "clock")
-VALUES = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, frozenset, np.ndarray, np.generic)
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
 # What an attribute may refer to without owning it: a copy would have no effect on the training
 NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
+# ... and what it owns in any case, even if an environment has the very same object
+VALUES = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, frozenset, np.ndarray, np.generic)
 
 
 class Attributes(NamedTuple):
@@ -165,7 +166,7 @@ def get_env_state(env: gym.Env) -> EnvState:
         own = unwrapped.get_training_state()
     elif type(unwrapped).__module__.startswith(KNOWN_MODULES):
         own = get_attributes(unwrapped, NOT_STATE_OF_KNOWN)
-    # Wrappers may refer to parts of the environment, such as MuJoCo's model; equal values are no references
+    # Wrappers may refer to parts of the environment, such as MuJoCo's model
     parts = {id(x) for x in vars(unwrapped).values() if not isinstance(x, VALUES)}
     return EnvState(_name(unwrapped), [get_attributes(wrapper, not_owned=parts) for wrapper in wrappers], own)
 

@@ -98,12 +98,11 @@ def _check(policy: StaQPolicy, obs: Any, outputs: list[np.ndarray]) -> None:
     prob, branches = log_policy(logits, policy.branches.sizes).exp(), policy.branches
     errors, difference = np.abs(found_prob - prob.numpy()), np.abs(found - actions)
     allowed = TOLERANCE + ROUNDING * logits.abs().amax(dim=1, keepdim=True).numpy()
-    is_box, space = isinstance(policy.action_space, spaces.Box), policy.action_space
-    bins = branches.encode(th.as_tensor(policy.scale_action(sampled) if is_box else sampled).reshape(len(prob), -1))
-    of_bins = branches.decode(bins).numpy().reshape(sampled.shape)
-    off = np.abs(sampled - (policy.unscale_action(of_bins) if is_box else of_bins))
-    if isinstance(space, spaces.Box):
-        difference, off = (x / (space.high - space.low).clip(min=1e-30) for x in (difference, off))
+    bins = branches.encode(th.as_tensor(policy.scale_action(sampled)).reshape(len(prob), -1))
+    off = np.abs(sampled - policy.unscale_action(branches.decode(bins).numpy().reshape(sampled.shape)))
+    if isinstance(policy.action_space, spaces.Box):
+        span = (policy.action_space.high - policy.action_space.low).clip(min=1e-30)
+        difference, off = difference / span, off / span
     n_wrong = (difference > TOLERANCE).reshape(len(prob), -1).any(axis=1).sum()
     possible = bool((off <= TOLERANCE).all() and (prob.gather(1, branches.columns(bins)) > 0).all())
     if not (errors <= allowed).all() or n_wrong > TIES * len(prob) or not possible:

@@ -28,7 +28,8 @@ class ExportedPolicy(nn.Module):
         super().__init__()
         self.space, self.normalize_images = policy.observation_space, policy.normalize_images
         self.action_space, self.branches = policy.action_space, policy.branches
-        self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["obs"]
+        self.spaces: Any = self.space.spaces if isinstance(self.space, spaces.Dict) else {"obs": self.space}
+        self.keys = list(self.spaces)
         stack = policy.frozen_critics
         used: Any = [x for x in zip(stack, stack.coefs(policy.eval_policy), strict=False) if x[1].any()]
         self.net = copy.deepcopy(stack.newest.net)  # the views would bring the whole stack into the file
@@ -40,7 +41,7 @@ class ExportedPolicy(nn.Module):
             rms: Any = self.vec_normalize.obs_rms
             self.statistics = rms if isinstance(rms, dict) else {"obs": rms}
         for key, rms in self.statistics.items():
-            shape = self.space[key].shape if isinstance(self.space, spaces.Dict) else self.space.shape
+            shape = self.spaces[key].shape
             if rms.mean.shape != shape:
                 raise ValueError(f"Invalid vec_normalize: expected shape {shape} of {key!r}, got {rms.mean.shape}")
 
@@ -89,9 +90,8 @@ class ExportedPolicy(nn.Module):
 
     def draw_observations(self, n: int) -> list[np.ndarray]:
         """Draw ``n`` observations, an array for each input, from the space or around the statistics."""
-        spaces_by_key: Any = self.space if isinstance(self.space, spaces.Dict) else {"obs": self.space}
         drawn = []
-        for key, space in spaces_by_key.items():
+        for key, space in self.spaces.items():
             batch = batch_space(space, n)
             batch.seed(0)
             obs, is_float = np.asarray(batch.sample()), np.issubdtype(space.dtype, np.floating)

@@ -243,7 +243,7 @@ class StaQPolicy(CriticPolicy):
         bins = self.branches.uniform(n_actions)
         actions = self.branches.decode(bins).cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
         actions = actions.astype(self.action_space.dtype)
-        return self.unscale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
+        return self.unscale_action(actions)
 
     def push_critics(
         self, kl_coef: float, ent_coef: float, memory_size: int | None = None

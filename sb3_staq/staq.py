@@ -306,7 +306,7 @@ class StaQ(BaseStaQ):
                 # Each critic has its own regression: mean over the batch, sum over the critics
                 td_error = policy.action_values(data.observations, data.actions) - target_q.squeeze(1)
                 critic_loss = td_error.square().mean(dim=1).sum()
-                loss, losses = critic_loss, {"critic_loss": critic_loss, "td_error": td_error.abs().mean()}
+                loss, losses = critic_loss, {"critic_loss": critic_loss, "td_error": td_error.detach().abs().mean()}
                 if sweep is not None and policy.main_effects is not None:  # continuous actions only
                     losses["main_effects_loss"] = main_effects_loss(policy.main_effects, sweep)
                     loss = critic_loss + losses["main_effects_loss"]
