@@ -63,9 +63,9 @@ figures: $(INSTALLED)
 	for suite in classic mujoco mujoco_1m minatar critics; do $(BIN)/python -m benchmarks report $$suite || exit 1; done
 	$(BIN)/python -m docs.diagrams
 
-# A hundred kills at random moments, and other faults; takes half an hour
+# A hundred kills at random moments, and other faults; takes half an hour; the report is logs/faults/report.md
 faults: $(INSTALLED)
-	$(BIN)/python -m benchmarks.faults --kills 100 --others 12
+	$(BIN)/python -m benchmarks.faults --folder logs/faults --kills 100 --others 12
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info demo docs/_build

@@ -29,7 +29,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 import sb3_staq
-from benchmarks.results import Evaluation, Results
+from benchmarks.results import Evaluation, Results, commit
 from benchmarks.suites import Cell
 from sb3_staq.resume import ResumeCallback
 
@@ -81,7 +81,9 @@ class Recorder(CallbackList):
 
     def record(self, returns: list[float], final: bool = False) -> None:
         """Record the returns of an evaluation, and write all results."""
-        step = self.model.num_timesteps
+        step, commits = self.model.num_timesteps, self.results.metadata["commits"]
+        if (current := commit()) and current not in commits[-1:]:
+            commits.append(current)
         self.results.evaluations.append(Evaluation(step, float(self.times[0]), float(self.times[1]), returns, final))
         self.results.write(self.cell.results_file)
         self.send_report()
@@ -156,6 +158,7 @@ def make_metadata(cell: Cell, settings: dict[str, Any], n_envs: int) -> dict[str
         "n_final_episodes": N_FINAL_EPISODES,
         "n_envs": n_envs,
         "versions": versions,
+        "commits": [],  # of the code, more than one if the training was resumed with another
         "machine": {"cores": os.cpu_count(), "threads_per_run": 1, "processor": platform.machine()},
     }
 
@@ -165,6 +168,8 @@ def run_cell(cell: Cell, report: Report) -> None:
     th.set_num_threads(1)
     cell.working_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(cell.working_folder / "lock", timeout=30):
+        if cell.results_file.exists() and Results.read(cell.results_file).done:
+            return  # another process has trained it meanwhile
         settings = cell.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         checkpoints = cell.working_folder / f"checkpoints_{digest}"

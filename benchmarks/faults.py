@@ -1,5 +1,5 @@
 """
-Faults injected into real trainings, and what was lost: ``python -m benchmarks.faults``.
+Faults injected into real trainings, and what was lost: ``python -m benchmarks.faults --folder FOLDER``.
 
 A training with a ``ResumeCallback`` meets a fault at a random moment, and the same script is restarted without the
 fault. The training counts as lost if the restarted one does not end bitwise like a training without a fault
@@ -33,12 +33,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
+from benchmarks.results import commit
 from sb3_staq import StaQ
 from sb3_staq.env_state import TrainingState, get_attributes, set_attributes
 from sb3_staq.q_stack import FrozenCritics
 from sb3_staq.resume import ResumeCallback
 
-FOLDER = Path(__file__).parent / "results" / "faults"
 N_STEPS, SAVE_FREQ = 400, 10
 
 
@@ -274,15 +274,14 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
     """
     Try each fault as often as it counts, spread over the trainings; return whether no training was lost.
 
-    Writes ``faults.csv`` and ``report.md``. Tries that are in ``faults.csv`` are not repeated.
+    Writes ``faults.csv`` and ``report.md``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     baselines = {training: undisturbed(training) for training in trainings}
-    path = folder / "faults.csv"
-    rows: list[dict[str, Any]] = pd.read_csv(path, keep_default_na=False).to_dict("records") if path.exists() else []
+    rows: list[dict[str, Any]] = []
     for fault, count in counts.items():
         suitable = [name for name in baselines if (name == "SubprocVecEnv") == fault.startswith("worker")]
-        for i in range(sum(row["fault"] == fault for row in rows), count):
+        for i in range(count):
             training = suitable[i % len(suitable)]
             expected, seconds = baselines[training]
             # Earlier and earlier, since the machine may be faster now
@@ -292,7 +291,7 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
                 raise RuntimeError(f"{fault}: {training} was too quick for it")
             rows.append(row)
             print(*row.values(), flush=True)
-            pd.DataFrame(rows).to_csv(path, index=False)
+            pd.DataFrame(rows).to_csv(folder / "faults.csv", index=False)
     table = pd.DataFrame(rows)
     sums = {"tried": ("fault", "size"), "during a save": ("during_save", "sum"), "trainings lost": ("lost", "sum")}
     summary = table.groupby("fault", sort=False).agg(**sums)
@@ -301,7 +300,8 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
     options = f"--kills {counts['SIGKILL']} --others {counts['full disk']}"
     text = [
         "# Faults",
-        f"Written by `python -m benchmarks.faults {options}`, which says what counts as lost.",
+        f"Written by `python -m benchmarks.faults --folder FOLDER {options}`, which says what counts as lost; "
+        f"commit {commit() or 'unknown'}.",
         summary.to_markdown(),
         "By training: tried / lost.",
         cells.to_markdown(),
@@ -313,7 +313,7 @@ def run(folder: Path, counts: dict[str, int], trainings: Iterable[str]) -> bool:
 def main() -> int:
     """Inject faults, and return the exit status: 0 if no training was lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
+    parser.add_argument("--folder", type=Path, required=True, help="where the results go")
     parser.add_argument("--kills", type=int, default=18, help="number of SIGKILLs")
     parser.add_argument("--others", type=int, default=6, help="number of tries of each other fault")
     args = parser.parse_args()

@@ -26,7 +26,7 @@ LABELS = {
     "ppo": "PPO",
     "trpo": "TRPO",
     "sac": "SAC",
-    "staq_last": "StaQ 0.1.0",
+    "staq_last": "StaQ, last policy",
     "staq_additive": "StaQ, additive critics",
     "tqc": "TQC",
     "crossq": "CrossQ",
@@ -60,7 +60,11 @@ RISKS = {
     "short-term risk": statistics.short_term_risk,
     "long-term risk": statistics.long_term_risk,
 }
-SHARES = {"relative drawdown": statistics.relative_drawdown, "low share": statistics.low_share}
+SHARES = {
+    "relative drawdown": lambda gains: statistics.relative_drawdown(gains.mean(axis=1)),
+    "resampled drawdown": statistics.resampled_drawdown,
+    "low share": lambda gains: statistics.low_share(gains.mean(axis=1)),
+}
 STABILITY = (*RISKS, "across runs", "across episodes", *SHARES)
 
 
@@ -137,9 +141,10 @@ def load_results(suite: Suite, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame
                     "step": evaluation.step - late,
                     "return": evaluation.mean,
                     "score": statistics.normalise(evaluation.mean, env.random, env.reference),
-                    "gain": evaluation.mean - (env.random if env.zero is None else env.zero),
+                    "gains": np.array(evaluation.returns) - (env.random if env.zero is None else env.zero),
                     "episodes": statistics.normalise(np.array(evaluation.returns), env.random, env.reference),
                     "settings": (*(metadata[key] for key in SETTINGS), version),
+                    "commits": metadata.get("commits", []),  # older files do not have it
                 }
                 rows.append(row)
     if not rows:
@@ -152,19 +157,27 @@ def summary(suite: Suite, finals: pd.DataFrame) -> str:
     """Say how many trainings there are, and whether they can be compared."""
     lines = [f"{len(finals)} complete trainings."]
     groups = finals.groupby(["env", "algo"], sort=False)
-    n_settings, n_done = groups["settings"].nunique(), groups.size()
+    n_settings = groups["settings"].nunique()
     for env_id, algo in n_settings[n_settings > 1].index:
         lines.append(f"**{algo} on {env_id}: not all seeds have the same settings, evaluations and version of StaQ.**")
     for env_id, lengths in finals.groupby("env", sort=False)["asked"].unique().items():
         if len(lengths) > 1:
             lines.append(f"**{env_id}: trainings of {' and '.join(f'{n:,}' for n in sorted(lengths))} steps.**")
-    missing = []
+    missing, others = [], []
     for env_id, algo in product(suite.envs, suite.algos):
-        n, n_seeds = n_done.get((env_id, label(algo)), 0), len(suite.seeds_of(algo))
-        if n < n_seeds:
-            missing.append(f"{label(algo)} on {env_id} ({n} of {n_seeds})")
+        asked = set(suite.seeds_of(algo))
+        done = set(finals.loc[(finals["env"] == env_id) & (finals["algo"] == label(algo)), "seed"])
+        if asked - done:
+            missing.append(f"{label(algo)} on {env_id} ({len(asked & done)} of {len(asked)})")
+        if done - asked:
+            others.append(f"{label(algo)} on {env_id} ({', '.join(map(str, sorted(done - asked)))})")
     if missing:
         lines.append(f"Seeds that the suite asks for and that are not complete: {', '.join(missing)}.")
+    if others:
+        lines.append(f"Seeds that it does not ask for: {', '.join(others)}.")
+    commits = finals.explode("commits").dropna(subset="commits").groupby("algo", sort=False)["commits"].unique()
+    if len(commits):
+        lines.append(f"Commits: {'; '.join(f'{algo} ' + ', '.join(known) for algo, known in commits.items())}.")
     return " ".join(lines)
 
 
@@ -374,8 +387,8 @@ def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFra
     for (env_id, algo), group in finals.groupby(["env", "algo"], sort=False):
         own = curves[(curves["env"] == env_id) & (curves["algo"] == algo)]
         # One row per seed, one column per evaluation
-        matrices = own.pivot(index="seed", columns="step", values=["score", "gain"]).dropna(axis="columns")
-        scores, gains = matrices["score"].to_numpy(), matrices["gain"].to_numpy()
+        matrices = own.pivot(index="seed", columns="step", values=["score", "gains"]).dropna(axis="columns")
+        scores, gains = matrices["score"].to_numpy(float), np.array(matrices["gains"].to_numpy().tolist())
         measures = stability(scores, gains, list(group["episodes"]))
         rows.append({"env": env_id, "algo": algo, "seeds": len(scores), **measures})
     return pd.DataFrame(rows)
@@ -386,11 +399,12 @@ def stability(scores: np.ndarray, gains: np.ndarray, episodes: list[np.ndarray])
     Compute the measures in ``STABILITY``, and those of each training where they are medians.
 
     :param scores: scores of the evaluations, shape (number of trainings, number of evaluations)
-    :param gains: their returns, counted from the return that is worth nothing
+    :param gains: the returns of their episodes, counted from the return that is worth nothing; the shape has a third
+        dimension, the number of episodes
     :param episodes: scores of the final episodes of each training
     :return: measures by name; NaN for the dispersion across runs if there is one training only
     """
-    shares = {name: [measure(curve) for curve in gains] for name, measure in SHARES.items()}
+    shares = {name: [measure(training) for training in gains] for name, measure in SHARES.items()}
     return {
         **{name: float(np.mean([measure(curve) for curve in scores])) for name, measure in RISKS.items()},
         "across runs": float(np.mean(iqr(scores, axis=0))) if len(scores) > 1 else float("nan"),

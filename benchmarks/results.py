@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,15 @@ import numpy as np
 from sb3_staq.save_util import atomic_write
 
 COLUMNS = ("evaluation", "step", "seconds", "cpu_seconds", "mean", "std", "returns")
+
+
+@cache
+def commit() -> str:
+    """Return what git calls the code of this clone; empty without git or a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 @dataclass(frozen=True)

@@ -57,17 +57,16 @@ class Job:
 
 
 def look_up(cell: Cell, fresh: bool) -> Job:
-    """Return a cell's job: waiting, done, outdated (deleted if ``fresh``), or failed if its settings are unreadable."""
+    """Return a cell's job: waiting, done, outdated (deleted if ``fresh``), or failed if they cannot be read."""
     job = Job(cell)
     if not cell.results_file.exists():
         return job
-    results = Results.read(cell.results_file)
     try:
-        settings = cell.settings()
+        results, settings = Results.read(cell.results_file), cell.settings()
+        different = [key for key in settings if results.metadata[key] != settings[key]]
     except Exception:
         job.state, job.error = "failed", traceback.format_exc()
         return job
-    different = [key for key in settings if results.metadata[key] != settings[key]]
     if different and fresh:
         # The results last: as long as they exist, the cell still counts as outdated
         shutil.rmtree(cell.working_folder, ignore_errors=True)

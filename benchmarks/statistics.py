@@ -60,6 +60,21 @@ def relative_drawdown(curve: np.ndarray) -> float:
     return float(drawdowns(curve).max() / best) if best > 0 else float("nan")
 
 
+def resampled_drawdown(returns: np.ndarray, n_resamples: int = 1000) -> float:
+    """
+    Compute the mean relative drawdown if the episodes of each evaluation are drawn again, with replacement.
+
+    Evaluations on the same seeds repeat themselves if the policy has not changed, so they hide how its returns vary.
+
+    :param returns: counted from the return that is worth nothing, shape (number of evaluations, number of episodes)
+    """
+    draws = np.random.default_rng(0).integers(returns.shape[1], size=(n_resamples, *returns.shape))
+    curves = np.take_along_axis(returns[np.newaxis], draws, axis=2).mean(axis=2)
+    shares = np.array([relative_drawdown(curve) for curve in curves])
+    known = shares[~np.isnan(shares)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
 def low_share(curve: np.ndarray, level: float = 0.75) -> float:
     """Compute the share of second-half evaluations below ``level`` of the overall best, counted from the same zero."""
     best = curve.max()

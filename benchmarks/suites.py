@@ -136,15 +136,15 @@ def make_cells(
     seeds_of = {algo: suite.seeds_of(algo) if seeds is None else seeds for algo in algos or suite.algos}
     return [
         Cell(
-            suite.name,
-            env_id,
-            algo,
-            seed,
-            steps or suite.envs[env_id].steps,
-            suite.envs[env_id].eval_freq,
-            suite.n_eval_episodes,
-            suite.hyperparams.get(algo, {}),
-            folder,
+            suite=suite.name,
+            env_id=env_id,
+            algo=algo,
+            seed=seed,
+            steps=steps or suite.envs[env_id].steps,
+            eval_freq=suite.envs[env_id].eval_freq,
+            n_eval_episodes=suite.n_eval_episodes,
+            hyperparams=suite.hyperparams.get(algo, {}),
+            folder=folder,
         )
         for seed in seeds or sorted({seed for of_algo in seeds_of.values() for seed in of_algo})
         for env_id in env_ids or suite.envs

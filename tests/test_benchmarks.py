@@ -70,7 +70,7 @@ def test_long_term_risk_sees_slow_decline() -> None:
 def test_dispersion_across_runs_and_episodes() -> None:
     # Quartiles between the five runs: 1 and 3 at the first evaluation, 10 and 30 at the second
     curves = np.array([[0.0, 40.0], [1.0, 30.0], [2.0, 20.0], [3.0, 10.0], [4.0, 0.0]])
-    measures = report.stability(curves, curves, [curves[:, 0], curves[:, 1]])
+    measures = report.stability(curves, curves[..., np.newaxis], [curves[:, 0], curves[:, 1]])
     assert measures["across runs"] == measures["across episodes"] == (2.0 + 20.0) / 2
 
 
@@ -97,6 +97,14 @@ def test_low_share_is_of_the_second_half() -> None:
         assert statistics.low_share(curve) == pytest.approx(low / 10)
 
 
+def test_resampled_drawdown() -> None:
+    assert statistics.resampled_drawdown(np.array([[2.0, 2.0], [1.0, 1.0], [4.0, 4.0]])) == 0.25
+    # The same policy twice, 0 or 2 in each of two episodes: means of 0, 1 and 2 with probabilities 1/4, 1/2 and 1/4. It
+    # falls from 2 to 1, from 2 to 0 and from 1 to 0 with 1/8, 1/16 and 1/8; from 0 to 0 (1/16) there is no drawdown
+    expected = (1 / 8 * 0.5 + 1 / 16 + 1 / 8) / (15 / 16)
+    assert statistics.resampled_drawdown(np.array([[0.0, 2.0]] * 2), 100_000) == pytest.approx(expected, abs=0.005)
+
+
 def test_time_to_return_is_that_of_the_first_evaluation_to_reach_it() -> None:
     times, returns = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, 5.0, 3.0, 8.0])
     targets = (0.0, 1.0, 3.0, 5.0, 5.1, 8.1)
@@ -106,19 +114,24 @@ def test_time_to_return_is_that_of_the_first_evaluation_to_reach_it() -> None:
 
 def test_stability_in_the_order_of_its_table() -> None:
     curves = np.array([[0.0, 5.0, 3.0, 4.0, 1.0, 2.0]] * 3)
-    measures = report.stability(curves, curves * [[1.0], [1.0], [-1.0]], [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
+    gains = np.stack([curves[0], [1.0, 2.0, 3.0, 4.0, 5.0, 4.5], [4.0, 5.0, 4.0, 5.0, 3.5, 5.0], -curves[0]])
+    measures = report.stability(curves, gains[..., np.newaxis], [np.array([0.0, 1.0, 2.0, 3.0, 4.0])] * 3)
     # Differences 5, -2, 1, -3, 1: quartiles -2 and 1. The best is 5: of 4, 1 and 2, two are below 3.75
-    assert {name: measures[name] for name in report.STABILITY} == {
-        "across time": 3.0,
-        "short-term risk": 3.0,
-        "long-term risk": 4.0,
-        "across runs": 0.0,
-        "across episodes": 2.0,
-        "relative drawdown": 0.8,
-        "low share": 2 / 3,
-    }
-    np.testing.assert_equal(measures["relative drawdown, each"], [0.8, 0.8, np.nan])
-    alone = report.stability(curves[:1], -curves[:1], [np.zeros(2)])
+    assert {name: measures[name] for name in report.STABILITY} == pytest.approx(
+        {
+            "across time": 3.0,
+            "short-term risk": 3.0,
+            "long-term risk": 4.0,
+            "across runs": 0.0,
+            "across episodes": 2.0,
+            "relative drawdown": 0.3,
+            "resampled drawdown": 0.3,  # of single episodes
+            "low share": 1 / 3,
+        }
+    )
+    np.testing.assert_allclose(measures["relative drawdown, each"], [0.8, 0.1, 0.3, np.nan])
+    np.testing.assert_allclose(measures["low share, each"], [2 / 3, 0.0, 1 / 3, np.nan])
+    alone = report.stability(curves[:1], -curves[:1, :, np.newaxis], [np.zeros(2)])
     assert np.isnan(alone["across runs"])  # one training says nothing of how several differ
     assert np.isnan(alone["relative drawdown"]) and np.isnan(alone["low share"])
 
@@ -271,14 +284,26 @@ def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
     for cell in make_cells(suite, folder=folder):
         rng = np.random.default_rng([cell.seed, len(cell.algo)])
         steps = range(cell.eval_freq, cell.steps + 1, cell.eval_freq)
-        evaluations = [Evaluation(step, step / 100, step / 200, list(rng.normal(step, 5, 10))) for step in steps]
+        evaluations = [Evaluation(step, 0.6 * step, 0.3 * step, list(rng.normal(step, 5, 10))) for step in steps]
         if last_seed_is_done or cell.seed != suite.seeds[-1]:
-            evaluations.append(
-                Evaluation(cell.steps, cell.steps / 100, cell.steps / 200, list(rng.normal(cell.steps, 5, 20)), True)
-            )
+            returns = list(rng.normal(cell.steps, 5, 20))
+            evaluations.append(Evaluation(cell.steps, 0.6 * cell.steps, 0.3 * cell.steps, returns, True))
         common = {"steps": cell.steps, "eval_freq": cell.eval_freq, "n_eval_episodes": 10}
-        metadata = {"seed": cell.seed, **common, "hyperparams_sha256": "same"}
+        metadata = {"seed": cell.seed, **common, "hyperparams_sha256": "same", "commits": [f"c{cell.seed}"]}
         Results(metadata, evaluations).write(cell.results_file)
+
+
+def test_results_are_loaded_as_scores_and_gains(tmp_path: Path) -> None:
+    suite = Suite("tiny", "", ["staq"], [0], 2, {"A-v0": Environment(100, 50, random=-100, reference=300, zero=50)})
+    (cell,) = make_cells(suite, folder=tmp_path)
+    metadata = {"seed": 0, "steps": 100, "eval_freq": 50, "n_eval_episodes": 2, "hyperparams_sha256": "same"}
+    evaluations = [Evaluation(52, 1.0, 1.0, [100.0, 200.0]), Evaluation(104, 2.0, 2.0, [200.0, 300.0])]
+    Results(metadata, [*evaluations, Evaluation(104, 2.0, 2.0, [0.0, 300.0], True)]).write(cell.results_file)
+    curves, finals = report.load_results(suite, tmp_path / "results" / "tiny")
+    rows = curves[["step", "return", "score"]].to_numpy().tolist()
+    assert rows == [[50, 150, 0.625], [100, 250, 0.875]]  # 2 and 4 steps late, with several environments
+    assert [gains.tolist() for gains in curves["gains"]] == [[50, 150], [150, 250]]
+    assert finals["step"].tolist() == [104] and finals["episodes"].iloc[0].tolist() == [0.25, 1.0]
 
 
 def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]:
@@ -292,10 +317,10 @@ def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]
 def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rliable")
     envs = {
-        "CartPole-v1": Environment(80, 10, 0, 80),
-        "MinAtar/Breakout-v1": Environment(80, 20, 0, 80),
+        "CartPole-v1": Environment(80, 10, -40, 80),
+        "MinAtar/Breakout-v1": Environment(80, 20, -36, 84),
     }
-    suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs)
+    suite = Suite("tiny", "Made up.", ["staq", "sac"], [0, 1, 2], 10, envs, seeds_by_algo={"sac": [0, 1]})
     columns = ["algo", "env", "seeds", "steps", "return", "relative drawdown", "low share"]
     others = pd.DataFrame(
         [
@@ -314,6 +339,8 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
         patch.setattr(report, "load_published", lambda: (others, "somewhere"))
         text = report.write_report(suite, folder).read_text()
     assert "8 complete trainings" in text and "StaQ on CartPole-v1 (2 of 3)" in text
+    assert "SAC on CartPole-v1" not in text and "does not ask for" not in text
+    assert "Commits: StaQ c0, c1; SAC c0, c1." in text
     assert "Published: somewhere." in text and not {"555", "4,321", "99"} & {cell.strip() for cell in text.split("|")}
     row = table_row(text, "Final returns", "MinAtar/Breakout-v1", "SAC, published (5,000 steps)")
     assert (row["each seed"], row["mean"], row["steps"]) == ("10 seeds", "1,234", "5,000")
@@ -349,17 +376,18 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
             cell = table_row(text, "Final returns", "", report.label(algo))[env_id]
             assert cell == f"{bold}{np.mean(values):,.1f}{bold} ({min(values):,.1f})"
 
-    # Returns rise with the steps, of which there are 200 in a second of the processor
+    # Returns rise with the steps, which take 0.3 seconds of the processor each; 84 is not reached
     row = table_row(text, "Time to a return", "MinAtar/Breakout-v1", "StaQ")
-    assert row["seeds"] == "2" and {row["20.0"], row["40.0"], row["60.0"]} == {"0.0"}
+    assert row == {"": "StaQ", "-6.0": "0.1", "24.0": "0.2", "54.0": "0.3", "84.0": "(0 of 2)", "seeds": "2"}
+    assert table_row(text, "Stability", "MinAtar/Breakout-v1", "StaQ")["seeds"] == "2"
 
     # The last five evaluations of the two complete trainings, of eight each, and the time that their files state
     last = table_row(text, "Final returns", "CartPole-v1", "StaQ")
     files = [folder / "CartPole-v1" / "staq" / f"seed_{seed}.csv" for seed in (0, 1)]
     means = [np.mean([evaluation.mean for evaluation in Results.read(file).evaluations[3:8]]) for file in files]
     assert last["last 5"] == f"{np.mean(means):,.1f} ({means[0]:,.1f}, {means[1]:,.1f})"
-    assert (last["steps"], last["minutes"], last["CPU minutes"]) == ("80", "0.0", "0.0")
-    for file, expected in zip(files, ("0.0", ""), strict=True):  # where one file, both files are older
+    assert [last[name] for name in ("steps", "minutes", "CPU minutes", "steps/s")] == ["80", "0.8", "0.4", "2"]
+    for file, expected in zip(files, ("0.4", ""), strict=True):  # where one file, both files are older
         file.write_text(file.read_text().replace("cpu_seconds", "unknown"))
         text = report.write_report(suite, folder).read_text()
         assert table_row(text, "Final returns", "CartPole-v1", "StaQ")["CPU minutes"] == expected
@@ -382,10 +410,20 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
     summary = report.summary(suite, report.load_results(suite, folder)[1])
     assert "**StaQ on MinAtar/Breakout-v1: not all seeds" in summary and "**SAC on MinAtar" not in summary
 
+    fewer = replace(suite, seeds=[1, 2])
+    assert "does not ask for: StaQ on CartPole-v1 (0)" in report.summary(fewer, finals)
+    assert "StaQ on CartPole-v1 (1 of 2)" in report.summary(fewer, finals)
+
     # Without any complete training there are curves at least
     for path in folder.glob("*/*/seed_[01].csv"):
         path.unlink()
     assert "Final returns" not in report.write_report(suite, folder).read_text()
+
+
+def test_median_of_those_that_reach_a_return() -> None:
+    minutes = [[1.0, 3.0], [1.0, 2.0, np.inf], [1.0, np.inf, np.inf], [np.inf]]
+    texts = [report.median_of_those_that_reach_it(pd.Series(each)) for each in minutes]
+    assert texts == ["2.0", "2.0 (2 of 3)", " (1 of 3)", " (0 of 1)"]
 
 
 # Runs
@@ -468,6 +506,7 @@ def test_training_goes_on_as_if_nothing_had_been(
     cell = Cell("tiny", env_id, algo, 1, 700, 128, 2, hyperparams, tmp_path / "interrupted")
     lived = replace(cell, folder=tmp_path / "lived")
     cell_module.run_cell(lived, lambda *progress: None)
+    monkeypatch.setattr(cell_module, "commit", lambda: "first")
 
     for at in (256, 512):
         evaluated_at = []
@@ -482,6 +521,7 @@ def test_training_goes_on_as_if_nothing_had_been(
         assert not Results.read(cell.results_file).done
     assert evaluated_at[0] > 128  # it went on from a checkpoint
     cell.folder.rename(tmp_path / "moved")
+    monkeypatch.setattr(cell_module, "commit", lambda: "second")
     cell = replace(cell, folder=tmp_path / "moved")
     reports: list[tuple] = []
     cell_module.run_cell(cell, lambda *progress: reports.append(progress))
@@ -494,6 +534,7 @@ def test_training_goes_on_as_if_nothing_had_been(
     assert reports[-1][0] == evaluations[-1].step and reports[0][0] > 384
     assert not list(cell.working_folder.glob("checkpoints*"))  # they are large
     assert list(cell.working_folder.glob(f"zoo/*/*/{file_name(env_id)}.zip"))
+    assert Results.read(cell.results_file).metadata["commits"] == ["first", "second"]
 
 
 @pytest.mark.slow
@@ -514,10 +555,18 @@ def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:
     job = look_up(cell, fresh=True)
     assert (job.state, job.step, job.last_return) == ("done", 100, 9.0)
 
+    reports: list[tuple] = []
+    before = cell.results_file.read_bytes()
+    cell_module.run_cell(cell, lambda *progress: reports.append(progress))  # as another process had done it meanwhile
+    assert cell.results_file.read_bytes() == before and not reports
+
     longer = Cell("tiny", "CartPole-v1", "dqn", 0, 200, eval_freq=50, n_eval_episodes=2, folder=tmp_path)
     job = look_up(longer, fresh=False)
     assert job.state == "outdated" and "steps" in job.error and longer.results_file.exists()
     assert look_up(longer, fresh=True).state == "waiting" and not longer.results_file.exists()
+
+    cell.results_file.write_text("not a header\n")
+    assert look_up(cell, fresh=False).state == "failed"
 
 
 def test_checkpoints_of_other_settings_are_not_continued(tmp_path: Path) -> None:
