@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -92,42 +92,85 @@ def dqn() -> Work:
     return gradient_steps(model.learn(1000), 256, 1)
 
 
-def rival(algo: type[SAC] | type[CrossQ]) -> Work:
+def rival(algo: type[SAC] | type[CrossQ], n_envs: int = 1, **kwargs: Any) -> Work:
     """Prepare environment steps of another algorithm for Box action spaces."""
-    return steps(algo("MlpPolicy", "HalfCheetah-v4", learning_starts=1000, seed=0, device="cpu").learn(1000))
+    env = make_vec_env("HalfCheetah-v4", n_envs, seed=0)
+    return steps(algo("MlpPolicy", env, learning_starts=1000, seed=0, device="cpu", **kwargs).learn(1000))
 
 
-# By name: how often it is done, what it is, and the function that prepares the work, with its arguments
-MEASURES: dict[str, tuple[Any, ...]] = {
-    "dqn gradient step": (500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network", dqn),
-    "gradient step": (1000, "StaQ, the same; per network of the ensemble of two", train, "CartPole-v1", 256, 2),
-    "box gradient step": (500, "StaQ, HalfCheetah-v4 with default arguments", train, "HalfCheetah-v4", 128, 1),
-    "iteration M=1, 1 env": (
+class Measure(NamedTuple):
+    """Something whose CPU time is measured."""
+
+    n: int  # how often it is done
+    what: str
+    prepare: Callable[[], Work]
+    in_all_variants: bool = True  # not so: other algorithms
+    in_other_versions: bool = True  # not so: what 0.1.0 did not have
+
+
+MEASURES = {
+    "dqn gradient step": Measure(
+        500, "DQN, CartPole-v1, batch 256, 256 x 256 units; per network", dqn, in_all_variants=False
+    ),
+    "gradient step": Measure(
+        1000, "StaQ, the same; per network of the ensemble of two", lambda: train("CartPole-v1", 256, 2)
+    ),
+    "box gradient step": Measure(
+        500, "StaQ, HalfCheetah-v4 with default arguments", lambda: train("HalfCheetah-v4", 128, 1)
+    ),
+    "iteration M=1, 1 env": Measure(
         2000,
         "environment steps with gradient steps and the policy updates that are due; CartPole-v1",
-        *(iteration, 1, 1),
+        lambda: iteration(1, 1),
     ),
-    "iteration M=300, 1 env": (2000, "the same with a full stack of 300", iteration, 300, 1),
-    "iteration M=1, 8 envs": (2000, "the same with 8 environments", iteration, 1, 8),
-    "iteration M=300, 8 envs": (2000, "the same with a full stack of 300 and 8 environments", iteration, 300, 8),
-    "act M=50, 1 row": (200, "policy.predict, greedy, by the last policy", actions, 1, 50, "last"),
-    "act M=300, 1 row": (200, "the same with a stack of 300", actions, 1, 300, "last"),
-    "act average, 1 row": (200, "the same by the average of 60 critics", actions, 1, 60, "average"),
-    "act M=300, 64 rows": (200, "64 observations at once", actions, 64, 300, "last"),
-    "act average, 64 rows": (200, "64 observations at once", actions, 64, 60, "average"),
-    "cartpole step": (
+    "iteration M=300, 1 env": Measure(2000, "the same with a full stack of 300", lambda: iteration(300, 1)),
+    "iteration M=1, 8 envs": Measure(2000, "the same with 8 environments", lambda: iteration(1, 8)),
+    "iteration M=300, 8 envs": Measure(
+        2000, "the same with a full stack of 300 and 8 environments", lambda: iteration(300, 8)
+    ),
+    "act M=50, 1 row": Measure(200, "policy.predict, greedy, by the last policy", lambda: actions(1, 50, "last")),
+    "act M=300, 1 row": Measure(200, "the same with a stack of 300", lambda: actions(1, 300, "last")),
+    "act average, 1 row": Measure(
+        200, "the same by the average of 60 critics", lambda: actions(1, 60, "average"), in_other_versions=False
+    ),
+    "act M=300, 64 rows": Measure(200, "64 observations at once", lambda: actions(64, 300, "last")),
+    "act average, 64 rows": Measure(
+        200, "64 observations at once", lambda: actions(64, 60, "average"), in_other_versions=False
+    ),
+    "cartpole step": Measure(
         2000,
         "StaQ, CartPole-v1, default arguments: environment step, gradient steps and policy updates",
         lambda: steps(full_stack("CartPole-v1")),
     ),
-    "sac step": (600, "SAC of SB3, HalfCheetah-v4, RL Zoo's settings: environment step and gradient step", rival, SAC),
-    "crossq step": (60, "CrossQ of sb3-contrib with its default arguments: the same", rival, CrossQ),
-    "box step": (
+    "sac step": Measure(
+        600,
+        "SAC of SB3, HalfCheetah-v4, RL Zoo's settings: environment step and gradient step",
+        lambda: rival(SAC),
+        in_all_variants=False,
+    ),
+    "sac step, 8 envs": Measure(
+        1200,
+        "the same with StaQ's batches of 128 and 8 environments",
+        lambda: rival(SAC, 8, batch_size=128, train_freq=1, gradient_steps=8),
+        in_all_variants=False,
+    ),
+    "crossq step": Measure(
+        60,
+        "CrossQ of sb3-contrib with its default arguments, one environment: the same",
+        lambda: rival(CrossQ),
+        in_all_variants=False,
+    ),
+    "box step": Measure(
         2400,
         "StaQ, HalfCheetah-v4, 8 environments, default arguments: the same",
         lambda: steps(full_stack("HalfCheetah-v4", 8, train_freq=1, gradient_steps=8)),
     ),
-    "box step, average": (2400, "the same, and half of the environments act by an average of 60 critics", million),
+    "box step, average": Measure(
+        2400,
+        "the same, and half of the environments act by an average of 60 critics",
+        million,
+        in_other_versions=False,
+    ),
 }
 RATIOS = [
     ("gradient step", "dqn gradient step", "a gradient step per network takes this share of DQN's"),
@@ -135,6 +178,7 @@ RATIOS = [
     ("iteration M=300, 8 envs", "iteration M=1, 8 envs", "the same with 8 environments"),
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
     ("box step, average", "sac step", "the same where half of the environments act by an average"),
+    ("box step, average", "sac step, 8 envs", "... of SAC's with the same batches and environments"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
 # Variants, and what they replace in the kernels of this version
@@ -152,8 +196,7 @@ def measure(name: str, variant: str, scale: float) -> float:
     """Do one measurement in this process, and return CPU seconds."""
     th.set_num_threads(1)
     vars(kernels).update(VARIANTS[variant])
-    n, _, prepare, *arguments = MEASURES[name]
-    work, n = prepare(*arguments), max(8, round(n * scale / 4))
+    work, n = MEASURES[name].prepare(), max(8, round(MEASURES[name].n * scale / 4))
     work(8)  # warm-up
     times = Timer("work(n)", globals={"work": work, "n": n}, timer=time.process_time).timeit(4)
     return times.mean / n
@@ -167,8 +210,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for repetition, name, variant in product(range(repetitions), names, variants):
-        not_ours = name.split()[0] in ("dqn", "sac", "crossq") and variant != "this version"
-        if not_ours or ("average" in name and variant == "other version"):
+        if not (variant == "this version" or MEASURES[name].in_all_variants):
+            continue
+        if variant == "other version" and not MEASURES[name].in_other_versions:
             continue
         path = against.resolve() if against and variant == "other version" else HERE.parents[1]
         env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
@@ -191,7 +235,7 @@ def report(data: pd.DataFrame, variants: list[str]) -> str:
     table = 1000 * times.groupby("measure").median()
     ratios = times.div(times["this version"], axis=0).groupby("measure").median().drop(columns="this version")
     table = table.join(ratios.add_suffix(" / this")).reindex([name for name in MEASURES if name in table.index])
-    table["what"] = [MEASURES[name][1] for name in table.index]
+    table["what"] = [MEASURES[name].what for name in table.index]
     own = times["this version"].unstack("measure")
     lines = []
     for numerator, denominator, text in RATIOS:
