@@ -198,6 +198,25 @@ def test_uniform_actions_before_learning_starts(one_state_model):
     assert_frequencies(model.replay_buffer.actions.ravel(), [1 / 3] * 3)
 
 
+@pytest.mark.parametrize("learning_starts", [0, 20])
+def test_random_actions_end_where_learning_starts(learning_starts):
+    """So greedy that the action is known from then on; several times, as a random action may be the same."""
+    model = make_model(
+        OneStateEnv(True, n_actions=3), learning_starts=learning_starts, gradient_steps=0, exploration_initial_eps=0.0,
+        exploration_final_eps=0.0,
+    )  # fmt: skip
+    grow(model, 3)
+    model.policy.frozen_critics.weights.scale = 1e6
+    best = model.policy.logits(th.ones(1, 2)).argmax().item()
+    taken = []
+    for seed in range(20):
+        model.set_random_seed(seed)
+        model.replay_buffer.reset()
+        model.learn(learning_starts + 1)
+        taken.append(int(model.replay_buffer.actions[learning_starts, 0, 0]))
+    assert taken == [best] * 20
+
+
 def test_exploration_schedule():
     """Linear over ``exploration_fraction`` of the training, then constant; logged under SB3's name."""
 
@@ -605,6 +624,54 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
         np.testing.assert_allclose(frequencies, part * by_share + (1 - part) * last, atol=0.05)
 
 
+def test_trials_act_by_the_candidate():
+    """Greedily, and not by the average of the moment, which changes during the trial."""
+    model = make_model(RandomObsEnv(), average_share=1.0, average_window=1.0, learning_starts=0)
+    obs = sample_obs(model.observation_space, 30)
+    grow(model, 6)
+    model.policy.frozen_critics.propose(accept=False)
+    candidate = slow_average(model.policy, obs).argmax(dim=1).tolist()
+    grow(model, 6, seed=50)
+    assert candidate != slow_average(model.policy, obs).argmax(dim=1).tolist()
+    taken = []
+    for row in obs.numpy():
+        model._last_obs = row[None]
+        taken.append(model._sample_action(0)[0].item())
+    assert taken == candidate
+
+
+@pytest.mark.parametrize(
+    ("n", "ahead", "judged", "accepted"),
+    [
+        (8, 0.80, True, True),
+        (8, 0.70, False, False),  # two standard errors are 0.756
+        (20, 0.01, True, True),
+        (19, 0.01, False, False),
+        (4, 0.00, True, False),
+        (4, -0.01, True, False),
+    ],
+)
+def test_when_a_candidate_is_judged(n, ahead, judged, accepted, monkeypatch):
+    """Returns of +1 and -1 around a mean: ahead by two standard errors, or for 20 episodes; or not ahead at all."""
+    model, proposed = make_model(RandomObsEnv(), average_share=1.0), []
+    stack = model.policy.frozen_critics
+    stack.marked["candidate"] = (1, 1.0)
+    monkeypatch.setattr(stack, "propose", lambda accept: proposed.append(accept))
+    model._best_return = 10.0
+    spread = (-1.0) ** np.arange(n)
+    spread -= spread.mean()
+    model._trial_returns = list(10.0 + ahead + spread)
+    model._judge()
+    assert proposed == [accepted] * judged
+    assert model._best_return == pytest.approx(10.0 + max(0.0, ahead) * accepted)
+    if judged:  # the spread of earlier trials counts less and less
+        assert model._squares == pytest.approx(0.9 * (spread**2).sum())
+        assert model._freedom == pytest.approx(0.9 * (n - 1))
+        assert model._trial_returns == []
+    else:
+        assert model._squares == model._freedom == 0.0 and len(model._trial_returns) == n
+
+
 class RisingAndFalling(RandomObsEnv):
     """Episodes of three to five steps, whose returns rise, fall, and rise again, less high, with noise."""
 
@@ -678,8 +745,8 @@ def test_best_average(n_envs, share, tmp_path):
     """It is the average of all that were tried whose own whole episodes returned most."""
     env = make_vec_env(RisingAndFalling, n_envs)
     model = make_model(
-        env, average_share=share, eval_policy="best", learning_starts=20, gradient_steps=1, policy_update_interval=10,
-        average_window=0.3, memory_size=3,
+        env, average_share=share, eval_policy="best", learning_starts=20, gradient_steps=1, policy_update_interval=12,
+        average_window=0.3, memory_size=3, train_freq=12 // n_envs, net_arch=(4,), batch_size=4,
     )  # fmt: skip
     watch = Watch(share, sample_obs(env.observation_space, 20))
     model.learn(1200, callback=watch)
@@ -699,24 +766,31 @@ def test_best_average(n_envs, share, tmp_path):
     assert -np.inf < model._best_return < mean - 1000
 
 
-def test_best_average_over_many_calls_of_learn():
-    """A trial goes on in the next call, whether or not the steps are counted from 0 again."""
-    for reset in (True, False):
-        model = make_model(
-            make_vec_env(RisingAndFalling, 2), average_share=0.5, eval_policy="best", learning_starts=0,
-            policy_update_interval=10,
-        )  # fmt: skip
-        for _ in range(30):
-            model.learn(30, reset_num_timesteps=reset)
-        assert model.policy.frozen_critics.marked["best"][0] > 0
+class OfLength(RandomObsEnv):
+    """Episodes of so many steps, with 1 as each reward."""
 
-
-class OfLength100(RandomObsEnv):
-    """Episodes of 100 steps, with 1 as each reward."""
+    def __init__(self, n_steps):
+        super().__init__(ep_length=n_steps)
 
     def step(self, action):
         obs, *_ = super().step(action)
-        return obs, 1.0, self.steps >= 100, False, {}
+        return obs, 1.0, self.steps >= self.ep_length, False, {}
+
+
+@pytest.mark.parametrize(("reset", "expected"), [(True, list(range(20, 101, 10))), (False, [620, 660, 700])])
+def test_trials_go_on_in_the_next_call_of_learn(reset, expected, monkeypatch):
+    """With the returns so far; where the steps are counted anew, a trial does not wait until as many have been done."""
+    env = make_vec_env(OfLength, env_kwargs=dict(n_steps=10))
+    model = make_model(env, average_share=1.0, learning_starts=0, gradient_steps=0, buffer_size=1000)
+    grow(model, 3)
+    model.learn(605)
+    returns, proposed = list(model._trial_returns), []
+    assert model._trial_step > 500 and returns
+    monkeypatch.setattr(model.policy.frozen_critics, "propose", lambda accept: proposed.append(model.num_timesteps))
+    model._setup_learn(100, reset_num_timesteps=reset)
+    assert model._trial_returns == returns
+    model.learn(100, reset_num_timesteps=reset)
+    assert proposed == expected
 
 
 class ThreeLives(gym.Wrapper):
@@ -752,7 +826,7 @@ def test_lost_lives_are_no_ends_of_episodes(n_envs, wrapped, monkeypatch):
             return True
 
     def make_env():
-        env = Monitor(OfLength100())
+        env = Monitor(OfLength(100))
         return ThreeLives(env) if wrapped else env
 
     model = make_model(
@@ -784,7 +858,7 @@ def test_lost_lives_where_the_average_is_switched_on():
             return True
 
     model = make_model(
-        ThreeLives(Monitor(OfLength100())), average_share=0.0, learning_starts=0, gradient_steps=0, buffer_size=4000
+        ThreeLives(Monitor(OfLength(100))), average_share=0.0, learning_starts=0, gradient_steps=0, buffer_size=4000
     )
     grow(model, 3)
     model.learn(2000, callback=SwitchOn())
@@ -815,7 +889,7 @@ def test_only_whole_episodes_of_the_average_count():
             ended[self.num_timesteps] = self.model._trial_step
             return True
 
-    env = DummyVecEnv([lambda: Monitor(OfLength100())] * 2)
+    env = DummyVecEnv([lambda: Monitor(OfLength(100))] * 2)
     model = make_model(env, average_share=0.0, learning_starts=20, gradient_steps=0, buffer_size=1000)
     grow(model, 3)
     model.learn(700, callback=BeginAndWatch())

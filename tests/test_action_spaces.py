@@ -149,6 +149,14 @@ def test_distribution_against_the_joint_distribution(name):
     assert branches.mode(logits).squeeze(0).tolist() == bins[joint.argmax()].tolist()
 
 
+def test_bins_without_probability_are_never_drawn(monkeypatch):
+    """Not even with the random number 0, which a generator gives once in 2^24 draws."""
+    monkeypatch.setattr(th, "rand_like", th.zeros_like)
+    log_prob = th.tensor([[0.0, 0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.5, 0.5]]).log()
+    bins = make_branches(spaces.MultiDiscrete([3, 2])).sample(log_prob)
+    assert bins.tolist() == [[2, 1], [1, 0]]
+
+
 def is_one_hill(p) -> bool:
     """No bin lies in a valley: by more than MIN_PEAK below one on its left and one on its right."""
     return not any(min(p[i], p[k]) - p[j] > MIN_PEAK for i, j, k in itertools.combinations(range(len(p)), 3))

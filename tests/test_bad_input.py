@@ -546,6 +546,14 @@ def test_bad_numbers_while_learning(where, value, n_envs, kind, tmp_path):
     assert model.num_timesteps == 60
 
 
+def test_bad_last_observations_of_episodes_that_end_together():
+    """Not only of the first environment that has ended in this step."""
+    model = make_model(faulty_vec_env(3, where="terminal", at=7))
+    with pytest.raises(ValueError, match=r"Environment 2 returned a non-finite observation\[1\] at step 21"):
+        model.learn(50)
+    assert model.replay_buffer.pos == 6
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("kind", ["box", "dict"])
 def test_bad_numbers_in_the_first_observation(kind, n_envs, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import RandomObsEnv, make_model
+from helpers import RandomObsEnv, make_model, relative_error, slow_q_values
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_staq import StaQ
@@ -104,6 +104,21 @@ def test_first_value():
     history = train(model, 60)
     assert 3.0 / MAX_ENT_COEF_CHANGE <= history["ent_coef"][0] <= 3.0 * MAX_ENT_COEF_CHANGE
     assert (history["kl_coef"] == 1.0).all()  # not relative
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_automatic_coefficient_is_for_the_critics_that_are_pushed(critic, monkeypatch):
+    """For state-action critics, not the online main effects but their average; at the states of the weighted sums."""
+    env = RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3]))
+    model, given = make_model(env, critic=critic, ent_coef="auto", tau=0.1).learn(60), []
+    next_coefficients = Coefficients.next
+    monkeypatch.setattr(Coefficients, "next", lambda *args: given.append(args[3:5]) or next_coefficients(*args))
+    states, sums = model.replay.sample_states(1024)
+    monkeypatch.setattr(model.replay, "sample_states", lambda n: (states, sums))
+    model.update_policy()
+    ((old_sums, q_new),) = given
+    assert old_sums is sums
+    assert relative_error(q_new, slow_q_values(model.policy.frozen_critics.newest, states)) < 1e-5
 
 
 @pytest.mark.parametrize(("target_entropy", "start", "end"), [("lin_0.8_0.2", 0.8, 0.2), ("auto", 0.6, 0.2)])
@@ -347,10 +362,13 @@ def test_floor_of_the_corrected_rule():
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 4)])
 @pytest.mark.parametrize("kl_coef", ["rel_0.5", 1.0])
-def test_next_automatic_coefficient(kl_coef, sizes):
+@pytest.mark.parametrize(
+    ("root", "expected"), [(0.9, 0.9), (1.1, 1.1), (0.5, 1 / MAX_ENT_COEF_CHANGE), (2.0, MAX_ENT_COEF_CHANGE)]
+)
+def test_next_automatic_coefficient(root, expected, kl_coef, sizes):
     """
-    It is what gives the entropy to the softmax of the weighted average that the stack will be, over ent_coef; but no
-    more than a factor away, and never below its share of the first.
+    It is what gives the entropy to the softmax of the weighted average that the stack will be, over ent_coef: the root.
+    But it is no more than a factor away from the last one, 1.
     """
     generator = th.Generator().manual_seed(0)
     weights = StackWeights("weight_corrected", 4)
@@ -358,9 +376,6 @@ def test_next_automatic_coefficient(kl_coef, sizes):
     for _ in q_values[:-1]:
         weights.push(0.5, 1.0)
     sums = sum(w * q for w, q in zip(weights.values, q_values, strict=False))
-    coefficients = Coefficients(kl_coef, "auto_1.0", 0.5, "weight_corrected", 4, 0.99)
-    kl, found = coefficients.next(0.7, weights, sums, q_values[-1], sizes)
-    assert kl == pytest.approx(0.5 * found if kl_coef == "rel_0.5" else 1.0)
     beta = 1 / 3 if kl_coef == "rel_0.5" else 0.5
     by_age = [beta * w for w in weights.values] + [1.0]
     average = (sum(w * q for w, q in zip(by_age, q_values, strict=True)) / sum(by_age)).numpy()
@@ -374,9 +389,12 @@ def test_next_automatic_coefficient(kl_coef, sizes):
             start += size
         return total / sum(map(math.log, sizes))
 
-    grid = np.geomspace(1 / MAX_ENT_COEF_CHANGE, MAX_ENT_COEF_CHANGE, 2000)
-    best = grid[np.argmin([abs(share_of_entropy(x) - 0.5) for x in grid])]
-    assert found == pytest.approx(best, rel=3e-3)
+    grid = np.geomspace(0.1, 10, 5000)
+    factor = root / grid[np.argmin([abs(share_of_entropy(x) - 0.5) for x in grid])]
+    coefficients = Coefficients(kl_coef, "auto_1.0", 0.5, "weight_corrected", 4, 0.99)
+    kl, found = coefficients.next(0.7, weights, factor * sums, factor * q_values[-1], sizes)
+    assert kl == pytest.approx(0.5 * found if kl_coef == "rel_0.5" else 1.0)
+    assert found == pytest.approx(expected, rel=3e-3)
 
 
 def test_automatic_coefficient_has_a_floor():

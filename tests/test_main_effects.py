@@ -281,6 +281,20 @@ def test_targets_are_polyak_averages():
             assert th.equal(net.state_dict()[name], old[name])
 
 
+def test_training_averages_the_main_effects_at_every_step():
+    """By ``tau / target_update_interval``: as slowly as the targets, which follow only at some steps."""
+    env = RandomObsEnv(action_space=spaces.MultiDiscrete([2, 3]))
+    model = make_model(env, critic="joint", tau=0.4, target_update_interval=8, policy_update_interval=10**6)
+    model.learn(22)
+    main_effects, average = model.policy.main_effects, model.policy.main_effects_target
+    for _ in range(3):
+        before = copy.deepcopy(average.state_dict())
+        model.train(1, 16)
+        for name, value in average.state_dict().items():
+            th.testing.assert_close(value, 0.05 * main_effects.state_dict()[name] + 0.95 * before[name])
+            assert not th.equal(value, before[name])
+
+
 def test_hard_target_copies_do_not_freeze_the_same_main_effects_again():
     model = make_model("Pendulum-v1", critic="joint", tau=1.0, target_update_interval=40, memory_size=10).learn(100)
     stack = model.policy.frozen_critics
@@ -302,7 +316,7 @@ def test_update_pushes_the_average_of_the_main_effects():
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
 @pytest.mark.parametrize("logit_cache", [True, False])
 def test_training_fits_the_main_effects(action_space, logit_cache):
-    """With rewards that are a sum over branches plus an interaction, at a single state."""
+    """They explain more than half of the differences that the critics make within a branch."""
     space, kwargs = ACTION_SPACES[action_space]
     env = RandomObsEnv(action_space=space)
     model = make_model(env, critic="joint", logit_cache=logit_cache, gamma=0.5, **kwargs)

@@ -72,8 +72,11 @@ assert gym.spec("MinAtar/Seaquest-v0").max_episode_steps == MAX_EPISODE_STEPS
 
 def test_works_without_minatar(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(gym.envs.registration, "registry", {})
+    registry = {}
+    monkeypatch.setattr(gym.envs.registration, "registry", registry)
+    monkeypatch.setattr(gym, "registry", registry)
     register_envs()
+    assert registry == {}
 
 
 @pytest.mark.parametrize("game", GAMES)

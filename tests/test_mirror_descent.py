@@ -14,7 +14,6 @@ from sb3_staq.mirror_descent import (
     LOGIT_RULES,
     PolicyUpdate,
     StackWeights,
-    averaged_updates,
     decay_rate,
     entropy,
     expected_value,
@@ -303,21 +302,6 @@ def test_automatic_memory_size_of_extreme_coefficients():
     for kl, ent in ((1.0, 0.0), (0.0, 0.0), (1e300, 1e-300)):
         with pytest.raises(ValueError, match=r"Invalid ent_coef=.*memory_size='auto' has no bound"):
             auto_memory_size(0.99, kl, ent)
-
-
-@pytest.mark.parametrize("window", [0.05, 0.15, 0.5, 1.0])
-@pytest.mark.parametrize("size", [2, 3, 7, 60])
-def test_averaged_updates(window, size):
-    """Evenly spaced, in the window, not too few, and never one that has been left out before."""
-    before = range(0)
-    for n in range(1, 600):
-        chosen = averaged_updates(n, window, size)
-        covered = max(1, round(window * n))
-        assert all(n - covered < update <= n for update in chosen)
-        assert max(1, min(covered, size) // 2) <= len(chosen) <= size
-        assert set(chosen) <= {*before, n}
-        assert len(set(np.diff(chosen))) <= 1
-        before = chosen
 
 
 # The closed form is the solution of the policy update's optimisation problem

@@ -183,6 +183,17 @@ def test_dropout_acts_in_training_only():
     assert not th.equal(policy.critics(obs), policy.critics(obs))
 
 
+def test_each_critic_drops_out_its_own_features():
+    """Where all of them have the same parameters, they differ by their dropout masks."""
+    policy = make_policy("extractor")
+    for param in policy.critics.parameters():
+        param.data[1:] = param.data[:1]
+    obs = sample_obs(BOX, 8)
+    first, second = policy.critics(obs)
+    assert not th.equal(first, second)
+    th.testing.assert_close(*policy.critics.eval()(obs))
+
+
 @pytest.mark.parametrize("architecture", ["mlp", "branches", "layer_norm", "image"])
 @pytest.mark.parametrize("average", [False, True])
 def test_gradients_by_observations(architecture, average):

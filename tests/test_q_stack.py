@@ -302,6 +302,22 @@ def test_candidate_and_best_stay_on_the_stack(average_size, tmp_path):
         assert len(other.frozen_critics) > 3 + average_size // 2
 
 
+def test_a_new_candidate_acts_at_once():
+    """Not only after the next push, also if the one before has acted since the last push."""
+    policy = make_policy("branches", memory_size=3, average_window=0.4, average_size=4)
+    stack, obs = policy.frozen_critics, sample_obs(BOX, 6)
+    for i in range(20):
+        push(policy, seed=i)
+        if i == 9:
+            stack.propose(accept=False)
+    candidate, best, average = (policy.logit_sums(obs, weighting) for weighting in ("candidate", "best", "average"))
+    assert relative_error(candidate, average) > 1e-2
+    th.testing.assert_close(best, average)
+    stack.propose(accept=True)
+    th.testing.assert_close(policy.logit_sums(obs, "candidate"), average)
+    th.testing.assert_close(policy.logit_sums(obs, "best"), candidate)
+
+
 def test_batches_do_not_mix_observations():
     """The value at an observation does not depend on what else is in the batch."""
     policy = make_policy("mlp", memory_size=20, average_window=1.0)
@@ -984,6 +1000,15 @@ def test_vector_of_parameters():
     policy.load_from_vector(vector)
     assert th.equal(both_sums(policy, obs), before)
     assert_entries_are_live(policy)
+
+
+def test_weights_move_with_the_stack():
+    """Also those that were remembered for another device, here for one without memory."""
+    policy = make_policy()
+    push(policy, seed=0)
+    policy.logits(sample_obs(BOX, 1))
+    policy.frozen_critics.to("meta")
+    assert policy.frozen_critics.coefs("last").device.type == "meta"
 
 
 def test_members_of_entries_are_ordinary_modules():

@@ -16,6 +16,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import (
+    OneStateEnv,
     RandomObsEnv,
     grow,
     make_model,
@@ -276,6 +277,20 @@ def test_any_sequence_of_calls(kind):
     assert len(cache) == 7
 
 
+def test_a_push_that_the_cache_was_not_told_of():
+    """Right before one that it was told of: nothing that was remembered is of use."""
+    model = make_model(RandomObsEnv())
+    policy, cache = model.policy, LogitCache(model.policy, 50)
+    grow(model, 3)
+    obs = sample_obs(model.observation_space, 20)
+    cache.logit_sums(obs)
+    for seed in (10, 11):
+        randomise(policy.critics, seed)
+        update, deleted = policy.push_critics(1.0, 0.1)
+    cache.follow(update, policy.frozen_critics.newest, deleted)
+    assert relative_error(cache.logit_sums(obs), slow_logit_sums(policy, obs)) < 1e-5
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_acting_uses_the_current_policy(n_envs):
     """The sums that choose actions are those of the stack at the current observations."""
@@ -349,6 +364,20 @@ def test_a_step_evaluates_new_states_once(rows):
     assert 40 <= sum(rows) <= 40 + n_episodes + 2
 
 
+@pytest.mark.parametrize("buffer", ["plain", "low_memory"])
+def test_a_step_remembers_its_next_states(buffer, rows):
+    model = make_cached(buffer, n_envs=2, buffer_size=200, gradient_steps=0, **COUNTING)
+    grow(model, 3)
+    model.learn(40)
+    stored = model.replay_buffer
+    low_memory = model.optimize_memory_usage
+    latest = stored.observations[stored.pos] if low_memory else stored.next_observations[stored.pos - 1]
+    assert len(rows) > 0
+    rows.clear()
+    model.replay.logit_sums(th.as_tensor(latest), remember=False)
+    assert rows == []
+
+
 def test_an_update_costs_two_critics(rows):
     """M does not cost M: with any memory the networks see each remembered state twice per policy update."""
     model = make_cached(memory_size=30, buffer_size=200, gradient_steps=0, average_window=0.01, **COUNTING).learn(200)
@@ -410,6 +439,15 @@ def test_samples_of_large_observations_are_small(cached, monkeypatch):
     monkeypatch.setattr(model.replay, "sample", lambda size: drawn.append(size) or sample(size))
     list(model.replay.batches(7, 16))
     assert drawn == [48, 48, 16]
+
+
+@pytest.mark.parametrize(("batch_size", "n_states"), [(16, 1024), (2000, 2000)])
+def test_a_policy_update_is_measured_at_no_fewer_states_than_a_batch(batch_size, n_states, monkeypatch):
+    model, asked = make_model(RandomObsEnv(), batch_size=batch_size, gradient_steps=0).learn(40), []
+    sample = model.replay.sample_states
+    monkeypatch.setattr(model.replay, "sample_states", lambda n: asked.append(n) or sample(n))
+    model.update_policy()
+    assert asked == [n_states]
 
 
 # Where the cache is used
@@ -763,6 +801,24 @@ def test_targets_do_not_reach_over_a_reset(kwargs, resets_counters):
     last = 1.0 if kwargs is LOW_MEMORY else 0.0  # elsewhere, its own next observation is stored
     assert batch.dones.flatten().tolist() == [0.0] * 39 + [last] + [0.0] * 17
     assert (batch.next_observations - batch.observations)[batch.dones == 0].count_nonzero() == 0
+
+
+class Endless(OneStateEnv):
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, False, {}
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_real_ends_stay_real_ends_when_the_environments_are_reset(n_steps):
+    """Only the episode that goes on is cut off by the next call: where one has just terminated, nothing follows."""
+    envs = [lambda: OneStateEnv(truncates=False), lambda: OneStateEnv(truncates=True), lambda: Endless(truncates=False)]
+    model = make_model(DummyVecEnv(envs), buffer_size=300, n_steps=n_steps).learn(60)
+    model.learn(30)
+    buffer = model.replay_buffer
+    assert buffer.dones[19].tolist() == [1, 1, 1]
+    assert buffer.timeouts[19].tolist() == [0, 1, 1]
+    assert (buffer.timeouts[:30, 0] == 0).all()
 
 
 @pytest.mark.parametrize("interrupted_at", range(1, 7))

@@ -48,6 +48,14 @@ def hopper():
     return make_vec_env("Hopper-v4", 2, seed=0), "MlpPolicy", {}
 
 
+def assert_same(model, uninterrupted):
+    """Bitwise, and with the episodes in a buffer of HER, which has their goals."""
+    assert digest(model) == digest(uninterrupted)
+    for name in ("ep_start", "ep_length"):
+        arrays = (getattr(each.replay_buffer, name, None) for each in (model, uninterrupted))
+        np.testing.assert_array_equal(*arrays)
+
+
 SLOW_CASES = ("SubprocVecEnv",)
 CASES = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_CASES else x for x in [*TRAININGS, "MuJoCo"]]
 
@@ -68,11 +76,21 @@ def test_goes_on_bitwise(case, tmp_path, monkeypatch):
     model = make(case)
     random.seed(7), np.random.seed(7), th.manual_seed(7)
     model.learn(300, callback=ResumeCallback(40, tmp_path / "all", verbose=0))
-    assert digest(model) == digest(uninterrupted)
+    assert_same(model, uninterrupted)
     if model.eval_policy == "best":
         assert model.policy.frozen_critics.marked["best"][0] > 0
         assert model._trial_step == uninterrupted._trial_step
     model.env.close(), uninterrupted.env.close()
+
+
+def test_hindsight_goes_on_bitwise_within_episodes(tmp_path):
+    """Checkpoints in the middle of episodes, whose steps after them belong to the same ones: their goals as well."""
+    uninterrupted = make("HER").learn(200, callback=ResumeCallback(1000, tmp_path / "none", verbose=0))
+    with pytest.raises(KeyboardInterrupt):
+        make("HER").learn(200, callback=[Stop(40), ResumeCallback(70, tmp_path / "all", verbose=0)])
+    (checkpoint,) = (tmp_path / "all").iterdir()
+    assert checkpoint.name == "step_70"  # episodes have 10 steps in each of two environments
+    assert_same(make("HER").learn(200, callback=ResumeCallback(70, tmp_path / "all", verbose=0)), uninterrupted)
 
 
 def test_other_callbacks_go_on(tmp_path):
@@ -232,13 +250,14 @@ def test_other_wrappers_are_refused(wrappers, tmp_path):
         learn(wrappers)
 
 
-def test_other_attributes_and_folders_are_no_concern(tmp_path):
+def test_other_attributes_and_folders_are_no_concern(tmp_path, capsys):
     """Only arguments are compared, and only folders of checkpoints are read."""
     for name in ("one", "two"):
         model = make("CartPole-v1")
         model.run_name = name
-        model.learn(60, callback=ResumeCallback(40, tmp_path, verbose=0))
+        model.learn(60, callback=ResumeCallback(40, tmp_path))
         (tmp_path / "step_60_backup").mkdir(exist_ok=True)
+    assert capsys.readouterr().out == f"Training goes on from step 60 of {tmp_path / 'step_60'}, exactly where it was\n"
 
 
 def test_functions_go_on(tmp_path):

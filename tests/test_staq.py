@@ -203,12 +203,11 @@ def test_policy_updates_by_hand(action_space, logit_cache):
     model = prepared_model(env, n_collected=1, logit_cache=logit_cache, memory_size=6, gamma=0.9, ent_coef=0.5)
     model.replay_buffer.dones[:] = 0
     model._steps_since_train = 30
-    by_hand = ByHand(model)
+    by_hand, losses = ByHand(model), []
     model.train(gradient_steps=9, batch_size=4)
     batch = model.replay_buffer.sample(4)
     for _ in range(3):
-        for _ in range(3):
-            by_hand.gradient_step(batch)
+        losses += [by_hand.gradient_step(batch)[0] for _ in range(3)]
         old_log_pi = by_hand.log_policy(batch.next_observations)
         by_hand.policy_update()
     by_hand.assert_same(rtol=1e-4)
@@ -217,9 +216,10 @@ def test_policy_updates_by_hand(action_space, logit_cache):
     th.testing.assert_close(
         slow_log_policy(model.policy, model.policy.logits(obs)), by_hand.log_policy(obs), rtol=1e-3, atol=1e-4
     )
-    # What is logged is about the last update
+    # What is logged is about the last update, but the loss is the mean over all gradient steps
     log_pi = by_hand.log_policy(batch.next_observations)
     logged = model.logger.name_to_value
+    assert logged["train/critic_loss"] == pytest.approx(np.mean(losses), rel=1e-3)
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean().item()
     entropy /= sum(np.log(len(columns)) for columns in by_hand.columns)
     assert logged["train/entropy"] == pytest.approx(entropy, rel=1e-3)
@@ -273,30 +273,33 @@ def test_schedules_of_the_coefficients(ent_coef, kl_coef, ent_at, kl_at):
     """At every policy update the coefficients are those of the progress then, and decide the weights."""
 
     class Watch(BaseCallback):
-        seen = 0
+        betas = ()
 
         def _on_step(self):
             return True
 
         def _on_rollout_start(self):
             model = self.model
-            if model.n_policy_updates == self.seen:
+            if model.n_policy_updates == len(self.betas):
                 return
-            self.seen += 1
             progress = 1 - model.num_timesteps / 200
             logged = model.logger.name_to_value
             ent, kl = ent_at(progress), kl_at(progress)
             assert logged["train/ent_coef"] == pytest.approx(ent)
             assert logged["train/kl_coef"] == pytest.approx(kl)
             assert logged["train/beta"] == pytest.approx(kl / (kl + ent))
+            self.betas = (*self.betas, kl / (kl + ent))
+            # Those since the push of the oldest critic, once the stack is full
+            oldest_weight = np.prod(self.betas[-3:]) if len(self.betas) >= 4 else 0.0
+            assert logged["train/oldest_weight"] == pytest.approx(oldest_weight)
             weights = model.policy.frozen_critics.weights
             assert weights.scale == pytest.approx(1 / (kl + ent) / (1 - (kl / (kl + ent)) ** 4))
-            if self.seen > 1:
+            if len(self.betas) > 1:
                 assert weights.values[-2] == pytest.approx(kl / (kl + ent))
 
     callback = Watch()
     make_model(ent_coef=ent_coef, kl_coef=kl_coef).learn(200, callback=callback, log_interval=None)
-    assert callback.seen >= 17
+    assert len(callback.betas) >= 17
 
 
 def test_entropy_coefficient_that_falls_to_zero():
@@ -356,6 +359,13 @@ def test_targets_use_the_coefficient_of_the_current_policy():
             assert by_hand.scale == pytest.approx(model.policy.frozen_critics.weights.scale)
             assert by_hand.weights == pytest.approx(model.policy.frozen_critics.weights.values)
     assert model.n_policy_updates == 5 + 1
+
+
+def test_before_the_first_policy_update_the_coefficient_is_the_first_of_the_schedule():
+    """However far the training is: the targets belong to a policy, which has not changed yet."""
+    model = make_model(RandomObsEnv(), ent_coef="lin_1.0", policy_update_interval=10**6).learn(60)
+    assert model._current_progress_remaining == 0
+    assert model._current_ent_coef == 1.0
 
 
 def test_learning_rate_schedule():
