@@ -177,8 +177,12 @@ RATIOS = [
     ("iteration M=300, 1 env", "iteration M=1, 1 env", "a stack of 300 makes an iteration so many times as long"),
     ("iteration M=300, 8 envs", "iteration M=1, 8 envs", "the same with 8 environments"),
     ("box step", "sac step", "a step of Box defaults takes this share of SAC's"),
-    ("box step, average", "sac step", "the same where half of the environments act by an average"),
-    ("box step, average", "sac step, 8 envs", "... of SAC's with the same batches and environments"),
+    (
+        "box step, average",
+        "sac step",
+        "a step of Box where half of the environments act by an average takes this share of SAC's",
+    ),
+    ("box step, average", "sac step, 8 envs", "the same, and SAC with the same batches and environments"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
 # Variants, and what they replace in the kernels of this version
