@@ -220,6 +220,8 @@ def all_wrapped(env: VecEnv, wrapper_class: type[gym.Wrapper]) -> bool:
     """Return whether all environments have such a wrapper; False if they cannot tell, like those of Isaac Lab."""
     try:
         return all(env.env_is_wrapped(wrapper_class))
+    except (OSError, EOFError):  # a process of theirs has died, so it is not they who cannot tell
+        raise
     except Exception:  # of any kind: the VecEnv may be anyone's
         return False
 

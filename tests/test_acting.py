@@ -896,6 +896,42 @@ def test_only_whole_episodes_of_the_average_count():
     assert ended[600] == 0 and ended[602] == 600
 
 
+def test_episodes_with_a_break_do_not_count():
+    """In which the average did not act for some steps."""
+    began = {}
+
+    class Break(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps in (300, 310):  # at the 50th and the 55th of 100 steps
+                self.model.average_share = 0.0 if self.num_timesteps == 300 else 0.5
+            began[self.num_timesteps] = self.model._trial_step
+            return True
+
+    env = DummyVecEnv([lambda: Monitor(OfLength(100))] * 2)
+    model = make_model(env, average_share=0.5, learning_starts=20, gradient_steps=0, buffer_size=1000)
+    grow(model, 3)
+    model.learn(700, callback=Break())
+    assert began[402] == 0 and began[602] == 600
+
+
+def test_turns_change_between_episodes_of_their_environment():
+    """Of three environments, one and a half act by the average: the second alternates."""
+    turns, ends = [], []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            turns.append(self.model._n_average_envs - 1)
+            ends.append(self.locals["dones"][1])
+            return True
+
+    env = DummyVecEnv([RandomObsEnv] * 3)
+    model = make_model(env, average_share=0.5, learning_starts=0, gradient_steps=0)
+    grow(model, 3)
+    model.learn(1500, callback=Record())
+    changes = np.flatnonzero(np.diff(turns))
+    assert len(changes) > 20 and np.all(np.array(ends)[changes])
+
+
 def test_best_without_monitor():
     """There are no returns, so it is the present average."""
     model = two_policies(n_envs=2, average_share=0.5, eval_policy="best")

@@ -117,10 +117,10 @@ def test_expected_bins():
 
 @pytest.mark.parametrize("name", ["box_factored", "box_axis", "box_joint", "box_2d"])
 def test_encode_finds_the_nearest_bin(name):
-    """For arbitrary stored actions, as another agent's buffer holds them."""
+    """For arbitrary stored actions, as another agent's buffer holds them; also outside the bounds."""
     space, kwargs = SPACES[name]
     branches = make_branches(space, **kwargs)
-    actions = 2 * th.rand(200, int(np.prod(space.shape)), generator=th.Generator().manual_seed(0)) - 1
+    actions = 3 * th.rand(200, int(np.prod(space.shape)), generator=th.Generator().manual_seed(0)) - 1.5
     candidates = branches.decode(all_bins(branches.sizes))
     found = branches.decode(branches.encode(actions))
     distance = (actions.unsqueeze(1) - candidates).square().sum(dim=2).min(dim=1).values

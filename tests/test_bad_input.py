@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_staq import StaQ
 from sb3_staq.coefficients import value_at
+from sb3_staq.observations import not_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -544,6 +545,12 @@ def test_bad_numbers_while_learning(where, value, n_envs, kind, tmp_path):
     assert_whole(model, snapshots.state, tmp_path)
     model.learn(60)  # the environment is in order again
     assert model.num_timesteps == 60
+
+
+def test_the_first_bad_number_is_named():
+    array = np.array([[1.0, 2.0], [3.0, NAN], [np.inf, NAN]])
+    ((key, found, index),) = not_finite({"good": np.ones(3), "bad": array})
+    assert key == "bad" and index == [1, 1] and np.array_equal(found, array, equal_nan=True)
 
 
 def test_bad_last_observations_of_episodes_that_end_together():

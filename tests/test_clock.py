@@ -206,14 +206,14 @@ def test_interrupted_policy_update(where):
     assert [step for step, _ in callback.updates[-2 - len(now) :]] == [*now, 50, 60]
 
 
-def filled_model(**kwargs):
+def filled_model(n_envs=1, **kwargs):
     """A model with a replay buffer that was filled by hand, and no step of its own."""
-    model = make_model(RandomObsEnv(), memory_size=1000, **kwargs)
+    model = make_model(DummyVecEnv([RandomObsEnv] * n_envs), memory_size=1000, **kwargs)
     generator = np.random.default_rng(0)
     for _ in range(100):
-        obs, next_obs = generator.uniform(-1, 1, (2, 1, 4)).astype(np.float32)
-        action = generator.integers(3, size=(1, 1))
-        model.replay_buffer.add(obs, next_obs, action, generator.normal(size=1), np.zeros(1), [{}])
+        obs, next_obs = generator.uniform(-1, 1, (2, n_envs, 4)).astype(np.float32)
+        action = generator.integers(3, size=(n_envs, 1))
+        model.replay_buffer.add(obs, next_obs, action, generator.normal(size=n_envs), np.zeros(n_envs), [{}] * n_envs)
     return model
 
 
@@ -224,6 +224,7 @@ def filled_model(**kwargs):
         (dict(gradient_steps=1, train_freq=4), 5),
         (dict(gradient_steps=6, train_freq=3), 40),
         (dict(gradient_steps=3, train_freq=4), 15),
+        (dict(gradient_steps=6, train_freq=3, n_envs=2), 20),
         (dict(gradient_steps=5, train_freq=(1, "episode")), 20),  # not known beforehand
     ],
 )

@@ -75,8 +75,9 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
         np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-5)
         np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
 
-    extra = dict.fromkeys(("branch_sizes", "bins", "algorithm", "action_space"), "")
+    extra = dict.fromkeys(("branch_sizes", "bins", "inputs"), "")
     th.jit.load(path, _extra_files=extra)
+    assert json.loads(extra["inputs"]) == {"box": ["obs"], "dict": ["a", "b"]}[kind]
     bins = json.loads(extra["bins"])
     assert [len(branch) for branch in bins] == json.loads(extra["branch_sizes"]) == list(model.policy.branches.sizes)
     for choose in (min, max):  # the first and the last bin of each branch make the lowest and the highest action
@@ -105,7 +106,8 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
 )
 def test_bounds_of_actions(grid, tmp_path):
     """Also where they are equal, and between single-precision numbers."""
-    space = spaces.Box(np.array([-0.1, 0.3, -7]), np.array([0.7, 0.3, 9]), dtype=np.float64)
+    space = spaces.Box(np.array([-0.1, 0.3, -7, -0.3]), np.array([0.7, 0.3, 9, 0.1]), dtype=np.float64)
+    assert -0.3 + (0.1 - -0.3) > 0.1  # rounding leads out of it
     model = make_model(RandomObsEnv(action_space=space), **grid)
     grow(model, 3, ent_coef=1.0)
     obs = draw(model.observation_space, 50)
@@ -147,6 +149,15 @@ def test_normalisation_is_folded_in(how, tmp_path):
     assert (np.abs(normalised) == 1.5).any()
     np.testing.assert_allclose(prob, slow_prob(model.policy, normalised), atol=1e-5)
     np.testing.assert_array_equal(actions, model.policy.predict(normalised, deterministic=True)[0])
+
+
+def test_normalised_rewards_leave_observations_alone(tmp_path):
+    """VecNormalize has no statistics of observations then."""
+    model = make_model(VecNormalize(DummyVecEnv([RandomObsEnv]), norm_obs=False))
+    grow(model, 3)
+    obs = draw(model.observation_space, 5)
+    *_, prob = run_script(export_policy(model, tmp_path / "policy.pt"), obs)
+    np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
 
 
 def test_statistics_far_from_zero(tmp_path):
@@ -296,6 +307,25 @@ def test_failure_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("wrong", ["actions", "probabilities", "of one observation"])
+def test_outputs_are_checked(wrong, monkeypatch, tmp_path):
+    """Each alone, for batches of several sizes; and numbers that are none differ from any."""
+    model, run = make_model(RandomObsEnv()), export._run
+    grow(model, 2)
+
+    def run_wrong(*args):
+        action, sample, prob = run(*args)
+        if wrong == "actions":
+            return [action + 1, sample, prob]
+        is_right = wrong == "of one observation" and len(prob) > 1
+        return [action, sample, prob if is_right else np.full_like(prob, np.nan)]
+
+    monkeypatch.setattr(export, "_run", run_wrong)
+    with pytest.raises(RuntimeError, match="The exported file would be wrong, so it was not written"):
+        export_policy(model, tmp_path / "policy.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_are_checked(monkeypatch, tmp_path):
     """Those of a bin that does not exist are no actions of the policy."""
     model = make_model(RandomObsEnv())
@@ -337,9 +367,10 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     """The stack, then a student with the statistics of VecNormalize, from files; of two environments."""
     env = VecNormalize(DummyVecEnv([RandomObsEnv] * 2))
     monkeypatch.setattr(export, "make_vec_env", lambda name, n_envs: DummyVecEnv([RandomObsEnv] * n_envs))
-    model = make_model(env)
+    model = make_model(env, eval_policy="average")
     model.learn(60)
     model.save(tmp_path / "model.zip")
+    model.eval_policy = "last"  # which is asked for below, unlike what was saved
     model.save_replay_buffer(tmp_path / "replay.npz")
     save_vec_normalize(tmp_path / "normalize.npz", env)
     paths = [str(tmp_path / name) for name in ("model.zip", "policy.pt", "normalize.npz", "replay.npz")]
@@ -352,9 +383,11 @@ def test_command_line(monkeypatch, capsys, tmp_path):
         return run_script(paths[1], obs)[2]
 
     np.testing.assert_allclose(run("--policy", "last"), expected, atol=1e-5)
-    options = ["--env", "X", "--replay-buffer", paths[3], "--net-arch", "32", "--max-kl", "0.05"]
+    options = ["--policy", "last", "--env", "X", "--replay-buffer", paths[3], "--net-arch", "32", "--max-kl", "0.05"]
     prob = run("--distill", *options)
-    assert "max_kl=0.05 was reached" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "max_kl=0.05 was reached" in report
+    assert str(4 * 32 + 32 + 32 * 3 + 3) in report.split()  # parameters of a student with 32 hidden units
     assert (expected * np.log(expected / prob)).sum(axis=1).mean() < 0.2
     with pytest.raises(SystemExit):
         run("--distill")

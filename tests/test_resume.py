@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.wrappers import NormalizeObservation
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
@@ -26,7 +27,15 @@ from torch import nn
 from benchmarks.faults import TRAININGS, digest, make
 from sb3_staq import StaQ, env_state, resume
 from sb3_staq.callbacks import PolicyUpdateDiagnostics
-from sb3_staq.env_state import TrainingState, get_env_state, set_env_state
+from sb3_staq.env_state import (
+    TrainingState,
+    get_attributes,
+    get_env_state,
+    get_vec_env_state,
+    set_attributes,
+    set_env_state,
+    set_vec_env_state,
+)
 from sb3_staq.resume import ResumeCallback
 
 
@@ -192,6 +201,47 @@ def test_environments_without_a_state(tmp_path, capsys):
     after = episodes(tmp_path / "monitors")
     assert sum(row in before for row in after) > 10 and len(after) > len(before)
     assert 150 < sum(int(row[0].split(",")[1]) for row in after if row[1] != "t") <= 200
+
+
+class Resets(RandomObsEnv):
+    """Remembers its first observations."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = []
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        self.first.append(obs)
+        return obs, info
+
+
+def test_new_episodes_begin_where_the_environments_are(tmp_path):
+    """Also under VecNormalize: the replay buffer has the observations as the environments return them."""
+    for steps in (60, 100):
+        env = VecNormalize(DummyVecEnv([Resets]))
+        model = StaQ("MlpPolicy", env, **SMALL).learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+    before, first, *_ = env.get_attr("first")[0]  # of learn, before the checkpoint is read, and of the new episode
+    assert (before != first).any()
+    np.testing.assert_array_equal(model.replay_buffer.observations[60, 0], first)
+
+
+def test_lstms_begin_anew_with_new_episodes(tmp_path):
+    starts, ends = [], []
+
+    class Note(BaseCallback):
+        def _on_rollout_start(self):
+            starts.append(self.model._last_episode_starts.tolist())
+
+        def _on_step(self):
+            return True
+
+    for steps in (80, 120):
+        arguments = dict(n_steps=20, batch_size=40, n_epochs=1, policy_kwargs=dict(net_arch=[8], lstm_hidden_size=8))
+        model = RecurrentPPO("MlpLstmPolicy", DummyVecEnv([RandomObsEnv] * 2), seed=0, device="cpu", **arguments)
+        model.learn(steps, callback=[Note(), ResumeCallback(1000, tmp_path, verbose=0)])
+        ends.append(model._last_episode_starts.tolist())
+    assert ends[0] != [True, True] == starts[2] and len(starts) == 3
 
 
 def test_other_arguments_are_refused(tmp_path):
@@ -375,6 +425,29 @@ def test_environments_that_cannot_tell_their_wrappers(tmp_path, monkeypatch):
     assert model.num_timesteps == 200
 
 
+def test_environments_of_other_kinds_stay_as_they_are(tmp_path, monkeypatch):
+    """What they hold, if they have no state to restore, may be shared with a simulation."""
+    monkeypatch.setattr(env_state, "DummyVecEnv", SubprocVecEnv)  # as if in other processes
+    for steps in (60, 100):
+        env = Untold([lambda: gym.make("CartPole-v1")])
+        env.shared = shared = np.zeros(1)
+        StaQ("MlpPolicy", env, **SMALL).learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert env.shared is shared
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, EOFError])
+def test_checkpoints_are_not_written_without_a_process_that_has_died(error, monkeypatch):
+    """It is not that the environments cannot tell their wrappers, so their states must not be left out."""
+
+    class Dead(DummyVecEnv):
+        def env_is_wrapped(self, wrapper_class, indices=None):
+            raise error
+
+    monkeypatch.setattr(env_state, "DummyVecEnv", SubprocVecEnv)  # as if in other processes
+    with pytest.raises(error):
+        get_vec_env_state(Dead([lambda: gym.make("CartPole-v1")]))
+
+
 def test_two_at_once_are_refused(tmp_path):
     callbacks = [ResumeCallback(20, tmp_path / "near"), ResumeCallback(100, tmp_path / "far")]
     with pytest.raises(ValueError, match="Invalid callback: expected only one ResumeCallback"):
@@ -448,8 +521,25 @@ def test_random_numbers_of_fewer_gpus(monkeypatch):
 def test_speed_is_that_of_this_process(tmp_path):
     """Not all steps in the time since the restart."""
     for steps in (150, 200):
+        before = time.time_ns()
         model = make("CartPole-v1").learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
-    assert model._num_timesteps_at_start == 150
+    assert model._num_timesteps_at_start == 150 and model.start_time >= before
+
+
+def test_schedules_follow_the_steps_that_are_asked_for(tmp_path):
+    """Also where they are more than at first."""
+    progress = {}
+
+    class Note(BaseCallback):
+        def _on_rollout_start(self):
+            progress[self.model.num_timesteps] = self.model._current_progress_remaining
+
+        def _on_step(self):
+            return True
+
+    for steps in (60, 100):
+        make("CartPole-v1").learn(steps, callback=[Note(), ResumeCallback(40, tmp_path, verbose=0)])
+    assert progress[50] == pytest.approx(1 - 50 / 60) and progress[80] == pytest.approx(1 - 80 / 100)
 
 
 def test_bad_observations_after_a_restart(tmp_path):
@@ -475,6 +565,45 @@ def test_old_and_unfinished_checkpoints_go(tmp_path):
     (tmp_path / "unfinished_1").mkdir()
     make("CartPole-v1").learn(300, callback=ResumeCallback(40, tmp_path, keep=2, verbose=0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_280", "step_300"]
+
+
+def test_checkpoints_come_at_multiples_of_their_interval(tmp_path):
+    """Wherever the training goes on from."""
+    for steps in (60, 130):
+        make("CartPole-v1").learn(steps, callback=ResumeCallback(40, tmp_path, keep=9, verbose=0))
+    assert {path.name for path in tmp_path.iterdir()} == {f"step_{i}" for i in (40, 60, 80, 120, 130)}
+
+
+def test_failed_saves_leave_the_checkpoint_before(tmp_path, monkeypatch):
+    """On a full disk, say: what is not complete is not taken for a checkpoint."""
+
+    def learn(steps):
+        return make("CartPole-v1").learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+    def fail(value, file):
+        raise OSError("No space left on device")
+
+    learn(60)
+    monkeypatch.setattr(resume, "dump_checked", fail)
+    with pytest.raises(OSError, match="No space left"):
+        learn(100)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_60"]
+    monkeypatch.undo()
+    assert learn(100).num_timesteps == 100
+    assert [path.name for path in tmp_path.iterdir()] == ["step_100"]
+
+
+def test_trainings_that_a_callback_ends_go_on(tmp_path):
+    """SB3 does not store the step at which one says so: there is no checkpoint of it."""
+
+    class End(BaseCallback):
+        def _on_step(self):
+            return self.num_timesteps < 98
+
+    make("CartPole-v1").learn(200, callback=[End(), ResumeCallback(40, tmp_path, verbose=0)])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_80"]
+    model = make("CartPole-v1").learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+    assert digest(model) == digest(make("CartPole-v1").learn(200))
 
 
 def test_started_again_after_its_end(tmp_path):
@@ -558,6 +687,43 @@ def test_state_of_environments(env_id):
         one, two = (x.step(action) if i != 10 else x.reset() for x in (env, other))
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1:3] == two[1:3] or i == 10
+
+
+class Remembers(gym.ObservationWrapper):
+    """Keeps the last observation."""
+
+    def observation(self, obs):
+        self.seen = obs
+        return obs
+
+
+def test_arrays_that_wrapper_and_environment_share():
+    """Unlike parts of a simulation, they are saved with the wrapper."""
+    env, other = Remembers(RandomObsEnv()), Remembers(RandomObsEnv())
+    env.reset(seed=0), other.reset(seed=1)
+    assert env.seen is env.unwrapped._last and (env.seen != other.seen).any()
+    set_env_state(other, get_env_state(env))
+    np.testing.assert_array_equal(other.seen, env.seen)
+
+
+def test_policies_that_wrappers_refer_to_stay_alive():
+    """... such as that of the training, by whose critics one may shape rewards."""
+    env, other = Remembers(RandomObsEnv()), Remembers(RandomObsEnv())
+    env.policy = other.policy = policy = make("CartPole-v1").policy
+    set_env_state(other, get_env_state(env))
+    assert other.policy is policy
+
+
+class OwnCartPole(CartPoleEnv):
+    """Nothing is known of the state of an environment of another module."""
+
+
+def test_environments_of_which_some_have_a_state():
+    """Either all go on, or none does."""
+    for second, expected in ((CartPoleEnv, True), (OwnCartPole, False)):
+        env = DummyVecEnv([CartPoleEnv, second])
+        env.reset()
+        assert set_vec_env_state(env, get_vec_env_state(env)) is expected
 
 
 class NormalisedExtractor(FlattenExtractor):
@@ -674,6 +840,7 @@ def test_parts_of_the_simulation_stay_alive(tmp_path):
         StaQ("MlpPolicy", env, **SMALL).learn(steps, callback=ResumeCallback(40, tmp_path, verbose=0))
     wrapper = env.envs[0]
     assert wrapper.get_wrapper_attr("model") is wrapper.unwrapped.model
+    assert wrapper.unwrapped.mujoco_renderer.data is wrapper.unwrapped.data  # or it would draw a simulation at rest
 
 
 class Refer(BaseCallback):
@@ -684,7 +851,7 @@ class Refer(BaseCallback):
         self.vec_normalize, self.count = env, 0
 
     def _on_training_start(self):
-        self.found = [self.model.replay_buffer, self.model.policy, self.logger]
+        self.buffers, self.policies, self.loggers = [self.model.replay_buffer], [self.model.policy], [self.logger]
         self.parts = [self.model.policy.optimizer, self.model.policy.frozen_critics]
 
     def _on_step(self):
@@ -701,7 +868,7 @@ def test_what_callbacks_refer_to_stays_alive(tmp_path):
         except KeyboardInterrupt:
             pass
     assert callback.vec_normalize is model.env and callback.count == 100
-    buffer, policy, logger = callback.found
+    (buffer,), (policy,), (logger,) = callback.buffers, callback.policies, callback.loggers
     assert policy is model.policy and logger is model.logger
     assert callback.parts[0] is policy.optimizer and callback.parts[1] is policy.frozen_critics
     assert buffer.pos == model.replay_buffer.pos == 100 and buffer.rewards is model.replay_buffer.rewards
@@ -790,6 +957,41 @@ def test_callbacks_within_callbacks_go_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         learn(tmp_path / "two", Stop(250))
     assert learn(tmp_path / "two") == expected and expected[1] == 15
+
+
+def test_entries_that_were_removed_are_gone():
+    """What has replaced them is there, in the very list and dictionary that others may hold."""
+
+    class Holds:
+        def __init__(self):
+            self.entries, self.rows = {"first": 1}, [1, 2]
+
+    old, new = Holds(), Holds()
+    del old.entries["first"], old.rows[0]
+    old.entries["second"] = 2
+    entries, rows = new.entries, new.rows
+    set_attributes(new, get_attributes(old))
+    assert new.entries is entries and entries == {"second": 2}
+    assert new.rows is rows and rows == [2]
+
+
+class OneWay:
+    """Can be written to a file, but not be read."""
+
+    def __reduce__(self):
+        return float, ("no number",)
+
+
+def test_what_could_not_be_read_is_left_out():
+    """In a checkpoint, it would make all the rest useless."""
+
+    class Holds:
+        def __init__(self, count):
+            self.handle, self.count = OneWay(), count
+
+    new, state = Holds(0), get_attributes(Holds(3))
+    set_attributes(new, state)
+    assert new.count == 3 and state.left_out == ["handle"]
 
 
 class Scaled(gym.ObservationWrapper):

@@ -27,7 +27,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
-from sb3_staq.save_util import atomic_write
+from sb3_staq.save_util import atomic_write, check_pickle, open_archive
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
@@ -649,6 +649,35 @@ def test_too_little_memory_is_no_damage(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(*((pickle, "load") if suffix == "pkl" else (np, "load")), out_of_memory)
     with pytest.raises(MemoryError):
         model.load_replay_buffer(tmp_path / f"buffer.{suffix}")
+
+
+def test_too_little_memory_for_an_archive(tmp_path, monkeypatch):
+    def fail(self):
+        raise MemoryError
+
+    grown_model(1).save(tmp_path / "model.zip")
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(MemoryError):
+        StaQ.load(tmp_path / "model.zip")
+
+
+def test_small_pickles_have_no_checksum(tmp_path):
+    """They are shorter than one."""
+    for content in (b"", pickle.dumps(3)):
+        (tmp_path / "small.pkl").write_bytes(content)
+        check_pickle(tmp_path / "small.pkl")
+        assert (tmp_path / "small.pkl").read_bytes() == content
+
+
+def test_archives_behind_something_else():
+    """An open file is read from where it is, and stays there."""
+    file = io.BytesIO()
+    file.write(b"before")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("member", b"content")
+    file.seek(6)
+    with open_archive(file) as opened:
+        assert opened is file and file.tell() == 6
 
 
 def test_zip_files_that_are_no_policies(tmp_path):
