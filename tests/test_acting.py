@@ -878,40 +878,26 @@ def test_predict_in_another_thread_while_learning():
         assert not th.isclose(policy.logits(obs), expected).any()
 
 
-def test_only_whole_episodes_of_the_average_count():
-    """What begins in the middle of an episode is judged from the next episode on."""
+@pytest.mark.parametrize(
+    ("shares", "not_yet"),  # the average's share from a step on, and a step at which none has counted
+    [({0: 0.0, 300: 0.5}, 600), ({0: 0.5, 300: 0.0, 310: 0.5}, 402)],
+    ids=["begun in the middle", "with a break"],
+)
+def test_only_whole_episodes_of_the_average_count(shares, not_yet):
+    """An episode is not judged if the average did not act from its beginning on, in each of its steps."""
     ended = {}
 
-    class BeginAndWatch(BaseCallback):
+    class SwitchAndWatch(BaseCallback):
         def _on_step(self):
-            if self.num_timesteps == 300:  # at the 50th of 100 steps
-                self.model.average_share = 0.5
+            self.model.average_share = shares.get(self.num_timesteps, self.model.average_share)
             ended[self.num_timesteps] = self.model._trial_step
             return True
 
-    env = DummyVecEnv([lambda: Monitor(OfLength(100))] * 2)
-    model = make_model(env, average_share=0.0, learning_starts=20, gradient_steps=0, buffer_size=1000)
+    env = DummyVecEnv([lambda: Monitor(OfLength(100))] * 2)  # at step 300, both are in the middle of an episode
+    model = make_model(env, average_share=shares[0], learning_starts=20, gradient_steps=0, buffer_size=1000)
     grow(model, 3)
-    model.learn(700, callback=BeginAndWatch())
-    assert ended[600] == 0 and ended[602] == 600
-
-
-def test_episodes_with_a_break_do_not_count():
-    """In which the average did not act for some steps."""
-    began = {}
-
-    class Break(BaseCallback):
-        def _on_step(self):
-            if self.num_timesteps in (300, 310):  # at the 50th and the 55th of 100 steps
-                self.model.average_share = 0.0 if self.num_timesteps == 300 else 0.5
-            began[self.num_timesteps] = self.model._trial_step
-            return True
-
-    env = DummyVecEnv([lambda: Monitor(OfLength(100))] * 2)
-    model = make_model(env, average_share=0.5, learning_starts=20, gradient_steps=0, buffer_size=1000)
-    grow(model, 3)
-    model.learn(700, callback=Break())
-    assert began[402] == 0 and began[602] == 600
+    model.learn(700, callback=SwitchAndWatch())
+    assert ended[not_yet] == 0 and ended[602] == 600
 
 
 def test_turns_change_between_episodes_of_their_environment():
