@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import RayError
 
-from benchmarks.results import Results
+from benchmarks.results import COMMIT_VARIABLE, Results, commit
 from benchmarks.runner import ONE_THREAD, Job
 from benchmarks.suites import Cell
 from sb3_staq.save_util import atomic_write
@@ -28,7 +28,7 @@ RUNTIME_ENV = {
     "working_dir": str(ROOT),
     # "." is the folder itself, which the first pattern excludes, too
     "excludes": ["/*", "!/.", "!/benchmarks", "!/hyperparams", "!/sb3_staq", "/benchmarks/results", "/benchmarks/runs"],
-    "env_vars": ONE_THREAD,
+    "env_vars": {**ONE_THREAD, COMMIT_VARIABLE: commit()},  # the clone's history stays here
 }
 # How often a cell may take its process or its node down before it counts as failed
 MAX_RETRIES = 5

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,12 +15,16 @@ import numpy as np
 
 from sb3_staq.save_util import atomic_write
 
+# The environment variable that says where the code is from that was sent to another machine without its clone
+COMMIT_VARIABLE = "BENCHMARKS_COMMIT"
 COLUMNS = ("evaluation", "step", "seconds", "cpu_seconds", "mean", "std", "returns")
 
 
 @cache
 def commit() -> str:
-    """Return what git calls the code of this clone; empty without git or a clone."""
+    """Return what git calls this code; empty without git or a clone, unless ``BENCHMARKS_COMMIT`` says it."""
+    if known := os.environ.get(COMMIT_VARIABLE):
+        return known
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
