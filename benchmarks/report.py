@@ -378,7 +378,30 @@ def stability_section(curves: pd.DataFrame, finals: pd.DataFrame, published: pd.
             "Published trainings were evaluated at other steps and by other numbers of episodes. Falls between two "
             "evaluations do not show: of two equal trainings, the one that is evaluated less often seems steadier."
         )
-    return text
+    return [*text, section("Keeping the best model", n_last=N_LAST), *by_env(kept_models(curves))]
+
+
+def kept_models(curves: pd.DataFrame) -> pd.DataFrame:
+    """Compare the model of each evaluation with the best so far, one row per environment and algorithm."""
+    rows = []
+    for training, group in curves.groupby(TRAINING, sort=False):
+        returns, gains = (np.array(group[name].tolist()) for name in ("returns", "gains"))
+        rows.append(
+            {
+                **dict(zip(TRAINING, training, strict=True)),
+                f"last {N_LAST}": returns[-N_LAST:].mean(),
+                f"last {N_LAST}, kept": statistics.keep_best(returns)[:, -N_LAST:].mean(),
+                "drawdown": statistics.relative_drawdown(gains.mean(axis=1)),
+                "drawdown, kept": np.mean([*map(statistics.relative_drawdown, statistics.keep_best(gains))]),
+            }
+        )
+    groups = pd.DataFrame(rows).groupby(["env", "algo"], sort=False)
+    table = pd.DataFrame(index=groups.size().index)
+    for name in (f"last {N_LAST}", f"last {N_LAST}, kept"):
+        table[name] = groups[name].mean().map("{:,.1f}".format) + " (" + groups[name].agg(each) + ")"
+    for name in ("drawdown", "drawdown, kept"):
+        table[name] = groups[name].median().map("{:.2f}".format, na_action="ignore")
+    return table.assign(seeds=groups.size())
 
 
 def stability_measures(curves: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
