@@ -15,9 +15,9 @@ few rows            1.22               1.36                  1.01               
 all                 1.58               1.89                  1.14                   0.90
 ==================  =================  ====================  =====================  ====================
 
-A fast path for the weighted sum, worth 1.04 at most, was in use then and has since been deleted. With M=300, an action
-takes 1.20 times as long without large pages (median of 12 turns within one process), and the whole step 1.1 times. Few
-rows of a shared input are now one wide layer: part of that path, worth 1.04 to 1.09 of an action (15 turns).
+With M=300, an action takes 1.20 times as long without large pages (median of 12 turns within one process), and the
+whole step 1.1 times. The table is of a version with one more fast path, for the weighted sum, which was worth 1.04 at
+most.
 """
 
 import contextlib

@@ -124,10 +124,10 @@ class StaQ(BaseStaQ):
     :param average_window: share of the policy updates so far that the window covers
     :param average_size: largest number of critics in an average, evenly spaced in time; this is its cost in memory, and
         at most three times as much with ``average_share``
-    :param average_share: share of the environments that act by averages instead of the policy that learns; by each for
-        5% of the steps so far and at least one whole episode. The first environment acts greedily, and its mean return
-        tells which average is the best, once it is ahead by two standard errors or for 20 episodes. If this is no
-        whole number of environments, one alternates, episode by episode
+    :param average_share: share of the environments that act by averages instead of the policy that learns, to find the
+        best one. Each average is tried for 5% of the steps so far and at least one whole episode. The first environment
+        acts greedily: its mean return must be ahead of the best by two standard errors, or still ahead after 20
+        episodes. If the share is no whole number of environments, one of them alternates, episode by episode
     :param reward_scale: factor applied to the rewards in the targets. Its ratio to ``ent_coef`` decides how greedy the
         policy is
     :param logit_cache: whether to cache the weighted sums of the stack at replayed states: True, False or "auto" (where

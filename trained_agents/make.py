@@ -42,9 +42,9 @@ CARD = """---
 | commit | {commit} |
 | versions | {versions} |
 
-The model at the end of the training{note}. The file has only what acts: of the stack the critics of the
-delivered average, and no optimizer state. So every `eval_policy` gives the same policy, and training cannot go on from
-it.
+This is the model at the end of the training{note}. The file has only what acts: the critics of the delivered
+average, without the rest of the stack and without optimizer state. So every `eval_policy` gives the same policy, and
+training cannot go on from it.
 
 See its return:
 
