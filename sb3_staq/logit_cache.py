@@ -69,6 +69,8 @@ class LogitCache:
         if self._version != self.policy.frozen_critics.version:
             self.clear()
             self._version = self.policy.frozen_critics.version
+        if self._obs is not None:  # environments may return other types than those of their spaces, which are stored
+            obs = map_fields(lambda x, stored: x.to(stored.dtype), obs, self._obs)
         keys = fingerprints(obs)
         slots = [self._slots.get(key, -1) for key in keys]
         unknown = [i for i, slot in enumerate(slots) if slot < 0]

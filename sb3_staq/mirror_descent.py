@@ -207,6 +207,9 @@ def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
 
 def centre(values: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
     """Subtract the mean over each branch, which makes no difference to a product policy: same shape."""
+    if len(set(branch_sizes)) == 1:
+        branches = values.unflatten(-1, (-1, branch_sizes[0]))
+        return (branches - branches.mean(dim=-1, keepdim=True)).flatten(-2)
     return th.cat([x - x.mean(dim=-1, keepdim=True) for x in values.split(list(branch_sizes), dim=-1)], dim=-1)
 
 

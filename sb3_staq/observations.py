@@ -9,7 +9,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_staq.kernels import exporting
 
-# Elements of observations that are evaluated at a time, which bounds the memory for images
+# Elements of preprocessed observations that are evaluated at a time, which bounds the memory for images
 OBS_ELEMENTS = 2**21
 
 
@@ -30,13 +30,17 @@ def join(parts: Sequence[Any]) -> Any:
     return map_fields(lambda *tensors: th.cat(tensors), *parts)
 
 
-def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs) -> th.Tensor:
-    """Evaluate a function, from observations to a tensor with one row for each, with bounded memory."""
-    tensors = list(obs.values()) if isinstance(obs, dict) else [obs]
-    n_at_once = max(1, OBS_ELEMENTS // max(1, sum(x.shape[1:].numel() for x in tensors)))
-    if exporting() or len(tensors[0]) <= n_at_once:
+def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs, n_elements: int) -> th.Tensor:
+    """
+    Evaluate a function, from observations to a tensor with one row for each, with bounded memory.
+
+    :param n_elements: number of elements of one observation after its preprocessing
+    """
+    n_obs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+    n_at_once = max(1, OBS_ELEMENTS // max(1, n_elements))
+    if exporting() or n_obs <= n_at_once:
         return function(obs)
-    starts = range(0, len(tensors[0]), n_at_once)
+    starts = range(0, n_obs, n_at_once)
     return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
@@ -27,8 +27,10 @@ from sb3_staq.save_util import PathOrFile, atomic_write, check_pickle, dump_chec
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="CheckedOffPolicyAlgorithm")
 
 
-def end_episodes(buffer: ReplayBuffer) -> None:
+def end_episodes(buffer: BaseBuffer) -> None:
     """Mark the episodes in a replay buffer as ended by a timeout, since the environments are about to be reset."""
+    if not isinstance(buffer, ReplayBuffer):  # a class of the user's, whose rows we do not know
+        return
     follow_rows = buffer.optimize_memory_usage or isinstance(buffer, (NStepReplayBuffer, HerReplayBuffer))
     if buffer.size() == 0 or not (follow_rows or buffer.handle_timeout_termination):  # would be stored as a real end
         return

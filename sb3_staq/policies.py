@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -127,6 +128,7 @@ class StaQPolicy(CriticPolicy):
         self.logit_rule = make_logit_rule(logit_rule, memory_size)  # a callable becomes numbers, to be saved
         self.action_grid = action_grid
         self.action_bins = action_bins
+        self.n_inputs = get_flattened_obs_dim(observation_space)
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
@@ -186,7 +188,7 @@ class StaQPolicy(CriticPolicy):
         :param weighting: whose sum: "last", "average" or "best", see ``eval_policy``; or "candidate"
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs)
+        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs, self.n_inputs)
 
     def log_prob(self, logit_sums: th.Tensor) -> th.Tensor:
         """

@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_staq.kernels import batched_linear, exporting, plain_batched_linear
+from sb3_staq.mirror_descent import centre
 
 Net = TypeVar("Net", bound="Critic")
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
@@ -41,9 +42,7 @@ class DuelingHead(nn.Module):
         :param x: advantages and value, shape (..., sum(branch_sizes) + 1)
         :return: the terms of the sum, V shared equally by the branches, shape (..., sum(branch_sizes))
         """
-        value = x[..., -1:] / len(self.branch_sizes)
-        advantages = x[..., :-1].split(self.branch_sizes, dim=-1)
-        return th.cat([value + branch - branch.mean(dim=-1, keepdim=True) for branch in advantages], dim=-1)
+        return x[..., -1:] / len(self.branch_sizes) + centre(x[..., :-1], self.branch_sizes)
 
 
 class Critic(nn.Module):
@@ -88,7 +87,12 @@ def _check_extractor(features_extractor: nn.Module) -> None:
     found = ""
     names = [name for name, _ in features_extractor.named_parameters(remove_duplicate=False)]
     if list(features_extractor.buffers()):
-        found = "buffers (as BatchNorm has); expected none, use LayerNorm or GroupNorm instead"
+        found = (
+            "buffers (as BatchNorm has); expected none, use LayerNorm or GroupNorm instead, and plain attributes for "
+            "constants"
+        )
+    elif any(isinstance(param, nn.UninitializedParameter) for param in features_extractor.parameters()):
+        found = "parameters without a shape; expected a first call in __init__, as nn.LazyLinear needs"
     elif len(list(features_extractor.parameters())) < len(names):
         found = "a parameter under several names; expected one name for each"
     if found:
@@ -198,6 +202,15 @@ def batched_forward(
     return x
 
 
+def _can_be_copied(tensor: th.Tensor) -> bool:
+    """Return whether this is no result that a forward pass has left behind, such as attention weights to look at."""
+    try:
+        copy.deepcopy(tensor)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 class Ensemble(nn.Module, Generic[Net]):
     """
     Several networks of one architecture, evaluated in one batched pass.
@@ -215,7 +228,9 @@ class Ensemble(nn.Module, Generic[Net]):
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
         """Make a copy that is never trained."""
         with _SWAPPING:
-            return copy.deepcopy(self).requires_grad_(False).eval()
+            attributes = [value for module in self.modules() for value in vars(module).values()]
+            left_behind = {id(x): None for x in attributes if isinstance(x, th.Tensor) and not _can_be_copied(x)}
+            return copy.deepcopy(self, memo=left_behind).requires_grad_(False).eval()
 
     def follow(self: SelfEnsemble, online: SelfEnsemble, tau: float) -> None:
         """Move this Polyak average towards the networks that it is of, all parameters in one operation."""

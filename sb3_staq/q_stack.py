@@ -182,7 +182,7 @@ class FrozenCritics(nn.ModuleList):
             for row, source in moved.items()
         }
         entries = [self._template[0].frozen_copy() for _ in range(len(layout) - len(self))]
-        deleted_critics = [copy.deepcopy(self[i]) for i in deleted]
+        deleted_critics = [self[i].frozen_copy() for i in deleted]
         updates = [n_updates if source == NEW else self.updates[source] for source in layout]
 
         # ... then commit

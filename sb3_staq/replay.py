@@ -7,7 +7,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -22,7 +21,7 @@ from sb3_staq.q_networks import CriticEnsemble
 
 # Replayed states at which a policy update is measured; gradient steps draw at most this many at a time
 STATES_AT_ONCE = 1024
-# ... and at most this many elements of observations
+# ... and at most this many elements of preprocessed observations
 SAMPLE_ELEMENTS = 2**24
 
 
@@ -67,9 +66,7 @@ class PolicyReplay:
         self.policy = policy
         self.vec_normalize = vec_normalize
         self.cache = LogitCache(policy, buffer.buffer_size * buffer.n_envs) if cached else None
-        shapes = buffer.obs_shape.values() if isinstance(buffer.obs_shape, dict) else [buffer.obs_shape]
-        elements = sum(int(np.prod(shape)) for shape in shapes)
-        self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, elements)))
+        self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, policy.n_inputs)))
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
@@ -116,14 +113,16 @@ class PolicyReplay:
         stored: Any = {name: getattr(samples, name, None) for name in ReplayBatch._fields[:6]}  # discounts: n-step only
         return ReplayBatch(**stored, next_log_prob=log_prob, next_actions=drawn)
 
-    def sample_states(self, n_states: int) -> tuple[PyTorchObs, th.Tensor]:
+    def sample_states(self, n_least: int) -> tuple[PyTorchObs, th.Tensor]:
         """
-        Draw states at which to measure the policy update.
+        Draw states at which to measure the policy update: as many as are drawn at a time and stored, at least some.
 
+        :param n_least: the least number of states
         :return: next observations, and the weighted sums there, shape (n_states, n_bins)
         :raise ValueError: if a number in the batch is not finite
         """
-        states = self._sample(n_states).next_observations
+        n_stored = self.buffer.size() * self.buffer.n_envs
+        states = self._sample(max(n_least, min(self.states_at_once, n_stored))).next_observations
         return states, self.logit_sums(states)
 
     def _sample(self, batch_size: int) -> Any:

@@ -348,7 +348,7 @@ class StaQ(BaseStaQ):
         """
         check_changed_arguments(self)
         policy, weights, coefficients = self.policy, self.policy.frozen_critics.weights, self._coefficients()
-        states, old_sums = self.replay.sample_states(max(self.batch_size, self.replay.states_at_once))
+        states, old_sums = self.replay.sample_states(self.batch_size)
         old_log_prob = policy.log_prob(old_sums)
         q_new = policy.q_values(policy.additive_critics, states)
         self._check_critics("mean Q-value", q_new.mean().item())

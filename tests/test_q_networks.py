@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.func import functional_call
 
-from sb3_staq import MlpPolicy, kernels
+from sb3_staq import MlpPolicy, StaQ, kernels
 from sb3_staq.q_networks import DuelingHead
 
 
@@ -156,6 +156,12 @@ class BatchNormExtractor(BaseFeaturesExtractor):
         self.net = nn.BatchNorm1d(4)
 
 
+class LazyExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 4)
+        self.net = nn.LazyLinear(4)
+
+
 class TiedExtractor(BaseFeaturesExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space, 4)
@@ -163,12 +169,49 @@ class TiedExtractor(BaseFeaturesExtractor):
 
 
 @pytest.mark.parametrize(
-    ("extractor", "message"), [(BatchNormExtractor, "buffers"), (TiedExtractor, "parameter under several names")]
+    ("extractor", "message"),
+    [
+        (BatchNormExtractor, "buffers"),
+        (TiedExtractor, "parameter under several names"),
+        (LazyExtractor, "parameters without a shape"),
+    ],
 )
 def test_extractors_that_a_stack_cannot_hold(extractor, message):
     """Are refused by name."""
     with pytest.raises(ValueError, match=rf"Invalid features_extractor_class={extractor.__name__}.*{message}"):
         MlpPolicy(BOX, spaces.Discrete(3), lambda _: 1e-3, features_extractor_class=extractor)
+
+
+class Keeping(BaseFeaturesExtractor):
+    """Keeps its last features, to look at them; and a constant."""
+
+    keeps = True
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 4)
+        self.net, self.last, self.two = nn.Linear(4, 4), None, th.tensor(2.0)
+
+    def forward(self, obs):
+        features = self.two * self.net(obs).relu()
+        self.last = features if self.keeps else None
+        return features
+
+
+class Forgetting(Keeping):
+    keeps = False
+
+
+@pytest.mark.parametrize("memory_size", [2, 50])
+def test_extractors_may_keep_tensors(memory_size, tmp_path):
+    """What a forward pass leaves behind is not copied to the stack."""
+    obs, logits = th.rand(9, 4), []
+    for extractor in (Keeping, Forgetting):
+        policy_kwargs = dict(features_extractor_class=extractor)
+        model = make_model(RandomObsEnv(), memory_size=memory_size, policy_kwargs=policy_kwargs).learn(100)
+        model.save(tmp_path / "model")
+        logits += [model.policy.logits(obs), StaQ.load(tmp_path / "model").policy.logits(obs)]
+    assert model.n_policy_updates == 8
+    assert all(th.equal(x, logits[0]) for x in logits)
 
 
 def test_dropout_acts_in_training_only():

@@ -27,11 +27,11 @@ from helpers import (
     slow_logit_sums,
 )
 from stable_baselines3 import DQN, HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_staq import StaQ, replay
@@ -364,6 +364,25 @@ def test_a_step_evaluates_new_states_once(rows):
     assert 40 <= sum(rows) <= 40 + n_episodes + 2
 
 
+class OtherTypes(DummyVecEnv):
+    """Returns observations of double precision, as ``SubprocVecEnv`` does if the environments do."""
+
+    def _obs_from_buf(self):
+        return super()._obs_from_buf().astype(np.float64)
+
+
+def test_states_of_another_type_than_that_of_the_space_are_evaluated_once(rows):
+    model = make_cached(n_envs=2, gradient_steps=0, **COUNTING)
+    other = make_model(OtherTypes([RandomObsEnv] * 2), logit_cache=True, gradient_steps=0, **COUNTING)
+    n_evaluated = []
+    for each in (model, other):
+        grow(each, 3)
+        rows.clear()
+        n_evaluated.append((each.learn(80), sum(rows))[1])
+    assert other._last_obs.dtype == np.float64
+    assert n_evaluated[1] < 1.2 * n_evaluated[0]
+
+
 @pytest.mark.parametrize("buffer", ["plain", "low_memory"])
 def test_a_step_remembers_its_next_states(buffer, rows):
     model = make_cached(buffer, n_envs=2, buffer_size=200, gradient_steps=0, **COUNTING)
@@ -441,13 +460,33 @@ def test_samples_of_large_observations_are_small(cached, monkeypatch):
     assert drawn == [48, 48, 16]
 
 
-@pytest.mark.parametrize(("batch_size", "n_states"), [(16, 1024), (2000, 2000)])
-def test_a_policy_update_is_measured_at_no_fewer_states_than_a_batch(batch_size, n_states, monkeypatch):
-    model, asked = make_model(RandomObsEnv(), batch_size=batch_size, gradient_steps=0).learn(40), []
-    sample = model.replay.sample_states
-    monkeypatch.setattr(model.replay, "sample_states", lambda n: asked.append(n) or sample(n))
+@pytest.mark.parametrize(
+    ("batch_size", "n_steps", "n_envs", "n_states"),
+    [(16, 40, 1, 40), (16, 40, 2, 40), (16, 1500, 1, 1024), (80, 40, 1, 80)],
+)
+def test_number_of_states_at_which_a_policy_update_is_measured(batch_size, n_steps, n_envs, n_states, monkeypatch):
+    """As many as are stored, up to 1,024, but no fewer than a batch."""
+    model = make_model(vec_env(n_envs=n_envs), batch_size=batch_size, gradient_steps=0, buffer_size=2000).learn(n_steps)
+    drawn, sample = [], model.replay_buffer.sample
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda n, **kwargs: drawn.append(n) or sample(n, **kwargs))
     model.update_policy()
-    assert asked == [n_states]
+    assert drawn == [n_states]
+
+
+def test_one_hot_observations_are_evaluated_in_bounded_batches(rows):
+    """The size that counts is that after the preprocessing."""
+
+    class ManyStates(RandomObsEnv):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = spaces.Discrete(2**15)
+
+    model = make_model(ManyStates(), logit_cache=False, **COUNTING).learn(40)
+    assert model.replay.states_at_once == 2**24 // 2**15
+    model.update_policy()
+    rows.clear()
+    model.predict(np.zeros(300, int), deterministic=True)
+    assert sum(rows) >= 300 and max(rows) == 2**21 // 2**15
 
 
 # Where the cache is used
@@ -568,6 +607,39 @@ def test_subclasses_of_buffers():
     assert is_plain(DictReplayBuffer(10, vec_env("dict").observation_space, env_spaces[1]))
     assert not is_plain(Shuffled(10, *env_spaces))
     assert not is_plain(her_model().replay_buffer)
+
+
+class WithoutReplacement(ReplayBuffer):
+    def sample(self, batch_size, env=None):
+        return self._get_samples(np.random.choice(self.size(), batch_size, replace=False), env)
+
+
+class OwnBuffer(BaseBuffer):
+    """Derived from SB3's base class of all buffers, as those with priorities often are."""
+
+    def __init__(self, buffer_size, *args, optimize_memory_usage=False, **kwargs):
+        super().__init__(buffer_size, *args, **kwargs)
+        self.transitions = []
+
+    def add(self, *transition):
+        self.transitions += zip(*(np.array(x) for x in transition[:5]), strict=True)
+        self.pos = len(self.transitions)
+
+    def _get_samples(self, batch_inds, env=None):
+        rows = [self.transitions[i] for i in batch_inds]
+        obs, next_obs, actions, rewards, dones = map(th.as_tensor, map(np.stack, zip(*rows, strict=True)))
+        actions = actions.reshape(len(rows), -1)  # Discrete ones are stored as vectors
+        return ReplayBufferSamples(obs, actions, next_obs, dones.float()[:, None], rewards[:, None])
+
+
+@pytest.mark.parametrize("buffer_class", [WithoutReplacement, OwnBuffer])
+def test_buffers_of_ones_own(buffer_class):
+    model = make_model(vec_env(), replay_buffer_class=buffer_class)
+    for _ in range(2):
+        model.learn(80)
+    model.learn(40, reset_num_timesteps=False)
+    assert model.n_policy_updates == 16 and model._n_updates == 160
+    assert largest_error(model, batch_size=30) < 1e-4
 
 
 def test_normalization_that_comes_later():
@@ -957,6 +1029,16 @@ def test_state_of_the_cache(buffer):
         states.append(cache.state_dict())
     assert states[0].keys() == state.keys()
     assert all(np.array_equal(states[0][key], states[1][key]) for key in state)
+
+
+def test_a_pickled_model_forgets_the_sums():
+    """Their keys would mean nothing in another process, where Python hashes differently."""
+    model = make_cached().learn(100)
+    n_known = len(model.replay.cache)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert len(loaded.replay.cache) == 0 and len(model.replay.cache) == n_known > 0
+    loaded.learn(40, reset_num_timesteps=False)
+    assert len(loaded.replay.cache) > 0 and largest_error(loaded) < 1e-4
 
 
 def test_state_of_another_stack_or_size_is_left_alone():
