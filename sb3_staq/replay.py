@@ -115,7 +115,7 @@ class PolicyReplay:
 
     def sample_states(self, n_least: int) -> tuple[PyTorchObs, th.Tensor]:
         """
-        Draw states at which to measure the policy update: as many as are drawn at a time and stored, at least some.
+        Draw states at which to measure the policy update: as many as are stored, up to ``states_at_once``.
 
         :param n_least: the least number of states
         :return: next observations, and the weighted sums there, shape (n_states, n_bins)
