@@ -386,13 +386,14 @@ def kept_models(curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for training, group in curves.groupby(TRAINING, sort=False):
         returns, gains = (np.array(group[name].tolist()) for name in ("returns", "gains"))
+        falls = [statistics.resampled_drawdown(episodes) for episodes in statistics.keep_best(gains)]
         rows.append(
             {
                 **dict(zip(TRAINING, training, strict=True)),
                 f"last {N_LAST}": returns[-N_LAST:].mean(),
-                f"last {N_LAST}, kept": statistics.keep_best(returns)[:, -N_LAST:].mean(),
-                "drawdown": statistics.relative_drawdown(gains.mean(axis=1)),
-                "drawdown, kept": np.mean([*map(statistics.relative_drawdown, statistics.keep_best(gains))]),
+                f"last {N_LAST}, kept": np.mean([kept[-N_LAST:].mean() for kept in statistics.keep_best(returns)]),
+                "drawdown": statistics.resampled_drawdown(gains),
+                "drawdown, kept": pd.Series(falls).mean(),  # of the half that has one, if the other has none
             }
         )
     groups = pd.DataFrame(rows).groupby(["env", "algo"], sort=False)

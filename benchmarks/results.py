@@ -23,12 +23,10 @@ COLUMNS = ("evaluation", "step", "seconds", "cpu_seconds", "mean", "std", "retur
 @cache
 def commit() -> str:
     """Return what git calls this code; empty without git or a clone, unless ``BENCHMARKS_COMMIT`` says it."""
-    if known := os.environ.get(COMMIT_VARIABLE):
-        return known
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    command, known = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"], ""
     with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
+        known = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return known or os.environ.get(COMMIT_VARIABLE, "")
 
 
 @dataclass(frozen=True)

@@ -81,19 +81,22 @@ def low_share(curve: np.ndarray, level: float = 0.75) -> float:
     return float(np.mean(curve[len(curve) // 2 :] < level * best)) if best > 0 else float("nan")
 
 
-def keep_best(returns: np.ndarray) -> np.ndarray:
+def keep_best(returns: np.ndarray) -> list[np.ndarray]:
     """
-    Compute the returns of a training that keeps its best model so far, as SB3's ``EvalCallback`` does.
+    Find the episodes of a training that keeps its best model so far, as SB3's ``EvalCallback`` does.
 
     Half of the episodes of each evaluation choose the model, and the other half tell its return, since the ones that
     choose may have been lucky. Then they change their roles.
 
     :param returns: shape (number of evaluations, number of episodes), at least two episodes
-    :return: mean returns of the model that is best at each evaluation, shape (2, number of evaluations)
+    :return: for each role, the returns that the best model so far has in the other half, one row for each evaluation
     """
-    first, second = (half.mean(axis=1) for half in np.array_split(returns, 2, axis=1))
-    best_so_far = [[values[: i + 1].argmax() for i in range(len(values))] for values in (first, second)]
-    return np.stack([second[best_so_far[0]], first[best_so_far[1]]])
+    first, second = np.array_split(returns, 2, axis=1)
+    kept = []
+    for choosing, telling in ((first, second), (second, first)):
+        means = choosing.mean(axis=1)
+        kept.append(telling[[means[: i + 1].argmax() for i in range(len(means))]])
+    return kept
 
 
 def time_to_return(times: ArrayLike, returns: ArrayLike, target: float) -> float:

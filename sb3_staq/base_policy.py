@@ -38,7 +38,7 @@ class CriticPolicy(BasePolicy):
     main_effects: CriticEnsemble | None
     main_effects_target: CriticEnsemble | None
     frozen_critics: FrozenCritics
-    n_inputs: int  # number of elements of a preprocessed observation
+    n_obs_elements: int  # number of elements of a preprocessed observation
 
     # Learning
 
@@ -67,7 +67,7 @@ class CriticPolicy(BasePolicy):
     def q_values(self, critics: CriticEnsemble, obs: PyTorchObs) -> th.Tensor:
         """Compute the mean Q-values of an ensemble, such as an entry of the stack: shape (batch, n_bins)."""
         with th.autocast(self.device.type, enabled=False):  # the policy keeps its full precision
-            return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs, self.n_inputs)
+            return in_parts(lambda part: critics.q_values(self.preprocess(part)), obs, self.n_obs_elements)
 
     def action_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

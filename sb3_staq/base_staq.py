@@ -53,8 +53,7 @@ class BaseStaQ(AverageTrials):
         self._logger = Logger(None, [])  # for `train` by hand, until `learn` or `set_logger` brings another one
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of a copy, `learn` is not running; the keys of the cache are others in another process
-        return {**vars(self), "_learns": False, "_replay": None}
+        return {**vars(self), "_learns": False}  # of a copy, `learn` is not running
 
     # Acting and collecting
 

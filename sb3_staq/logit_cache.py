@@ -53,6 +53,13 @@ class LogitCache:
         self._sums = th.zeros(0)
         self._version: int | None = None  # of the stack that the sums belong to
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._keys:  # of the process that pickled it
+            keys = fingerprints(select(self._obs, slice(len(self._keys))))
+            self._keys = [new if old is not None else None for old, new in zip(self._keys, keys, strict=True)]
+            self._slots = {key: slot for slot, key in enumerate(self._keys) if key is not None}
+
     def __len__(self) -> int:
         return len(self._slots)
 

@@ -36,9 +36,11 @@ def in_parts(function: Callable[[Any], th.Tensor], obs: PyTorchObs, n_elements: 
 
     :param n_elements: number of elements of one observation after its preprocessing
     """
+    if exporting():
+        return function(obs)
     n_obs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
     n_at_once = max(1, OBS_ELEMENTS // max(1, n_elements))
-    if exporting() or n_obs <= n_at_once:
+    if n_obs <= n_at_once:
         return function(obs)
     starts = range(0, n_obs, n_at_once)
     return th.cat([function(select(obs, slice(start, start + n_at_once))) for start in starts])

@@ -128,7 +128,7 @@ class StaQPolicy(CriticPolicy):
         self.logit_rule = make_logit_rule(logit_rule, memory_size)  # a callable becomes numbers, to be saved
         self.action_grid = action_grid
         self.action_bins = action_bins
-        self.n_inputs = get_flattened_obs_dim(observation_space)
+        self.n_obs_elements = get_flattened_obs_dim(observation_space)
         self.branches = make_branches(action_space, action_grid, action_bins)
         self.critic = critic
         self.eval_policy = eval_policy
@@ -188,7 +188,7 @@ class StaQPolicy(CriticPolicy):
         :param weighting: whose sum: "last", "average" or "best", see ``eval_policy``; or "candidate"
         :return: shape (batch, n_bins); differentiable with respect to the observations
         """
-        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs, self.n_inputs)
+        return in_parts(lambda part: self.frozen_critics(self.preprocess(part), weighting), obs, self.n_obs_elements)
 
     def log_prob(self, logit_sums: th.Tensor) -> th.Tensor:
         """

@@ -88,8 +88,8 @@ def _check_extractor(features_extractor: nn.Module) -> None:
     names = [name for name, _ in features_extractor.named_parameters(remove_duplicate=False)]
     if list(features_extractor.buffers()):
         found = (
-            "buffers (as BatchNorm has); expected none, use LayerNorm or GroupNorm instead, and plain attributes for "
-            "constants"
+            "buffers (as BatchNorm has); expected none, use LayerNorm or GroupNorm instead, and for constants plain "
+            "attributes that forward() moves to the device"
         )
     elif any(isinstance(param, nn.UninitializedParameter) for param in features_extractor.parameters()):
         found = "parameters without a shape; expected a first call in __init__, as nn.LazyLinear needs"
@@ -202,15 +202,6 @@ def batched_forward(
     return x
 
 
-def _can_be_copied(tensor: th.Tensor) -> bool:
-    """Return whether this is no result that a forward pass has left behind, such as attention weights to look at."""
-    try:
-        copy.deepcopy(tensor)
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
-
-
 class Ensemble(nn.Module, Generic[Net]):
     """
     Several networks of one architecture, evaluated in one batched pass.
@@ -228,9 +219,14 @@ class Ensemble(nn.Module, Generic[Net]):
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
         """Make a copy that is never trained."""
         with _SWAPPING:
-            attributes = [value for module in self.modules() for value in vars(module).values()]
-            left_behind = {id(x): None for x in attributes if isinstance(x, th.Tensor) and not _can_be_copied(x)}
-            return copy.deepcopy(self, memo=left_behind).requires_grad_(False).eval()
+            try:
+                return copy.deepcopy(self).requires_grad_(False).eval()
+            except (NotImplementedError, RuntimeError) as error:
+                name = type(self.net.features_extractor).__name__
+                raise ValueError(
+                    f"Invalid features_extractor_class={name}: it cannot be copied ({error}); expected one that keeps "
+                    "no tensors of a forward pass, such as attention weights"
+                ) from error
 
     def follow(self: SelfEnsemble, online: SelfEnsemble, tau: float) -> None:
         """Move this Polyak average towards the networks that it is of, all parameters in one operation."""

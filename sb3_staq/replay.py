@@ -66,7 +66,7 @@ class PolicyReplay:
         self.policy = policy
         self.vec_normalize = vec_normalize
         self.cache = LogitCache(policy, buffer.buffer_size * buffer.n_envs) if cached else None
-        self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, policy.n_inputs)))
+        self.states_at_once = max(1, min(STATES_AT_ONCE, SAMPLE_ELEMENTS // max(1, policy.n_obs_elements)))
 
     def logit_sums(self, obs: PyTorchObs, remember: bool = True) -> th.Tensor:
         """
@@ -115,13 +115,13 @@ class PolicyReplay:
 
     def sample_states(self, n_least: int) -> tuple[PyTorchObs, th.Tensor]:
         """
-        Draw states at which to measure the policy update: as many as are stored, up to ``states_at_once``.
+        Draw states at which to measure the policy update: as many draws as states are stored, up to ``states_at_once``.
 
         :param n_least: the least number of states
         :return: next observations, and the weighted sums there, shape (n_states, n_bins)
         :raise ValueError: if a number in the batch is not finite
         """
-        n_stored = self.buffer.size() * self.buffer.n_envs
+        n_stored = self.buffer.size() * (self.buffer.n_envs if is_plain(self.buffer) else 1)
         states = self._sample(max(n_least, min(self.states_at_once, n_stored))).next_observations
         return states, self.logit_sums(states)
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.func import functional_call
 
-from sb3_staq import MlpPolicy, StaQ, kernels
+from sb3_staq import MlpPolicy, kernels
 from sb3_staq.q_networks import DuelingHead
 
 
@@ -183,35 +183,27 @@ def test_extractors_that_a_stack_cannot_hold(extractor, message):
 
 
 class Keeping(BaseFeaturesExtractor):
-    """Keeps its last features, to look at them; and a constant."""
+    """Keeps its last features, to look at them."""
 
-    keeps = True
-
-    def __init__(self, observation_space):
+    def __init__(self, observation_space, in_list):
         super().__init__(observation_space, 4)
-        self.net, self.last, self.two = nn.Linear(4, 4), None, th.tensor(2.0)
+        self.net, self.in_list = nn.Linear(4, 4), in_list
 
     def forward(self, obs):
-        features = self.two * self.net(obs).relu()
-        self.last = features if self.keeps else None
+        features = self.net(obs).relu()
+        self.last = [features] if self.in_list else features
         return features
 
 
-class Forgetting(Keeping):
-    keeps = False
-
-
-@pytest.mark.parametrize("memory_size", [2, 50])
-def test_extractors_may_keep_tensors(memory_size, tmp_path):
-    """What a forward pass leaves behind is not copied to the stack."""
-    obs, logits = th.rand(9, 4), []
-    for extractor in (Keeping, Forgetting):
-        policy_kwargs = dict(features_extractor_class=extractor)
-        model = make_model(RandomObsEnv(), memory_size=memory_size, policy_kwargs=policy_kwargs).learn(100)
-        model.save(tmp_path / "model")
-        logits += [model.policy.logits(obs), StaQ.load(tmp_path / "model").policy.logits(obs)]
-    assert model.n_policy_updates == 8
-    assert all(th.equal(x, logits[0]) for x in logits)
+@pytest.mark.parametrize("in_list", [False, True])
+def test_extractors_that_keep_tensors(in_list):
+    """Are refused when the critics that act are to be copied, and the policy stays as it was."""
+    policy_kwargs = dict(features_extractor_class=Keeping, features_extractor_kwargs=dict(in_list=in_list))
+    model = make_model(RandomObsEnv(), policy_kwargs=policy_kwargs)
+    with pytest.raises(ValueError, match=r"Invalid features_extractor_class=Keeping.*keeps no tensors"):
+        model.learn(100)
+    assert model.n_policy_updates == len(model.policy.frozen_critics) == 1
+    assert model.predict(np.zeros(4))[0] in range(3)
 
 
 def test_dropout_acts_in_training_only():

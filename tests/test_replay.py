@@ -1,8 +1,10 @@
 """Batches, and the remembered sums in them, against the whole stack in double precision, network by network."""
 
+import copy
 import io
 import itertools
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -632,11 +634,12 @@ class OwnBuffer(BaseBuffer):
         return ReplayBufferSamples(obs, actions, next_obs, dones.float()[:, None], rewards[:, None])
 
 
+@pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("buffer_class", [WithoutReplacement, OwnBuffer])
-def test_buffers_of_ones_own(buffer_class):
-    model = make_model(vec_env(), replay_buffer_class=buffer_class)
+def test_buffers_of_ones_own(buffer_class, n_envs):
+    model = make_model(vec_env(n_envs=n_envs), replay_buffer_class=buffer_class, learning_starts=40)
     for _ in range(2):
-        model.learn(80)
+        model.learn(100)
     model.learn(40, reset_num_timesteps=False)
     assert model.n_policy_updates == 16 and model._n_updates == 160
     assert largest_error(model, batch_size=30) < 1e-4
@@ -1031,14 +1034,31 @@ def test_state_of_the_cache(buffer):
     assert all(np.array_equal(states[0][key], states[1][key]) for key in state)
 
 
-def test_a_pickled_model_forgets_the_sums():
-    """Their keys would mean nothing in another process, where Python hashes differently."""
+def test_a_pickled_model_knows_its_sums_in_another_process(tmp_path):
+    """Python hashes differently there."""
+    model = make_cached("dict").learn(100)
+    obs = {key: th.as_tensor(x[:80, 0]) for key, x in model.replay_buffer.next_observations.items()}
+    with (tmp_path / "model").open("wb") as file:
+        pickle.dump((model, obs), file)
+    code = (
+        "import pickle, sys; model, obs = pickle.load(open(sys.argv[1], 'rb')); cache, sums = model.replay.cache, []; "
+        "model.policy.logit_sums = sums.append; cache.logit_sums(obs); print(len(cache), len(sums))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    env = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(sys.path)}
+    output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert output.split() == [str(len(model.replay.cache)), "0"]
+
+
+def test_a_deep_copy_learns_as_the_original():
     model = make_cached().learn(100)
-    n_known = len(model.replay.cache)
-    loaded = pickle.loads(pickle.dumps(model))
-    assert len(loaded.replay.cache) == 0 and len(model.replay.cache) == n_known > 0
-    loaded.learn(40, reset_num_timesteps=False)
-    assert len(loaded.replay.cache) > 0 and largest_error(loaded) < 1e-4
+    parameters = []
+    for each in (copy.deepcopy(model), model):
+        each.set_random_seed(3)
+        each.learn(60, reset_num_timesteps=False)
+        parameters.append(each.get_parameters()["policy"])
+    for name, value in parameters[0].items():
+        assert th.equal(value, parameters[1][name]), name
 
 
 def test_state_of_another_stack_or_size_is_left_alone():
