@@ -393,7 +393,7 @@ def kept_models(curves: pd.DataFrame) -> pd.DataFrame:
                 f"last {N_LAST}": returns[-N_LAST:].mean(),
                 f"last {N_LAST}, kept": np.mean([kept[-N_LAST:].mean() for kept in statistics.keep_best(returns)]),
                 "drawdown": statistics.resampled_drawdown(gains),
-                "drawdown, kept": pd.Series(falls).mean(),  # of the half that has one, if the other has none
+                "drawdown, kept": pd.Series(falls).mean(),  # of those that have one
             }
         )
     groups = pd.DataFrame(rows).groupby(["env", "algo"], sort=False)

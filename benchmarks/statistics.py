@@ -81,19 +81,20 @@ def low_share(curve: np.ndarray, level: float = 0.75) -> float:
     return float(np.mean(curve[len(curve) // 2 :] < level * best)) if best > 0 else float("nan")
 
 
-def keep_best(returns: np.ndarray) -> list[np.ndarray]:
+def keep_best(returns: np.ndarray, n_splits: int = 10) -> list[np.ndarray]:
     """
     Find the episodes of a training that keeps its best model so far, as SB3's ``EvalCallback`` does.
 
     Half of the episodes of each evaluation choose the model, and the other half tell its return, since the ones that
-    choose may have been lucky. Then they change their roles.
+    choose may have been lucky. They are dealt at random: stored are those first that ended first.
 
     :param returns: shape (number of evaluations, number of episodes), at least two episodes
-    :return: for each role, the returns that the best model so far has in the other half, one row for each evaluation
+    :param n_splits: number of times that the episodes are dealt
+    :return: for each time, the returns that the best model so far has in the other half, one row for each evaluation
     """
-    first, second = np.array_split(returns, 2, axis=1)
-    kept = []
-    for choosing, telling in ((first, second), (second, first)):
+    rng, kept = np.random.default_rng(0), []
+    for _ in range(n_splits):
+        choosing, telling = np.array_split(rng.permuted(returns, axis=1), 2, axis=1)
         means = choosing.mean(axis=1)
         kept.append(telling[[means[: i + 1].argmax() for i in range(len(means))]])
     return kept
