@@ -395,9 +395,11 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
     assert row == {"": "StaQ", "-6.0": "0.1", "24.0": "0.2", "54.0": "0.3", "84.0": "(0 of 2)", "seeds": "2"}
     assert table_row(text, "Stability", "MinAtar/Breakout-v1", "StaQ")["seeds"] == "2"
 
-    # The last evaluations are the best ones, so keeping the best changes nothing
+    # The last evaluations are the best ones, so keeping the best changes little: half of the episodes tell the return
     row = table_row(text, "Keeping the best model", "CartPole-v1", "StaQ")
-    assert row["last 5, kept"] == row["last 5"] == table_row(text, "Final returns", "CartPole-v1", "StaQ")["last 5"]
+    assert row["last 5"] == table_row(text, "Final returns", "CartPole-v1", "StaQ")["last 5"]
+    last, kept = (float(row[name].partition(" ")[0]) for name in ("last 5", "last 5, kept"))
+    assert kept == pytest.approx(last, abs=1)
     assert row["drawdown"] == table_row(text, "Stability", "CartPole-v1", "StaQ")["resampled drawdown"][:4]
     assert (row["drawdown, kept"], row["seeds"]) == ("0.00", "2")
 
