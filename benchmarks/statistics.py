@@ -86,7 +86,7 @@ def keep_best(returns: np.ndarray, n_splits: int = 10) -> list[np.ndarray]:
     Find the episodes of a training that keeps its best model so far, as SB3's ``EvalCallback`` does.
 
     Half of the episodes of each evaluation choose the model, and the other half tell its return, since the ones that
-    choose may have been lucky. They are dealt at random: stored are those first that ended first.
+    choose may have been lucky. They are dealt at random, since they are stored in the order in which they ended.
 
     :param returns: shape (number of evaluations, number of episodes), at least two episodes
     :param n_splits: number of times that the episodes are dealt

@@ -198,19 +198,23 @@ def averaged_updates(n_updates: int, window: float, size: int) -> range:
     return range(last, n_updates - covered, -stride)[::-1]
 
 
+def _in_each_branch(
+    function: Callable[[th.Tensor], th.Tensor], values: th.Tensor, branch_sizes: Sequence[int]
+) -> th.Tensor:
+    """Apply a function of the last dimension, which keeps the shape, to each branch: at once if all have one size."""
+    if len(set(branch_sizes)) == 1:
+        return function(values.unflatten(-1, (-1, branch_sizes[0]))).flatten(-2)
+    return th.cat([function(branch) for branch in values.split(list(branch_sizes), dim=-1)], dim=-1)
+
+
 def log_policy(logits: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
     """Compute the log-probabilities of a product policy, one softmax per branch, from logits of the same shape."""
-    if len(set(branch_sizes)) == 1:
-        return logits.unflatten(-1, (-1, branch_sizes[0])).log_softmax(dim=-1).flatten(-2)
-    return th.cat([th.log_softmax(branch, dim=-1) for branch in logits.split(list(branch_sizes), dim=-1)], dim=-1)
+    return _in_each_branch(lambda branch: branch.log_softmax(dim=-1), logits, branch_sizes)
 
 
 def centre(values: th.Tensor, branch_sizes: Sequence[int]) -> th.Tensor:
     """Subtract the mean over each branch, which makes no difference to a product policy: same shape."""
-    if len(set(branch_sizes)) == 1:
-        branches = values.unflatten(-1, (-1, branch_sizes[0]))
-        return (branches - branches.mean(dim=-1, keepdim=True)).flatten(-2)
-    return th.cat([x - x.mean(dim=-1, keepdim=True) for x in values.split(list(branch_sizes), dim=-1)], dim=-1)
+    return _in_each_branch(lambda branch: branch - branch.mean(dim=-1, keepdim=True), values, branch_sizes)
 
 
 def entropy(log_pi: th.Tensor) -> th.Tensor:
