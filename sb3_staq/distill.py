@@ -200,6 +200,7 @@ def _measure_policy(policy: StaQPolicy, obs: Any, env: VecEnv | None, n_episodes
     return PolicyNumbers(returns, n_parameters, file.tell(), 1000 * float(np.median(times)))
 
 
+@th.enable_grad()  # as for StaQ.train
 def distill(
     model: "StaQ",
     max_kl: float = 0.01,

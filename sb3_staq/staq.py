@@ -276,6 +276,7 @@ class StaQ(BaseStaQ):
 
     # Policy evaluation and policy update
 
+    @th.enable_grad()  # Ctrl-C while a th.no_grad() ends leaves gradients off: they come back here
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
         Run the gradient steps, with the policy updates that are due spread over them.
@@ -409,6 +410,7 @@ class StaQ(BaseStaQ):
 
     # Learning
 
+    @th.enable_grad()  # as for train
     def learn(
         self: SelfStaQ,
         total_timesteps: int | float,

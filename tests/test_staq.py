@@ -512,3 +512,22 @@ def test_targets_in_double_precision(n_steps, logit_cache, monkeypatch):
     logged = model.logger.name_to_value
     assert logged["train/critic_loss"] == pytest.approx(errors.square().mean(1).sum().item(), rel=1e-4)
     assert logged["train/td_error"] == pytest.approx(errors.abs().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["learn", "train", "distill"])
+def test_ctrl_c_while_no_grad_ends(method, monkeypatch):
+    """Gradients are on again afterwards, so that learning goes on, and whatever else the process trains."""
+    model = make_model(RandomObsEnv(), learning_starts=20).learn(100)
+    arguments = dict(learn=dict(total_timesteps=50), train=dict(gradient_steps=20), distill=dict(max_steps=20))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(th.no_grad, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(model, method)(**arguments[method])
+    monkeypatch.undo()
+    assert th.is_grad_enabled()
+    before = copy.deepcopy(model.policy.critics.state_dict())
+    model.learn(50, reset_num_timesteps=False)
+    assert any(not th.equal(before[name], value) for name, value in model.policy.critics.state_dict().items())
