@@ -8,12 +8,13 @@ After each policy evaluation ``Q_k`` the policy update
 
     S_{k+1} = beta_k * S_k + Q_k - w * Q_{k-M}
 
-where ``w`` is the weight that the deleted Q-function still had. The three logit rules differ only in ``scale_k`` and in
-whether anything is deleted. Custom weights by age, ``xi_{k+1} = sum_age w(age) Q_{k-age}``, replace all of this: they
-follow no recursion, and the sum is evaluated directly. Everything here works on plain tensors of any leading shape, for
-the tabular testbed as well as the deep algorithm.
+where ``w`` is the weight that the deleted Q-function still had. If the coefficients change, ``pi_k`` in the KL
+divergence becomes the old policy at the new temperature, ``softmax(scale_{k+1} * S_k)``. The three logit rules differ
+only in ``scale_k`` and in whether anything is deleted. Custom weights by age, ``xi_{k+1} = sum_age w(age) Q_{k-age}``,
+replace all of this: they follow no recursion, and the sum is evaluated directly. Everything here works on plain tensors
+of any leading shape, for the tabular testbed as well as the deep algorithm.
 
-Reference: "StaQ it! Growing neural networks for Policy Mirror Descent", https://arxiv.org/abs/2506.13862
+Reference: "StaQ: a Finite Memory Approach to Discrete Action Policy Mirror Descent", https://arxiv.org/abs/2506.13862
 """
 
 import math

@@ -270,9 +270,15 @@ class StaQ(BaseStaQ):
         print(f"Logits of replayed states are {how}")
         if self.logit_rule != "weight_corrected":
             return
-        asked = auto_memory_size(self.gamma, *self._coefficients().at(1.0))
-        if self.policy.memory_size < asked:
-            print(f"memory_size={self.policy.memory_size}: the paper's theorem asks for {asked} critics ('auto')")
+        coefficients = self._coefficients()
+        for progress in (1.0, 0.0):
+            kl_coef, ent_coef = coefficients.at(progress)
+            kept = coefficients.memory_size_for(kl_coef, ent_coef)
+            asked = auto_memory_size(self.gamma, kl_coef, ent_coef)
+            if kept < asked:
+                with_these = f"with kl_coef={kl_coef:g} and ent_coef={ent_coef:g}"
+                print(f"memory_size={kept}: {with_these}, the paper's theorem asks for {asked} critics")
+                break
 
     # Policy evaluation and policy update
 
@@ -356,7 +362,8 @@ class StaQ(BaseStaQ):
         progress = self._current_progress_remaining
         kl_coef, ent_coef = coefficients.next(progress, weights, old_sums, q_new, policy.branches.sizes)
 
-        # xi_{k+1} = beta * xi_k + alpha * Q_k, less what the deleted critics contributed; pi_{k+1} = softmax(xi_{k+1})
+        # pi_{k+1} = softmax(xi_{k+1}). With the default rule and a full stack,
+        # xi_{k+1} = beta * xi_k + alpha / (1 - beta^M) * (Q_k - beta^M * Q_{k-M})
         memory_size = coefficients.memory_size_for(kl_coef, ent_coef)
         update, deleted = policy.push_critics(kl_coef, ent_coef, memory_size)
         self.replay.follow(update, deleted)

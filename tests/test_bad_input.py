@@ -933,3 +933,20 @@ def test_what_the_networks_were_built_with_is_fixed():
     model.memory_size, model.eval_policy = 3, "last"
     model.learn(100)
     assert (model.policy.memory_size, model.policy.eval_policy) == (3, "last")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (dict(), None),
+        (dict(memory_size=50), "memory_size=50: with kl_coef=0.5 and ent_coef=0.05, the paper's theorem asks for 137"),
+        (
+            dict(memory_size=300, kl_coef=20.0, ent_coef="lin_2.8854_0.5771_0.1"),  # the paper's: enough at the start
+            "memory_size=300: with kl_coef=20 and ent_coef=0.5771, the paper's theorem asks for 498",
+        ),
+    ],
+)
+def test_a_memory_that_the_theorem_does_not_cover(arguments, expected, capsys):
+    StaQ("MlpPolicy", "CartPole-v1", verbose=1, **arguments)
+    printed = capsys.readouterr().out
+    assert "theorem" not in printed if expected is None else expected in printed

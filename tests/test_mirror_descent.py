@@ -320,7 +320,7 @@ def numerical_argmax(objective, size):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_closed_form_solves_the_policy_update(seed):
-    """softmax(xi_{k+1}) maximises E[Q_k] - ent_coef * h(p) - kl_coef * KL(p || pi_k) over the simplex."""
+    """With constant coefficients, softmax(xi_{k+1}) maximises E[Q_k] - ent_coef * h(p) - kl_coef * KL(p || pi_k)."""
     rng = np.random.default_rng(seed)
     n_actions = int(rng.integers(2, 6))
     kl, ent = float(rng.uniform(0.1, 3)), float(rng.uniform(0.1, 1))
@@ -339,6 +339,26 @@ def test_closed_form_solves_the_policy_update(seed):
         for _ in range(100):  # nothing near is better
             other = new_pi * np.exp(0.01 * rng.normal(size=n_actions))
             assert objective(other / other.sum()) <= objective(new_pi) + 1e-12
+
+
+def test_changing_coefficients_put_the_old_policy_at_the_new_temperature():
+    """Then the KL divergence in the problem that is solved is from softmax(scale_{k+1} * S_k), not from pi_k."""
+    rng = np.random.default_rng(5)
+    weights = StackWeights("exact", 1)
+    total, distances = th.zeros(4, dtype=th.float64), []
+    for kl, ent in [(2.0, 1.0), (2.0, 0.5), (0.7, 0.3), (0.5, 1.0)]:
+        pi, old_total = th.softmax(weights.scale * total, dim=-1).numpy(), total
+        q = rng.normal(size=4)
+        total = weights.push(kl, ent).apply(total, th.as_tensor(q))
+        old_pi = th.softmax(weights.scale * old_total, dim=-1).numpy()
+        distances.append(abs(old_pi - pi).max())
+
+        def objective(p, q=q, pi=old_pi, kl=kl, ent=ent):
+            return p @ q - ent * (p @ np.log(p)) - kl * (p @ (np.log(p) - np.log(pi)))
+
+        new_pi = th.softmax(weights.scale * total, dim=-1).numpy()
+        np.testing.assert_allclose(numerical_argmax(objective, 4), new_pi, atol=1e-5)
+    assert distances[0] == 0 and min(distances[1:]) > 0.01
 
 
 def test_corrected_rule_is_a_policy_update_with_a_corrected_critic():

@@ -378,14 +378,15 @@ def test_learning_rate_schedule():
     assert (model.policy.critics.net.q_net[-1].weight == 0).all()
 
 
-# The policy update as it was published
+# The policy update as it was published, and with changing coefficients
 
 
 class Published:
     """
-    The logits over the critics Q_0, Q_1, ... that were pushed, in double precision, by the rules of the paper: with
-    alpha_k = 1 / (kl_coef_k + ent_coef_k) and beta_k = kl_coef_k alpha_k of each update, the weight of Q_i is
-    alpha_k times the product of the betas since; the newest M count. The correction divides by 1 - beta_k^M.
+    The logits over the critics Q_0, Q_1, ... that were pushed, in double precision, by the rules of the paper for
+    constant coefficients. If they change, the alpha = 1 / (kl_coef + ent_coef) of the last update scales the whole sum:
+    the weight of Q_i is this alpha times the product of the betas since; the newest M count. The correction divides
+    by 1 - beta^M, with the last beta.
     """
 
     def __init__(self, rule, memory_size):

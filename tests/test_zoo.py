@@ -303,22 +303,32 @@ def test_other_algorithms_are_left_alone(tmp_path: Path):
     assert ExperimentManager(args, "staq", "CartPole-v1", str(tmp_path)).config == str(sb3_staq.zoo.default_config())
 
 
-@pytest.mark.parametrize("env_id", list(yaml.safe_load(sb3_staq.zoo.default_config().read_text())))
-def test_every_entry_makes_a_model(env_id, tmp_path: Path):
-    """The hyperparameter file has no misspelt argument, and its environments exist."""
+SETTINGS = {
+    (path.name, env_id): hyperparams
+    for path in sorted(sb3_staq.zoo.default_config().parent.glob("staq*.yml"))
+    for env_id, hyperparams in yaml.safe_load(path.read_text()).items()
+}
+
+
+@pytest.mark.parametrize(("file", "env_id"), SETTINGS)
+def test_every_entry_makes_a_model(file, env_id, tmp_path: Path):
+    """The hyperparameter files have no misspelt argument, and their environments exist."""
     gym_id = {"default": "CartPole-v1", "atari": "BreakoutNoFrameskip-v4"}.get(env_id, env_id)
     try:
         gym.make(gym_id)
     except (gym.error.DependencyNotInstalled, ImportError, gym.error.NameNotFound) as error:
         pytest.skip(str(error))
-    hyperparams = yaml.safe_load(sb3_staq.zoo.default_config().read_text())[env_id]
     config = tmp_path / "config.yml"
     # Allocating a million observations is not what is tested
-    config.write_text(yaml.safe_dump({gym_id: {**hyperparams, "buffer_size": 100}}))
+    config.write_text(yaml.safe_dump({gym_id: {**SETTINGS[file, env_id], "buffer_size": 100}}))
     args = SimpleNamespace()
     manager = ExperimentManager(args, "staq", gym_id, str(tmp_path), eval_freq=-1, config=str(config), verbose=0)
     model, _ = manager.setup_experiment()  # type: ignore[misc]
     assert isinstance(model, StaQ) and isinstance(model.get_env().unwrapped, DummyVecEnv)
     obs = model.get_env().reset()
     assert np.isfinite(model.predict(obs)[0]).all()
+    if file == "staq_paper.yml":  # the paper divides by the logarithm of the number of actions
+        (n_actions,) = model.policy.branches.sizes
+        first, last = (value_at("ent_coef", model.ent_coef, progress) * np.log(n_actions) for progress in (1.0, 0.0))
+        assert (first, last) == (pytest.approx(2.0, abs=1e-3), pytest.approx(0.4, abs=1e-3))
     model.get_env().close()
