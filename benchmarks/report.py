@@ -386,14 +386,15 @@ def kept_models(curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for training, group in curves.groupby(TRAINING, sort=False):
         returns, gains = (np.array(group[name].tolist()) for name in ("returns", "gains"))
-        falls = [statistics.resampled_drawdown(episodes) for episodes in statistics.keep_best(gains)]
+        drawdown = statistics.resampled_drawdown(gains)
+        falls = [statistics.resampled_drawdown(episodes, n_resamples=20) for episodes in statistics.keep_best(gains)]
         rows.append(
             {
                 **dict(zip(TRAINING, training, strict=True)),
                 f"last {N_LAST}": returns[-N_LAST:].mean(),
                 f"last {N_LAST}, kept": np.mean([kept[-N_LAST:].mean() for kept in statistics.keep_best(returns)]),
-                "drawdown": statistics.resampled_drawdown(gains),
-                "drawdown, kept": pd.Series(falls).mean(),  # of those that have one
+                "drawdown": drawdown,
+                "drawdown, kept": np.nan if np.isnan(drawdown) else pd.Series(falls).mean(),
             }
         )
     groups = pd.DataFrame(rows).groupby(["env", "algo"], sort=False)

@@ -56,8 +56,12 @@ def relative_drawdown(curve: np.ndarray) -> float:
     Evaluations are counted from the return that is worth nothing. The share is above 1 if the training falls below
     that return, and NaN if it never rises above it.
     """
-    best = curve.max()
-    return float(drawdowns(curve).max() / best) if best > 0 else float("nan")
+    return float(drawdowns(curve).max() / curve.max()) if _is_worth_something(curve) else float("nan")
+
+
+def _is_worth_something(curve: np.ndarray) -> bool:
+    """Tell whether any evaluation is above 0, by more than the rounding error of a mean that would be 0."""
+    return bool(curve.max() > 1e-9 * np.abs(curve).max())
 
 
 def resampled_drawdown(returns: np.ndarray, n_resamples: int = 1000) -> float:
@@ -67,7 +71,10 @@ def resampled_drawdown(returns: np.ndarray, n_resamples: int = 1000) -> float:
     Evaluations on the same seeds repeat themselves if the policy has not changed, so they hide how its returns vary.
 
     :param returns: counted from the return that is worth nothing, shape (number of evaluations, number of episodes)
+    :return: the mean over the draws that have a relative drawdown; NaN if the evaluations as they were have none
     """
+    if np.isnan(relative_drawdown(returns.mean(axis=1))):
+        return float("nan")
     draws = np.random.default_rng(0).integers(returns.shape[1], size=(n_resamples, *returns.shape))
     curves = np.take_along_axis(returns[np.newaxis], draws, axis=2).mean(axis=2)
     shares = np.array([relative_drawdown(curve) for curve in curves])
@@ -77,11 +84,12 @@ def resampled_drawdown(returns: np.ndarray, n_resamples: int = 1000) -> float:
 
 def low_share(curve: np.ndarray, level: float = 0.75) -> float:
     """Compute the share of second-half evaluations below ``level`` of the overall best, counted from the same zero."""
-    best = curve.max()
-    return float(np.mean(curve[len(curve) // 2 :] < level * best)) if best > 0 else float("nan")
+    if not _is_worth_something(curve):
+        return float("nan")
+    return float(np.mean(curve[len(curve) // 2 :] < level * curve.max()))
 
 
-def keep_best(returns: np.ndarray, n_splits: int = 10) -> list[np.ndarray]:
+def keep_best(returns: np.ndarray, n_splits: int = 200) -> list[np.ndarray]:
     """
     Find the episodes of a training that keeps its best model so far, as SB3's ``EvalCallback`` does.
 
