@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import TrainFreq
 from sb3_staq.action_spaces import ACTION_GRIDS
 from sb3_staq.base_policy import CRITIC_REDUCTIONS
 from sb3_staq.coefficients import is_number
-from sb3_staq.policies import CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS
+from sb3_staq.policies import CRITICS, EVAL_POLICIES, POLICY_ARGUMENTS, StaQPolicy
 
 
 class Argument(NamedTuple):
@@ -177,6 +177,8 @@ def check_arguments(model: Any) -> None:
     for name in ("train_freq", "learning_rate", "_stats_window_size", "seed"):  # SB3 takes no NumPy numbers here
         value = getattr(model, name)
         setattr(model, name, tuple(map(_plain, value)) if type(value) is tuple else _plain(value))
+    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, StaQPolicy)):
+        raise ValueError(f"Invalid policy={model.policy_class!r}: expected a name, or a subclass of StaQPolicy")
     check_policy_kwargs(model.policy_kwargs, model.critic)
 
 

@@ -27,7 +27,9 @@ TARGET_ENTROPY = (0.6, 0.2)
 # ... for a Box with this many values per dimension
 TARGET_ENTROPY_BINS = 5
 
-EXPECTED = 'a finite number >= 0, a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
+SCHEDULE = 'a callable of the remaining progress, or a string "lin_START[_END[_FRACTION]]"'
+EXPECTED = f"a finite number >= 0, {SCHEDULE}"
+EXPECTED_TARGET = f"'auto', a share of the largest entropy in (0, 1), {SCHEDULE}"
 
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> bool:
@@ -72,8 +74,8 @@ def value_at(name: str, value: Any, progress: float, expected: str = EXPECTED) -
         number = schedule(progress) if callable(schedule) else float(schedule)
     except Exception as error:
         raise ValueError(f"Invalid {name}={value!r}: {error!r} at progress {progress}; expected {expected}") from error
-    if isinstance(number, np.ndarray) and number.ndim == 0:
-        number = number[()]
+    if isinstance(number, (np.ndarray, th.Tensor)) and number.ndim == 0:
+        number = number.item()
     if not is_number(number, low=0):
         raise ValueError(f"Invalid {name}={value!r}: {number!r} at progress {progress}; expected {expected}")
     return float(number)
@@ -188,11 +190,11 @@ class Coefficients:
         :return: a share of the largest entropy, in (0, 1)
         :raise ValueError: if it is not in this range
         """
-        target = value_at("target_entropy", self.target_entropy, progress)
+        target = value_at("target_entropy", self.target_entropy, progress, EXPECTED_TARGET)
         if not 0 < target < 1:
             raise ValueError(
-                f"Invalid target_entropy={self.target_entropy!r}: {target!r} at progress {progress}; expected 'auto', "
-                "a number in (0, 1), or a schedule within it"
+                f"Invalid target_entropy={self.target_entropy!r}: {target!r} at progress {progress}; expected "
+                f"{EXPECTED_TARGET}"
             )
         return target
 

@@ -1,6 +1,7 @@
 """One critic, the dueling head, and ensembles of critics that are evaluated in one batched pass."""
 
 import copy
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -18,8 +19,10 @@ from sb3_staq.mirror_descent import centre
 Net = TypeVar("Net", bound="Critic")
 SelfEnsemble = TypeVar("SelfEnsemble", bound="Ensemble")
 Params = Mapping[str, th.Tensor]
-# Held while a layer has other parameters in place of its own: another thread may want to use or copy it
+# Held while a layer has other parameters in place of its own: another thread may want to use, copy or save it, or fork
 _SWAPPING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_SWAPPING.acquire, after_in_parent=_SWAPPING.release, after_in_child=_SWAPPING.release)
 
 
 class DuelingHead(nn.Module):
@@ -218,15 +221,31 @@ class Ensemble(nn.Module, Generic[Net]):
 
     def frozen_copy(self: SelfEnsemble) -> SelfEnsemble:
         """Make a copy that is never trained."""
+        try:
+            return copy.deepcopy(self).requires_grad_(False).eval()
+        except (NotImplementedError, RuntimeError) as error:
+            name = type(self.net.features_extractor).__name__
+            raise ValueError(
+                f"Invalid features_extractor_class={name}: it cannot be copied ({error}); expected one that keeps "
+                "no tensors of a forward pass, such as attention weights"
+            ) from error
+
+    # While one thread trains, others may copy, pickle or save
+
+    def __deepcopy__(self: SelfEnsemble, memo: dict[int, Any]) -> SelfEnsemble:
+        copied = memo[id(self)] = self.__new__(type(self))
         with _SWAPPING:
-            try:
-                return copy.deepcopy(self).requires_grad_(False).eval()
-            except (NotImplementedError, RuntimeError) as error:
-                name = type(self.net.features_extractor).__name__
-                raise ValueError(
-                    f"Invalid features_extractor_class={name}: it cannot be copied ({error}); expected one that keeps "
-                    "no tensors of a forward pass, such as attention weights"
-                ) from error
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        with _SWAPPING:
+            return vars(copy.deepcopy(self, {id(param): param for param in self.parameters()}))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the parameters, like any module."""
+        with _SWAPPING:
+            return super().state_dict(*args, **kwargs)
 
     def follow(self: SelfEnsemble, online: SelfEnsemble, tau: float) -> None:
         """Move this Polyak average towards the networks that it is of, all parameters in one operation."""

@@ -13,6 +13,8 @@ from helpers import RandomObsEnv, make_model
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 from sb3_staq import StaQ
@@ -348,6 +350,12 @@ def test_misspelt_arguments():
         make_model(policy_delay=3)
     with pytest.raises(TypeError, match="netarch"):
         make_model(policy_kwargs=dict(netarch=[3]))
+
+
+@pytest.mark.parametrize("policy", [SACPolicy, DQNPolicy, dict, None])
+def test_policies_of_other_algorithms(policy):
+    with pytest.raises(ValueError, match=r"Invalid policy=.*expected a name, or a subclass of StaQPolicy"):
+        make_model(policy=policy)
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicies", "", "LstmPolicy", "mlppolicy"])

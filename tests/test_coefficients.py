@@ -218,7 +218,8 @@ def test_save_and_load(tmp_path):
         (dict(kl_coef="rel_nan"), "kl_coef='rel_nan'", "rel_FACTOR"),
         (dict(target_entropy=0.0), "target_entropy=0.0", r"\(0, 1\)"),
         (dict(target_entropy=1.0), "target_entropy=1.0", r"\(0, 1\)"),
-        (dict(target_entropy=-3), "target_entropy=-3", "a finite number >= 0"),
+        (dict(target_entropy=-3), "target_entropy=-3", r"a share of the largest entropy in \(0, 1\)"),
+        (dict(target_entropy=None), "target_entropy=None", r"a share of the largest entropy in \(0, 1\)"),
         (dict(target_entropy="best"), "target_entropy='best'", "lin_START"),
         (dict(target_entropy="lin_0.5"), r"target_entropy='lin_0.5': 0\.0 at progress 0\.0", r"\(0, 1\)"),
         (dict(ent_coef="auto", logit_rule=[1.0, 0.5], memory_size=2), "ent_coef='auto'", "another logit_rule"),
@@ -412,7 +413,8 @@ def test_numbers_of_any_kind():
     for number in (2, 2.0, np.float32(2), np.int8(2), np.float64(2), np.uint64(2)):
         assert value_at("kl_coef", number, 0.5) == value_at("kl_coef", lambda progress, x=number: x, 0.5) == 2.0
         assert type(value_at("kl_coef", number, 0.5)) is float
-    assert value_at("kl_coef", lambda progress: np.array(2.0), 0.5) == 2.0  # as NumPy's functions return
+    for scalar in (np.array, th.tensor):  # as functions of NumPy and PyTorch return
+        assert value_at("kl_coef", lambda progress, scalar=scalar: scalar(2.0), 0.5) == 2.0
     for number in (True, np.bool_(True), "2", np.array([2.0]), 2j, None, 10**400, -(10**400)):
         with pytest.raises(ValueError, match=r"^Invalid kl_coef=.*expected a finite number >= 0"):
             value_at("kl_coef", number, 0.5)

@@ -5,6 +5,8 @@ import gc
 import io
 import itertools
 import mmap
+import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -963,6 +965,58 @@ def test_prediction_in_another_thread(what):
     for stack in (policy, expected):
         push(stack, seed=4)
     th.testing.assert_close(policy.logits(obs), expected.logits(obs))
+
+
+def by_state_dict(policy):
+    copied = make_policy("extractor", features_extractor_class=PausingExtractor)
+    copied.load_state_dict(policy.state_dict())
+    return copied
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy)), by_state_dict])
+def test_copies_while_another_thread_uses_the_networks(take):
+    """They have the parameters of the policy, whatever is in their place at the moment."""
+    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
+    policy = make_policy("extractor", features_extractor_class=PausingExtractor)
+    obs = sample_obs(BOX, 6)
+    for i in range(3):
+        push(policy, seed=i)
+    before = policy.logits(obs)
+    for use in (policy.logits, policy.critics):  # of the stack, and of the critics that are trained
+        PausingExtractor.pauses.clear()
+        with ThreadPoolExecutor(1) as other:
+            result = other.submit(use, obs)
+            PausingExtractor.pauses.wait()
+            copied = take(policy)
+            PausingExtractor.goes_on.set()
+            result.result()
+        PausingExtractor.goes_on.clear()
+        assert th.equal(copied.logits(obs), before)
+        values = (copied.critics.eval()(obs), policy.critics.eval()(obs))
+        policy.critics.train()
+        assert th.equal(*values)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_fork_while_another_thread_uses_the_networks():
+    """The child can use them, too."""
+    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
+    policy = make_policy("extractor", features_extractor_class=PausingExtractor)
+    obs = sample_obs(BOX, 6)
+    for i in range(3):
+        push(policy, seed=i)
+    before = policy.logits(obs)
+    with ThreadPoolExecutor(1) as other:
+        result = other.submit(policy.logits, obs)
+        PausingExtractor.pauses.wait()
+        act = lambda: sys.exit(0 if th.equal(policy.logits(obs), before) else 1)  # noqa: E731
+        child = multiprocessing.get_context("fork").Process(target=act)
+        child.start()
+        child.join(20)
+        PausingExtractor.goes_on.set()
+        result.result()
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_push_during_a_prediction(monkeypatch):
