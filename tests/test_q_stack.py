@@ -945,6 +945,16 @@ class PausingExtractor(NormExtractor):
         return super().forward(obs)
 
 
+def pausing_policy():
+    """A policy whose networks pause, observations, and its logits there."""
+    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
+    policy = make_policy("extractor", features_extractor_class=PausingExtractor)
+    obs = sample_obs(BOX, 6)
+    for i in range(3):
+        push(policy, seed=i)
+    return policy, obs, policy.logits(obs)
+
+
 @pytest.mark.parametrize("what", ["push", "predict"])
 def test_prediction_in_another_thread(what):
     """Neither of two threads that use the networks at the same time gets those of the other."""
@@ -976,12 +986,7 @@ def by_state_dict(policy):
 @pytest.mark.parametrize("take", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy)), by_state_dict])
 def test_copies_while_another_thread_uses_the_networks(take):
     """They have the parameters of the policy, whatever is in their place at the moment."""
-    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
-    policy = make_policy("extractor", features_extractor_class=PausingExtractor)
-    obs = sample_obs(BOX, 6)
-    for i in range(3):
-        push(policy, seed=i)
-    before = policy.logits(obs)
+    policy, obs, before = pausing_policy()
     for use in (policy.logits, policy.critics):  # of the stack, and of the critics that are trained
         PausingExtractor.pauses.clear()
         with ThreadPoolExecutor(1) as other:
@@ -1000,12 +1005,7 @@ def test_copies_while_another_thread_uses_the_networks(take):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_fork_while_another_thread_uses_the_networks():
     """The child can use them, too."""
-    PausingExtractor.pauses, PausingExtractor.goes_on = threading.Event(), threading.Event()
-    policy = make_policy("extractor", features_extractor_class=PausingExtractor)
-    obs = sample_obs(BOX, 6)
-    for i in range(3):
-        push(policy, seed=i)
-    before = policy.logits(obs)
+    policy, obs, before = pausing_policy()
     with ThreadPoolExecutor(1) as other:
         result = other.submit(policy.logits, obs)
         PausingExtractor.pauses.wait()
