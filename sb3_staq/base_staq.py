@@ -96,7 +96,8 @@ class BaseStaQ(AverageTrials):
         """
         Return the actions of the delivered policy, see ``eval_policy``, including exploration.
 
-        Unless ``deterministic``, actions are uniformly random with probability ``exploration_rate``.
+        Unless ``deterministic``, each component of an action is uniformly random with probability
+        ``exploration_rate``. (With the "axis" and "joint" grids, the whole action is.)
         ``model.policy.predict`` does not explore.
 
         :param observation: one observation, or one for each environment
@@ -110,9 +111,14 @@ class BaseStaQ(AverageTrials):
         if not deterministic:
             shape = np.shape(actions)
             actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
-            explores = np.random.rand(len(actions)) < self.exploration_rate
-            if explores.any():
-                actions[explores] = self.policy.random_actions(int(explores.sum()))
+            n_branches = len(self.policy.branches.sizes)
+            explores = np.random.rand(len(actions), n_branches) < self.exploration_rate
+            rows = explores.any(axis=1)
+            if rows.any():
+                # One branch for each component, or a single one for all
+                components = actions.shape[1:] if n_branches > 1 else (1,) * (actions.ndim - 1)
+                random_actions = self.policy.random_actions(int(rows.sum()))
+                actions[rows] = np.where(explores[rows].reshape(-1, *components), random_actions, actions[rows])
             actions = actions.reshape(shape)
         return actions, state
 

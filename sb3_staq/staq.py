@@ -106,9 +106,10 @@ class StaQ(BaseStaQ):
         ``Box`` follow at every step, by ``tau / target_update_interval``
     :param exploration_fraction: share of the training over which the exploration rate goes from its initial to its
         final value
-    :param exploration_initial_eps: initial probability of a uniformly random action; all other actions follow the
-        softmax policy. Default: 0.05, Box: 0
-    :param exploration_final_eps: final probability of a uniformly random action. Default: 0.05, Box: 0
+    :param exploration_initial_eps: initial probability that a component of an action is uniformly random; the others
+        follow the softmax policy. A ``Discrete`` action is one component, and so is a Box with the "axis" or "joint"
+        grid. Default: 0.05, Box: 0
+    :param exploration_final_eps: final probability of it. Default: 0.05, Box: 0
     :param action_grid: which actions of a Box are bins: "factored" (a branch of ``action_bins`` evenly spaced values
         for each dimension), "axis" (the middle of the bounds, and one dimension at a time at either bound) or "joint"
         (all combinations of ``action_bins`` values; for few dimensions)

@@ -161,6 +161,38 @@ def test_behaviour_is_epsilon_softmax(one_state_model, epsilon):
     assert_frequencies(actions, softmax)  # the policy itself does not explore
 
 
+@pytest.mark.parametrize(
+    ("space", "grid"),
+    [
+        (spaces.MultiDiscrete([2, 3]), "factored"),
+        (spaces.MultiBinary([2, 1]), "factored"),
+        (spaces.Box(-1, 1, (1, 2), np.float32), "factored"),
+        (spaces.Box(-1, 1, (1, 2), np.float32), "axis"),
+        (spaces.Box(-1, 1, (1, 2), np.float32), "joint"),
+    ],
+    ids=str,
+)
+def test_components_explore_independently(space, grid):
+    """Beside a policy that always takes the same action, each component differs as often as chance has it."""
+    model = make_model(RandomObsEnv(action_space=space), action_grid=grid, action_bins=3)
+    grow(model, 1)
+    policy, epsilon = model.policy, 0.4
+    policy.frozen_critics.weights.scale = 1e6
+    obs = np.ones((20_000, 4), np.float32)
+    usual = policy.predict(obs[:100])[0]
+    assert (usual == usual[0]).all()
+    model.exploration_rate = epsilon
+    differs = (model.predict(obs)[0] != usual[0]).reshape(len(obs), -1)
+    if grid == "factored":
+        expected = [epsilon * (1 - 1 / size) for size in policy.branches.sizes]
+        np.testing.assert_allclose(differs.mean(axis=0), expected, atol=0.02)
+        np.testing.assert_allclose(differs.all(axis=1).mean(), np.prod(expected), atol=0.02)
+    else:
+        n_bins = policy.branches.n_bins
+        np.testing.assert_allclose(differs.any(axis=1).mean(), epsilon * (1 - 1 / n_bins), atol=0.02)
+        assert len(np.unique(model.predict(obs)[0], axis=0)) == n_bins
+
+
 @pytest.mark.parametrize("truncates", [True, False])
 @pytest.mark.parametrize("epsilon", [0.0, 0.3])
 def test_behaviour_while_learning_is_epsilon_softmax(epsilon, truncates):
