@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from gymnasium.wrappers import TransformReward
+from gymnasium.wrappers import TimeLimit, TransformReward
 from helpers import (
     SMALL,
     OneStateEnv,
@@ -191,6 +191,11 @@ def test_components_explore_independently(space, grid):
         n_bins = policy.branches.n_bins
         np.testing.assert_allclose(differs.any(axis=1).mean(), epsilon * (1 - 1 / n_bins), atol=0.02)
         assert len(np.unique(model.predict(obs)[0], axis=0)) == n_bins
+
+
+def test_a_new_model_does_not_explore_when_it_predicts():
+    """For instance one that is trained offline only."""
+    assert make_model(RandomObsEnv()).exploration_rate == 0.0
 
 
 @pytest.mark.parametrize("truncates", [True, False])
@@ -656,6 +661,25 @@ def test_a_share_of_the_environments_collects_with_the_average(share, by_average
         np.testing.assert_allclose(frequencies, part * by_share + (1 - part) * last, atol=0.05)
 
 
+def test_the_average_explores_but_where_it_is_tried():
+    """Each environment acts by an average that always takes the same action; the first is greedy."""
+    env = DummyVecEnv([lambda: OneStateEnv(True, n_actions=3)] * 4)
+    model = make_model(
+        env, average_share=1.0, average_window=1.0, learning_starts=0, gradient_steps=0, buffer_size=1000,
+        exploration_initial_eps=1.0, exploration_final_eps=1.0,
+    )  # fmt: skip
+    grow(model, 3)
+    model.policy.frozen_critics.weights.scale = 1e6
+    model.learn(400)
+    assert [len(np.unique(model.replay_buffer.actions[1:100, i])) for i in range(4)] == [1, 3, 3, 3]
+
+
+def test_rounding_of_the_share():
+    """0.58 * 50 is a bit less than 29."""
+    model = make_model(DummyVecEnv([RandomObsEnv] * 50), average_share=0.58)
+    assert model._average_envs == (29, 0.0)
+
+
 def test_trials_act_by_the_candidate():
     """Greedily, and not by the average of the moment, which changes during the trial."""
     model = make_model(RandomObsEnv(), average_share=1.0, average_window=1.0, learning_starts=0)
@@ -798,6 +822,14 @@ def test_best_average(n_envs, share, tmp_path):
     assert -np.inf < model._best_return < mean - 1000
 
 
+def test_returns_of_trials_are_logged():
+    model = make_model(DummyVecEnv([lambda: Monitor(RandomObsEnv())]), average_share=1.0, learning_starts=0)
+    model.learn(200, log_interval=None)
+    logged = model.logger.name_to_value
+    assert logged["rollout/best_ep_rew_mean"] == model._best_return > -np.inf
+    assert 0 <= logged["rollout/candidate_ep_rew_mean"] <= 8  # at most 1 in each of at most 8 steps
+
+
 class OfLength(RandomObsEnv):
     """Episodes of so many steps, with 1 as each reward."""
 
@@ -899,6 +931,16 @@ def test_lost_lives_where_the_average_is_switched_on():
     assert (games.all(axis=1) == games.any(axis=1)).all()
 
 
+def test_an_interrupted_step_leaves_predict_as_it_was():
+    """Ctrl-C while the environments' actions are computed."""
+    policy = two_policies().policy
+    obs = sample_obs(policy.observation_space, 4)
+    expected = policy.logits(obs)
+    with pytest.raises(KeyboardInterrupt), policy.acting_by(lambda obs: th.full((4, 3), 1000.0)):
+        raise KeyboardInterrupt
+    assert th.equal(policy.logits(obs), expected)
+
+
 def test_predict_in_another_thread_while_learning():
     """It acts by the delivered policy, also while the candidate acts in the environments."""
     policy = two_policies().policy
@@ -948,6 +990,33 @@ def test_turns_change_between_episodes_of_their_environment():
     model.learn(1500, callback=Record())
     changes = np.flatnonzero(np.diff(turns))
     assert len(changes) > 20 and np.all(np.array(ends)[changes])
+
+
+def share_of_turns(model, n_steps):
+    """How often the average acted in the only environment."""
+    turns = []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            turns.append(self.model._average_turn)
+            return True
+
+    model.learn(n_steps, callback=Record())
+    return np.mean(turns)
+
+
+def test_turns_change_at_a_time_limit_outside_of_the_monitor():
+    env = TimeLimit(Monitor(OfLength(1000)), 10)
+    model = make_model(env, average_share=0.5, learning_starts=0, gradient_steps=0)
+    assert 0.4 < share_of_turns(model, 300) < 0.6
+
+
+def test_turns_change_in_another_environment_without_a_monitor():
+    monitored, bare = (DummyVecEnv([make]) for make in (lambda: Monitor(OfLength(5)), lambda: OfLength(5)))
+    model = make_model(monitored, average_share=0.5, learning_starts=0, gradient_steps=0)
+    model.learn(60)
+    model.set_env(bare)
+    assert 0.3 < share_of_turns(model, 200) < 0.7
 
 
 def test_best_without_monitor():

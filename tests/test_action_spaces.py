@@ -23,7 +23,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_staq import StaQ
 from sb3_staq.action_spaces import MIN_PEAK, make_branches
 from sb3_staq.mirror_descent import decay_rate, entropy, log_policy, step_size
-from sb3_staq.q_networks import DuelingHead
 
 UNEVEN_BOX = spaces.Box(np.array([-1.0, 0.0, -3.0]), np.array([1.0, 2.0, 5.0]), dtype=np.float32)
 SPACES = {
@@ -314,16 +313,6 @@ def test_branchwise_update_is_the_joint_optimum():
     best = th.log_softmax(free.detach(), dim=0)
     assert objective(updated) >= objective(best) - 1e-12
     assert th.allclose(updated.exp(), best.exp(), atol=1e-5)
-
-
-def test_dueling_terms():
-    """Each branch's terms differ by its advantages and average to its share of the value."""
-    x = th.randn(4, 7 + 1)
-    terms = DuelingHead([3, 4])(x)
-    for columns in (slice(0, 3), slice(3, 7)):
-        assert th.allclose(terms[:, columns].mean(dim=1), x[:, -1] / 2, atol=1e-6)
-        differences = x[:, columns] - x[:, columns.start : columns.start + 1]
-        assert th.allclose(terms[:, columns] - terms[:, columns.start : columns.start + 1], differences, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import RandomObsEnv, make_model, members, randomise, relative_error, sample_obs
+from helpers import OneStateEnv, RandomObsEnv, make_model, members, randomise, relative_error, sample_obs
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvBox, IdentityEnvMultiDiscrete
 
 from sb3_staq import CnnPolicy, MlpPolicy, MultiInputPolicy, StaQ
@@ -112,6 +112,14 @@ def test_critics_of_images_have_a_hidden_layer():
     low, high = (policy.action_values(obs, th.full((2, 5), value)) for value in (-1.0, 1.0))
     differences = high - low  # by critic and state
     assert not th.allclose(differences[:, 0], differences[:, 1], rtol=1e-3)
+
+
+def test_joint_critics_learn():
+    """The value of an episode of one step."""
+    model = make_model(OneStateEnv(False, 3), critic="joint", gradient_steps=5, policy_update_interval=10**6)
+    model.learn(150)
+    values = model.policy.action_values(th.ones(3, 2), th.arange(3).unsqueeze(1)).detach()
+    np.testing.assert_allclose(values, 1.0, atol=0.05)
 
 
 @pytest.mark.parametrize("action_space", ACTION_SPACES)

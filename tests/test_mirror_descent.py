@@ -529,3 +529,10 @@ def test_corrected_rule_has_no_error_floor_but_truncation_has():
         )
     assert floors[12] > 1e-3
     assert floors[12] / floors[6] == pytest.approx(0.6**6, rel=0.1)
+
+
+def test_kl_divergence_is_not_negative():
+    """Not even by rounding, where the policies hardly differ."""
+    logits, change = th.randn(2, 1000, 5, generator=th.Generator().manual_seed(0))
+    close = log_policy(logits, (5,)), log_policy(logits + 1e-4 * change, (5,))
+    assert kl_divergence(*close).min() >= 0

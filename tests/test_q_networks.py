@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from architectures import ARCHITECTURES, BOX, make_policy, push
+from architectures import ARCHITECTURES, BOX, IMAGE, make_policy, push
 from gymnasium import spaces
 from helpers import RandomObsEnv, by_age, make_model, members, randomise, relative_error, sample_obs, slow_q_values
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.func import functional_call
 
-from sb3_staq import MlpPolicy, kernels
+from sb3_staq import CnnPolicy, MlpPolicy, kernels
 from sb3_staq.q_networks import DuelingHead
 
 
@@ -99,6 +99,67 @@ def test_other_ways_to_run_the_critics(critic):
     th.testing.assert_close(approximate.float(), value, rtol=0.1, atol=0)
     for a, b in zip(th.autograd.grad(approximate, params), expected, strict=True):
         assert th.isfinite(a).all() and relative_error(a, b) < 0.2
+
+
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+SMALL_CNN = dict(features_extractor_kwargs=dict(features_dim=8))
+
+
+@pytest.mark.parametrize(
+    ("policy_class", "space", "kwargs", "main_effects", "critics"),
+    [
+        (
+            MlpPolicy,
+            spaces.Discrete(3),
+            dict(net_arch=[8, 6], activation_fn=nn.Tanh),
+            None,
+            [8, nn.Tanh, 6, nn.Tanh, 3],
+        ),
+        (MlpPolicy, spaces.MultiDiscrete([2, 3]), dict(net_arch=[8]), None, [8, nn.ReLU, 6, DuelingHead]),
+        (CnnPolicy, spaces.Discrete(3), SMALL_CNN, None, [3]),
+        (
+            MlpPolicy,
+            ACTIONS,
+            dict(critic="joint", net_arch=dict(pi=[7], qf=[8]), activation_fn=nn.Tanh),
+            [7, nn.Tanh, 10],
+            [8, nn.LayerNorm, nn.Tanh, 1],
+        ),
+        (
+            MlpPolicy,
+            ACTIONS,
+            dict(critic="joint", net_arch=[8], layer_norm=False),
+            [8, nn.ReLU, 10],
+            [8, nn.ReLU, 1],
+        ),
+        (
+            CnnPolicy,
+            ACTIONS,
+            dict(critic="joint", **SMALL_CNN),
+            [10],
+            [256, nn.LayerNorm, nn.ReLU, 256, nn.LayerNorm, nn.ReLU, 1],
+        ),
+    ],
+)
+def test_layers_after_the_features_extractor(policy_class, space, kwargs, main_effects, critics):
+    """Their kinds; of linear ones, the number of outputs."""
+
+    def layers(ensemble):
+        return [layer.weight.shape[1] if isinstance(layer, nn.Linear) else type(layer) for layer in ensemble.net.q_net]
+
+    policy = policy_class(IMAGE if policy_class is CnnPolicy else BOX, space, lambda _: 1e-3, **kwargs)
+    assert layers(policy.critics) == critics
+    assert (policy.main_effects and layers(policy.main_effects)) == main_effects
+
+
+@pytest.mark.parametrize("critic", ["additive", "joint"])
+def test_targets_start_as_copies(critic):
+    policy = MlpPolicy(BOX, spaces.MultiDiscrete([2, 3]), lambda _: 1e-3, critic=critic, net_arch=[8])
+    pairs = [(policy.critics, policy.critics_target)]
+    if critic == "joint":
+        pairs.append((policy.main_effects, policy.main_effects_target))
+    for online, target in pairs:
+        for param, copied in zip(online.parameters(), target.parameters(), strict=True):
+            assert th.equal(param, copied) and param is not copied
 
 
 @pytest.mark.parametrize("sizes", [[3], [2, 2], [2, 3, 4]], ids=str)

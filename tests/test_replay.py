@@ -511,6 +511,7 @@ def test_one_hot_observations_are_evaluated_in_bounded_batches(rows):
         ),
         (dict(buffer_size=1000, memory_size=10, batch_size=20, policy_update_interval=9), False),
         (dict(buffer_size=10**5, memory_size=1, train_freq=(1, "episode"), gradient_steps=5), True),
+        (dict(buffer_size=10**5, memory_size=1, train_freq=(1, "episode"), gradient_steps=-1), False),
         (dict(buffer_size=10**5, memory_size=1, logit_rule="exact"), True),
     ],
 )
@@ -790,6 +791,19 @@ def test_loaded_replay_buffers(tmp_path):
     assert largest_error(other) < 1e-4
 
 
+def test_a_loaded_buffer_changes_neither_the_choice_nor_its_attributes(tmp_path):
+    """Also where another choice would be cheaper, and nothing of the file stays on the buffer."""
+    large = make_model(RandomObsEnv(), buffer_size=5000, logit_cache=True).learn(40)
+    names = set(vars(large.replay_buffer))
+    large.save_replay_buffer(tmp_path / "buffer")
+    assert set(vars(large.replay_buffer)) == names
+    model = make_model(RandomObsEnv(), buffer_size=300, logit_cache="auto").learn(40)
+    assert model.replay.cache is not None
+    model.load_replay_buffer(tmp_path / "buffer")
+    assert model.replay.cache is not None
+    assert set(vars(model.replay_buffer)) == names
+
+
 OTHER_PARAMETERS = {
     "set_parameters": lambda model, other: model.set_parameters(other.get_parameters()),
     "load_state_dict": lambda model, other: model.policy.load_state_dict(other.policy.state_dict()),
@@ -921,6 +935,34 @@ def test_interrupted_follow(interrupted_at, monkeypatch):
     model.learn(30, reset_num_timesteps=False)
     assert len(cache) > 30
     assert largest_error(model) < 1e-4
+
+
+def test_interrupted_while_sums_are_written(monkeypatch):
+    """Ctrl-C between the states and their sums: none of those that are kept or saved is wrong."""
+    model = make_model(RandomObsEnv())
+    grow(model, 3)
+    cache, obs = LogitCache(model.policy, 10), sample_obs(model.observation_space, 20)
+    cache.logit_sums(obs[:10])
+    map_fields, calls = cache_file.map_fields, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return map_fields(*args)
+
+    monkeypatch.setattr(cache_file, "map_fields", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.logit_sums(obs[10:15])
+    monkeypatch.undo()
+    loaded = LogitCache(model.policy, 10)
+    loaded.load_state_dict(cache.state_dict())
+    assert relative_error(loaded.logit_sums(obs), slow_logit_sums(model.policy, obs)) < 1e-5
+    randomise(model.policy.critics, 9)
+    update, deleted = model.policy.push_critics(1.0, 0.1)
+    cache.follow(update, model.policy.frozen_critics.newest, deleted)
+    for part in (obs[10:], obs[:10]):
+        assert relative_error(cache.logit_sums(part), slow_logit_sums(model.policy, part)) < 1e-5
 
 
 def test_transitions_for_another_buffer():
@@ -1060,6 +1102,15 @@ def test_a_deep_copy_learns_as_the_original():
         parameters.append(each.get_parameters()["policy"])
     for name, value in parameters[0].items():
         assert th.equal(value, parameters[1][name]), name
+
+
+def test_state_of_a_cache_that_was_cleared():
+    """It holds what is remembered since."""
+    model = make_cached(buffer_size=100).learn(60)
+    model.policy.load_state_dict(model.policy.state_dict())
+    cache = model.replay.cache
+    cache.logit_sums(sample_obs(model.observation_space, 10))
+    assert len(cache.state_dict()["sums"]) == len(cache) == 10
 
 
 def test_state_of_another_stack_or_size_is_left_alone():
