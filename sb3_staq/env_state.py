@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 KNOWN_MODULES = ("gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.mujoco")
 # Attributes that are not a part of the state, and handles of other processes
 NOT_STATE = ("env", "venv", "envs", "results_writer", "spec", "logger", "class_attributes")
-NOT_STATE_OF_KNOWN = (*NOT_STATE, "model", "mujoco_renderer", "screen", "clock")
+NOT_STATE_OF_KNOWN = (*NOT_STATE, "model", "mujoco_renderer")
 IN_OTHER_PROCESSES = ("processes", "remotes", "work_remotes")
 # What an attribute may refer to without owning it: a copy would have no effect on the training
 NOT_OWNED = (gym.Env, VecEnv, BaseAlgorithm, BaseModel, BaseBuffer, Logger)
@@ -58,14 +58,24 @@ class _ReferenceError(pickle.PicklingError):
 
 
 class _OwnPickler(pickle.Pickler):
-    """Refuses everything from which something of ``NOT_OWNED``, or one of some other objects, can be reached."""
+    """
+    Refuses everything from which something of ``NOT_OWNED``, or one of some other objects, can be reached.
+
+    Surfaces and clocks of pygame are no part of the state either, whatever their names.
+    """
 
     not_owned: Collection[int] = ()  # their ids
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, NOT_OWNED) or id(value) in self.not_owned:
+        if isinstance(value, NOT_OWNED) or id(value) in self.not_owned or _draws(value):
             raise _ReferenceError
         return NotImplemented
+
+
+def _draws(value: Any) -> bool:
+    """Return whether this is a surface or a clock of pygame, which need not be installed."""
+    kind = type(value)
+    return kind.__module__.partition(".")[0] == "pygame" and kind.__name__ in ("Surface", "Clock")
 
 
 def _digest(value: Any, not_owned: Collection[int]) -> str:

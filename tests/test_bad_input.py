@@ -892,6 +892,7 @@ def test_custom_weights_without_an_average():
     with pytest.raises(ValueError, match=r"Invalid eval_policy='last' and average_share=0.5: custom weights that sum"):
         make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="last", average_share=0.5)
     make_model(logit_rule=[1.0, -1.0], memory_size=2, eval_policy="last").learn(40)
+    make_model(logit_rule=[-1.0, -2.0], memory_size=2, eval_policy="average").learn(40)  # any other sum will do
 
 
 def test_gamma_of_n_step_returns_is_fixed():

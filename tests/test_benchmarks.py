@@ -9,21 +9,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import grow, make_model
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_staq.zoo  # noqa: F401, registers StaQ and MinAtar
 from benchmarks import cell as cell_module
 from benchmarks import endurance, faults, report, speed, statistics
 from benchmarks.__main__ import main
 from benchmarks.results import Evaluation, Results
-from benchmarks.runner import look_up
+from benchmarks.runner import Job, look_up
 from benchmarks.suites import Cell, Environment, Suite, file_name, load_suites, make_cells
+from sb3_staq import StaQ
 
 ROOT = Path(__file__).parents[1]
 SUITES = load_suites()
@@ -56,6 +61,7 @@ def test_short_term_risk_sees_single_drops() -> None:
     assert statistics.short_term_risk(curve) == 3.0  # the worst of 5
     assert statistics.short_term_risk(curve, alpha=0.4) == 2.5  # the worst 2
     assert statistics.short_term_risk(np.array([1.0, 2.0, 3.0])) == 0.0
+    assert statistics.short_term_risk(-np.cumsum(np.arange(41.0))) == 39.5  # drops of 1 to 40: the worst 2
 
 
 def test_long_term_risk_sees_slow_decline() -> None:
@@ -295,6 +301,8 @@ def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
     read = Results.read(tmp_path / "new" / "seed_3.csv")
     assert read == results
     assert read.done and not Results({}, evaluations[:1]).done and not Results({}).done
+    table = pd.read_csv(tmp_path / "new" / "seed_3.csv", comment="#")  # as others read it
+    np.testing.assert_allclose(table[["mean", "std"]], [[-0.75, 1.75], [4.0, (2 / 3) ** 0.5]], rtol=1e-5)
 
 
 def fake_results(folder: Path, suite: Suite, last_seed_is_done: bool) -> None:
@@ -329,6 +337,68 @@ def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]
     table = text.split(f"## {section}\n\n")[1].split(f"### {env_id}\n\n" if env_id else "\n\n|")[1]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()]
     return dict(zip(lines[0], next(cells for cells in lines if cells[0] == name), strict=True))
+
+
+@pytest.fixture
+def three_trainings(tmp_path: Path) -> tuple[Suite, Path]:
+    """A suite, and the folder of its results: one training is steady, one falls a little, one falls far."""
+    suite = Suite("tiny", "", ["staq"], [0, 1, 2], 2, {"A-v0": Environment(80, 10, random=0, reference=100, zero=0)})
+    for cell, final, fall in zip(make_cells(suite, folder=tmp_path), (10.0, 20.0, 60.0), (0.0, 0.1, 0.8), strict=True):
+        returns = [20.0, 40.0, 60.0, 80.0, 100.0, 100 * (1 - fall), 100.0, 100.0]
+        rows = [Evaluation(10 * i, 60.0 * i, 30.0 * i, [value] * 2) for i, value in enumerate(returns, 1)]
+        metadata = dict(seed=cell.seed, steps=80, eval_freq=10, n_eval_episodes=2, hyperparams_sha256="same")
+        Results(metadata, [*rows, Evaluation(80, 480.0, 240.0, [final] * 2, True)]).write(cell.results_file)
+    return suite, tmp_path / "results" / "tiny"
+
+
+def nothing_published() -> pd.DataFrame:
+    return report.load_published()[0].iloc[:0].assign(asked=0)
+
+
+def test_final_returns_of_each_seed(three_trainings: tuple[Suite, Path]) -> None:
+    text = "\n\n".join(report.final_section(*report.load_results(*three_trainings), nothing_published()))
+    row = table_row(text, "Final returns", "A-v0", "StaQ")
+    assert (row["each seed"], row["mean"], row["worst seed"]) == ("10.0, 20.0, 60.0", "30.0", "10.0")
+
+
+def test_drawdowns_of_kept_models_are_medians(three_trainings: tuple[Suite, Path]) -> None:
+    curves, _ = report.load_results(*three_trainings)
+    row = report.kept_models(curves).loc[("A-v0", "StaQ")]
+    assert (row["drawdown"], row["drawdown, kept"]) == ("0.10", "0.00")  # of 0, 0.1 and 0.8, and of three times 0
+
+
+@pytest.mark.parametrize("x", ["step", "seconds"])
+def test_curves_are_the_mean_returns(x: str, three_trainings: tuple[Suite, Path]) -> None:
+    suite, folder = three_trainings
+    curves, _ = report.load_results(suite, folder)
+    (line, *_) = report.plot_curves(suite, curves, nothing_published(), x, "label").axes[0].lines
+    np.testing.assert_allclose(line.get_xdata(), sorted(curves[x].unique()))
+    np.testing.assert_allclose(line.get_ydata(), curves.groupby("step")["return"].mean())
+
+
+def test_curves_are_drawn_over_steps_and_minutes(
+    three_trainings: tuple[Suite, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[float]] = {}
+    monkeypatch.setattr(report, "plot_curves", lambda suite, curves, _, x, x_label: drawn.update({x: list(curves[x])}))
+    for name in ("save", "stability_section", "aggregate_section"):
+        monkeypatch.setattr(report, name, lambda *args: [])
+    report.write_report(*three_trainings)
+    assert drawn == {"step": [*range(10, 81, 10)] * 3, "minutes": [*range(1, 9)] * 3}  # by the clock, not the processor
+
+
+def test_intervals_are_around_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rliable")
+    bootstrap = statistics.bootstrap
+    monkeypatch.setattr(statistics, "bootstrap", lambda scores, function, **_: bootstrap(scores, function, 200))
+    monkeypatch.setattr(report, "save", lambda *args: None)
+    rows = [
+        (env_id, "StaQ", seed, seed + bonus) for env_id, bonus in (("A-v0", 0.0), ("B-v0", 0.1)) for seed in range(3)
+    ]
+    (text,) = report.aggregate_section(pd.DataFrame(rows, columns=["env", "algo", "seed", "score"]), tmp_path)
+    row = table_row(text, "All environments together", "", "StaQ")
+    low, high = map(float, row["95% interval"].split(" to "))
+    assert low < float(row["interquartile mean score"]) < high
 
 
 @pytest.mark.slow
@@ -491,6 +561,53 @@ th.testing.assert_close(*(th.autograd.grad(loss, current)[0] for loss in losses)
     assert ("InvalidCxxCompiler" in finished.stderr) == (not has_compiler), finished.stderr
 
 
+def test_evaluations_are_greedy_episodes_of_the_next_seeds() -> None:
+    """By plain Gymnasium, episode by episode, with the statistics of the training."""
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    model = make_model(env)
+    grow(model, 3)
+    env.obs_rms.mean, env.obs_rms.var = np.full(4, 0.05), np.full(4, 0.01)
+    single, expected = gym.make("CartPole-v1"), []
+    for seed in range(7, 12):
+        (obs, _), total, done = single.reset(seed=seed), 0.0, False
+        while not done:
+            action, _ = model.predict(env.normalize_obs(obs), deterministic=True)
+            obs, reward, terminated, truncated, _ = single.step(int(action))
+            total, done = total + float(reward), terminated or truncated
+        expected.append(total)
+    eval_env = VecNormalize(make_vec_env("CartPole-v1", 5), training=False, norm_reward=False)
+    for _ in range(2):  # the second time, the environments have been used
+        assert sorted(cell_module.evaluate(model, eval_env, seed=7)) == sorted(expected)
+
+
+def test_evaluations_have_their_own_seeds_and_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of `train` takes two seconds by the clock, and one of the processor."""
+    clock, seeds, train = SimpleNamespace(wall=0.0, cpu=0.0), [], StaQ.train
+    functions = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
+    monkeypatch.setattr(cell_module, "time", functions)
+
+    def pass_time(wall: float, cpu: float) -> None:
+        clock.wall, clock.cpu = clock.wall + wall, clock.cpu + cpu
+
+    def evaluate(model: StaQ, env: VecNormalize, seed: int) -> list[float]:
+        pass_time(1e6, 1e6)
+        seeds.append(seed)
+        return [1.0, 2.0]
+
+    def slow_train(self: StaQ, *args: int, **kwargs: int) -> None:
+        pass_time(2, 1)
+        train(self, *args, **kwargs)
+
+    monkeypatch.setattr(cell_module, "evaluate", evaluate)
+    monkeypatch.setattr(StaQ, "train", slow_train)
+    cell = Cell("tiny", "CartPole-v1", "staq", 7, 300, 100, 2, {"learning_starts": 100}, tmp_path)
+    cell_module.run_cell(cell, lambda *progress: None)
+    rows = Results.read(cell.results_file).evaluations
+    assert all(row.seconds == 2 * row.cpu_seconds for row in rows) and 0 < rows[-1].seconds < 1e6
+    assert seeds == [cell_module.EVAL_SEED] * 3 + [cell_module.FINAL_EVAL_SEED]
+    assert cell.manager().seed == 7  # that of the training
+
+
 class Interrupted(Exception):
     """Stands for whatever ends a process."""
 
@@ -527,7 +644,7 @@ TINY_ON_POLICY = dict(n_envs=2, n_steps=64, batch_size=32)
 def test_training_goes_on_as_if_nothing_had_been(
     algo: str, env_id: str, hyperparams: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted twice, not at a checkpoint, and moved: the same evaluations, once, and the time of one training."""
+    """Interrupted twice, not at a checkpoint, and moved: the same evaluations, once, and a clock that goes on."""
     monkeypatch.chdir(tmp_path)  # MuJoCo leaves a log behind
     cell = Cell("tiny", env_id, algo, 1, 700, 128, 2, hyperparams, tmp_path / "interrupted")
     lived = replace(cell, folder=tmp_path / "lived")
@@ -572,6 +689,13 @@ def test_trained_model_can_be_watched(tmp_path: Path) -> None:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert "Loading" in finished.stdout
+
+
+def test_line_of_a_job() -> None:
+    cell = Cell("tiny", "CartPole-v1", "staq", 3, 1000, 100, 2)
+    assert str(Job(cell)) == "CartPole-v1 staq 3 waiting 0 / 1,000"
+    job = Job(cell, "running", step=400, seconds=2.0, last_return=9.26)
+    assert str(job) == "CartPole-v1 staq 3 running 400 / 1,000 200/s 9.3 0:00:03"
 
 
 def test_settings_decide_whether_results_are_kept(tmp_path: Path) -> None:

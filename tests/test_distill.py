@@ -18,9 +18,10 @@ from sb3_staq.distill import distill
 QUICK = dict(max_steps=40, states_per_round=60, n_eval_episodes=3)
 
 
-def distillable(kind="box", policy="MlpPolicy", action_space=None, n=5, **kwargs):
+def distillable(kind="box", policy="MlpPolicy", action_space=None, n=5, env=None, **kwargs):
     """A model with replayed states and a stack of different critics."""
-    model = make_model(RandomObsEnv(kind, action_space=action_space), policy, learning_starts=100, **kwargs)
+    env = RandomObsEnv(kind, action_space=action_space) if env is None else env
+    model = make_model(env, policy, learning_starts=100, **kwargs)
     model.learn(40)
     grow(model, n)
     return model
@@ -56,6 +57,16 @@ def test_close_to_the_stack():
     assert (log_p.exp() * (log_p - log_q)).sum(dim=1).mean() < 0.05
     same = model.policy.predict(obs, deterministic=True)[0] == student.predict(obs, deterministic=True)[0]
     assert same.mean() == pytest.approx(report.agreement, abs=0.05) and same.mean() > 0.9
+
+
+def test_numbers_of_the_report():
+    """Of the stack, only the critics that act are counted."""
+    model = distillable(eval_policy="last", average_window=1.0)
+    assert len(model.policy.frozen_critics) > model.memory_size
+    _, report = model.distill(**QUICK)
+    assert report.stack.n_parameters == model.memory_size * model.n_critics * report.student.n_parameters
+    for numbers in (report.stack, report.student):
+        assert 0.005 < numbers.ms_per_action < 1000  # milliseconds indeed
 
 
 def test_spent_budget_is_said():
@@ -109,6 +120,14 @@ def test_architecture():
     student, report = distillable().distill(policy_kwargs=dict(net_arch=[8, 4], activation_fn=th.nn.Tanh), **QUICK)
     assert report.student.n_parameters == (4 * 8 + 8) + (8 * 4 + 4) + (4 * 3 + 3)
     assert any(isinstance(layer, th.nn.Tanh) for layer in student.modules())
+
+
+@pytest.mark.parametrize("rule", [[3.0, 2.0, 1.0], "exact"], ids=str)
+def test_students_of_other_rules(rule):
+    """Their single critic needs neither the weights nor the memory of the stack."""
+    model = distillable(n=4, logit_rule=rule, memory_size=3)
+    student, report = model.distill(**QUICK)
+    assert report.n_steps == 40 and len(student.frozen_critics) == 1
 
 
 def test_training_does_not_notice():
@@ -192,15 +211,17 @@ def test_states_are_normalised(tmp_path):
 
 def test_given_environment_normalises_as_in_training():
     """During distillation only: then its own statistics and limits are back."""
-    model = make_model(VecNormalize(DummyVecEnv([Shifted]), clip_obs=1.5), learning_starts=100)
+    model = make_model(VecNormalize(DummyVecEnv([Shifted]), clip_obs=0.5, epsilon=3.0), learning_starts=100)
     model.learn(60)
     grow(model, 3)
     model.replay_buffer.reset()
     other = VecNormalize(DummyVecEnv([Shifted]))
     statistics, mean = other.obs_rms, other.obs_rms.mean.copy()
     _, report = model.distill(env=other, **QUICK)
-    assert report.held_out.abs().max() == 1.5 and report.held_out.mean().abs() < 0.5
-    assert other.obs_rms is statistics and (other.clip_obs, other.training, other.norm_reward) == (10, True, True)
+    assert report.held_out.abs().max() == 0.5 and report.held_out.mean().abs() < 0.2
+    assert (report.held_out.abs() == 0.5).float().mean() < 0.3  # with the usual epsilon, most would be clipped
+    assert other.obs_rms is statistics and (other.clip_obs, other.epsilon) == (10, 1e-8)
+    assert other.training and other.norm_reward
     np.testing.assert_array_equal(statistics.mean, mean)
 
 
@@ -258,6 +279,14 @@ def test_returns_are_of_the_same_seeds():
                 obs, reward, terminated, truncated, _ = env.step(int(policy.predict(obs, deterministic=True)[0]))
                 total, done = total + reward, terminated or truncated
             assert returns[i] == total
+
+
+def test_returns_are_not_normalised():
+    """The reward of a step is 0 or 1."""
+    model = distillable(env=VecNormalize(DummyVecEnv([RandomObsEnv] * 2)))
+    _, report = model.distill(**QUICK)
+    for returns in (report.stack.returns, report.student.returns):
+        assert len(returns) == 3 and all(value == round(value) for value in returns)
 
 
 def test_same_seed_same_student():

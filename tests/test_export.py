@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
+from helpers import RandomObsEnv, grow, make_model, randomise, slow_average, slow_log_policy, slow_logit_sums
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -21,6 +21,7 @@ from sb3_staq.export import export_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
+METADATA = ("branch_sizes", "bins", "inputs")
 ACTION_SPACES = [
     spaces.Discrete(3, start=2),
     spaces.MultiDiscrete([[2, 3], [4, 2]]),
@@ -75,7 +76,7 @@ def test_all_action_spaces(kind, policy, action_space, tmp_path):
         np.testing.assert_allclose(actions, model.predict(obs, deterministic=True)[0], atol=1e-5)
         np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-5)
 
-    extra = dict.fromkeys(("branch_sizes", "bins", "inputs"), "")
+    extra = dict.fromkeys(METADATA, "")
     th.jit.load(path, _extra_files=extra)
     assert json.loads(extra["inputs"]) == {"box": ["obs"], "dict": ["a", "b"]}[kind]
     bins = json.loads(extra["bins"])
@@ -171,6 +172,29 @@ def test_statistics_far_from_zero(tmp_path):
     np.testing.assert_allclose(run_script(path, obs)[2], prob, atol=1e-5)
 
 
+def test_images_that_are_not_normalised(tmp_path):
+    policy_kwargs = dict(normalize_images=False, features_extractor_kwargs=dict(features_dim=8))
+    model = make_model(RandomObsEnv("image"), "CnnPolicy", policy_kwargs=policy_kwargs)
+    grow(model, 2)
+    model.policy.frozen_critics.weights.scale /= 1e5  # pixels are large, and several bins shall be probable
+    obs = draw(model.observation_space, 5)
+    *_, prob = run_script(export_policy(model, tmp_path / "policy.pt"), obs)
+    np.testing.assert_allclose(prob, slow_prob(model.policy, obs), atol=1e-4)
+
+
+def test_values_far_from_zero(tmp_path):
+    """As with large returns: what single precision rounds of the logits is no error of the file."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    model = make_model(RandomObsEnv())
+    for i in range(3):
+        randomise(model.policy.critics, i)
+        with th.no_grad():
+            [*model.policy.critics.parameters()][-1].add_(2e4)
+        model.policy.push_critics(1.0, 0.1)
+    assert export_policy(model, tmp_path / "policy.onnx").is_file()
+
+
 class AwkwardDict(RandomObsEnv):
     """A key that is also the name of an output, and whole numbers that are normalised."""
 
@@ -255,7 +279,9 @@ def test_onnx_without_torch(kind, policy, action_space, tmp_path, capfd):
 def test_torch_export(tmp_path):
     model = make_normalised("box", "MlpPolicy")
     path = export_policy(model, tmp_path / "policy.pt2")
-    module = th.export.load(path).module()
+    extra = dict.fromkeys(METADATA, "")
+    module = th.export.load(path, extra_files=extra).module()
+    assert [json.loads(extra[name]) for name in METADATA] == [[3], [[0, 1, 2]], ["obs"]]
     for n in (1, 6):
         obs = draw(model.observation_space, n)
         normalised = model.get_vec_normalize_env().normalize_obs(obs)

@@ -39,6 +39,8 @@ def test_what_the_plot_shows(log):
     data = read_diagnostics(log)
     figure = plot_diagnostics(data)
     kl, entropy, gap, by_age, colors = figure.axes
+    for line in (*kl.lines, *entropy.lines, *gap.lines):
+        np.testing.assert_array_equal(line.get_xdata(), data["policy_update"])
     np.testing.assert_array_equal(kl.lines[0].get_ydata(), data["kl"])
     np.testing.assert_array_equal(kl.lines[1].get_ydata(), data["lost_kl"].where(data["lost_kl"] > 0))
     np.testing.assert_array_equal(entropy.lines[0].get_ydata(), data["entropy"])
@@ -46,6 +48,9 @@ def test_what_the_plot_shows(log):
     shares = by_age.collections[0].get_array()
     for column, numbers in zip(shares.T, data["shares"], strict=True):
         np.testing.assert_array_equal(column.filled(0.0)[: len(numbers)], numbers)
+    corners = by_age.collections[0].get_coordinates()  # of the cells, in whose middle policy update and age are whole
+    np.testing.assert_array_equal(corners[0, :-1, 0] + 0.5, data["policy_update"])
+    np.testing.assert_array_equal(corners[:-1, 0, 1] + 0.5, np.arange(len(shares)))
     assert "nats" in kl.get_ylabel()
     assert kl.get_yscale() == "log"
     for ax in (kl, entropy, gap, by_age):

@@ -13,11 +13,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
+from gymnasium.envs.toy_text import FrozenLakeEnv, TaxiEnv
 from gymnasium.wrappers import NormalizeObservation
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, SAC
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -32,6 +34,7 @@ from sb3_staq.env_state import (
     get_attributes,
     get_env_state,
     get_vec_env_state,
+    names_left_out,
     set_attributes,
     set_env_state,
     set_vec_env_state,
@@ -250,10 +253,15 @@ def test_other_arguments_are_refused(tmp_path):
         make("CartPole-v1", gamma=0.5).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
 
 
+class OwnBuffer(ReplayBuffer):
+    """Holds the same arrays as SB3's."""
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
         ("train_freq", dict(train_freq=4)),
+        ("replay_buffer_class", dict(replay_buffer_class=OwnBuffer)),
         ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9]))),
         ("replay_buffer_kwargs", dict(replay_buffer_kwargs=dict(n_sampled_goal=1))),
         ("stats_window_size", dict(stats_window_size=7)),
@@ -277,6 +285,23 @@ def test_other_environments_are_refused(env_id, other, kwargs, tmp_path):
     learn(gym.make(env_id))
     with pytest.raises(ValueError, match=rf"Invalid env=.{other}.*: the checkpoint .* of a training with '{env_id}'"):
         learn(gym.make(other, **kwargs))
+
+
+def test_other_numbers_of_environments_are_refused(tmp_path):
+    def learn(n_envs, n):
+        model = StaQ("MlpPolicy", make_vec_env("CartPole-v1", n_envs), **SMALL)
+        model.learn(n, callback=ResumeCallback(40, tmp_path, verbose=0))
+
+    learn(1, 60)
+    with pytest.raises(ValueError, match=r"Invalid n_envs=2: the checkpoint .* is of a training with 1"):
+        learn(2, 90)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, None, "1"])
+@pytest.mark.parametrize("name", ["save_freq", "keep"])
+def test_numbers_out_of_range(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"Invalid {name}={value!r}: expected an integer >= 1"):
+        ResumeCallback(**{"save_freq": 10, "save_path": tmp_path, name: value})
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -308,6 +333,14 @@ def test_other_attributes_and_folders_are_no_concern(tmp_path, capsys):
         model.learn(60, callback=ResumeCallback(40, tmp_path))
         (tmp_path / "step_60_backup").mkdir(exist_ok=True)
     assert capsys.readouterr().out == f"Training goes on from step 60 of {tmp_path / 'step_60'}, exactly where it was\n"
+
+
+def test_folder_of_logs_and_verbosity_are_those_of_the_restart(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs TensorBoard")
+    for verbose, steps in ((0, 60), (1, 90)):
+        model = make("CartPole-v1", tensorboard_log=str(tmp_path / str(verbose)), verbose=verbose)
+        model.learn(steps, callback=ResumeCallback(40, tmp_path / "all", verbose=0))
+    assert (model.tensorboard_log, model.verbose) == (str(tmp_path / "1"), 1)
 
 
 def test_functions_go_on(tmp_path):
@@ -687,6 +720,19 @@ def test_state_of_environments(env_id):
         one, two = (x.step(action) if i != 10 else x.reset() for x in (env, other))
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1:3] == two[1:3] or i == 10
+
+
+@pytest.mark.parametrize("env_class", [CartPoleEnv, PendulumEnv, FrozenLakeEnv, TaxiEnv])
+def test_what_an_environment_draws_with_is_not_its_state(env_class):
+    """It is not missing from a checkpoint: the same frame is drawn without."""
+    pytest.importorskip("pygame", reason="needs pygame")
+    env, other = (env_class(render_mode="rgb_array") for _ in range(2))
+    env.reset(seed=0), other.reset(seed=1)
+    frame = env.render()
+    state = get_env_state(env)
+    assert names_left_out(state) == set()
+    set_env_state(other, state)
+    np.testing.assert_array_equal(other.render(), frame)
 
 
 class Remembers(gym.ObservationWrapper):

@@ -155,6 +155,7 @@ VALUES = [
     spaces.Dict([("b", spaces.Dict(c=spaces.Box(0, 5, (), np.int32))), ("a", spaces.Box(-3, 2**62, (2,), np.int64))]),
     spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
     spaces.MultiDiscrete([2, 3], np.int32),
+    spaces.MultiDiscrete([2, 3], start=[5, -1]),
     spaces.MultiBinary([2, 2]),
     np.float64(0.1),
     np.array([True, False]),
@@ -169,6 +170,12 @@ def test_plain_values(value):
     assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
     if isinstance(value, spaces.Dict):
         assert list(found.spaces) == ["b", "a"]
+
+
+def test_dictionaries_that_look_like_descriptions_are_refused():
+    """Their keys begin with a colon; as plain values they would come back as something else."""
+    with pytest.raises(ValueError, match=r"an object of builtins\.dict"):
+        from_json(to_json({":tuple": [1, 2]}))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
@@ -224,6 +231,25 @@ def test_scalar_actions(tmp_path):
     for each in (model, loaded, policy):
         assert each.predict(obs, deterministic=True)[0].shape == ()
     assert loaded.learn(10, reset_num_timesteps=False).num_timesteps == 40
+
+
+@pytest.mark.filterwarnings("ignore:The last trajectory in the replay buffer will be truncated")
+@pytest.mark.parametrize("truncate_last_traj", [True, False])
+def test_unfinished_episodes_with_hindsight_experience_replay(truncate_last_traj, tmp_path):
+    """They end where they are, or go on, as with a pickle."""
+
+    def make():
+        return make_model(BitFlippingEnv(20, max_steps=6), "MultiInputPolicy", **HER)
+
+    model, buffers = make().learn(35), []
+    for suffix in ("pkl", "npz"):
+        model.save_replay_buffer(tmp_path / f"buffer.{suffix}")
+        other = make()
+        other.load_replay_buffer(tmp_path / f"buffer.{suffix}", truncate_last_traj)
+        buffers.append(other.replay_buffer)
+    for name in ("dones", "timeouts", "ep_start", "ep_length", "_current_ep_start"):
+        np.testing.assert_array_equal(*(getattr(buffer, name) for buffer in buffers))
+    assert (buffers[1]._current_ep_start == buffers[1].pos).all() == truncate_last_traj
 
 
 def test_plain_schedules():
@@ -435,18 +461,19 @@ def test_statistics_of_vec_normalize(kind, tmp_path):
         return make_vec_env(lambda: RandomObsEnv("dict" if kind == "dict" else "box"), 2, seed=3)
 
     own = dict(norm_obs_keys=["a"]) if kind == "dict" else dict(norm_obs=kind != "rewards only")
-    env = VecNormalize(make_env(), gamma=0.9, clip_obs=1.5, **own)
+    env = VecNormalize(make_env(), gamma=0.9, clip_obs=1.5, clip_reward=0.7, epsilon=0.3, **own)
     env.reset()
     for _ in range(20):
         env.step(np.array([0, 2]))
-    env.training, env.norm_obs = False, env.norm_obs and kind != "switched off"
+    env.training, env.norm_obs, env.norm_reward = False, env.norm_obs and kind != "switched off", False
     save_vec_normalize(tmp_path / "statistics", env)
     loaded = load_vec_normalize(tmp_path / "statistics", make_env())
-    for name in ("training", "norm_obs", "norm_reward", "gamma", "clip_obs", "norm_obs_keys", "epsilon"):
-        assert getattr(loaded, name) == getattr(env, name)
+    arguments = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+    for name in arguments:
+        assert getattr(loaded, name) == getattr(env, name), name
     obs, rewards = env.get_original_obs(), np.array([0.3, -0.2])
     for each in (env, loaded):
-        each.norm_obs = kind != "rewards only"
+        each.norm_obs, each.norm_reward = kind != "rewards only", True
     np.testing.assert_equal(loaded.normalize_obs(obs), env.normalize_obs(obs))
     np.testing.assert_equal(loaded.normalize_reward(rewards), env.normalize_reward(rewards))
     if kind == "box":

@@ -27,7 +27,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import MlpPolicy, MultiInputPolicy, StaQ, StaQPolicy
-from sb3_staq.save_util import atomic_write, check_pickle, open_archive
+from sb3_staq.save_util import atomic_write, check_pickle, dump_checked, open_archive
 
 M = 4
 SIZES = [0, 1, M - 1, M, M + 2, 3 * M, 3 * M + 1]
@@ -611,6 +611,16 @@ def test_several_writers(tmp_path):
     assert_same_policy(loaded.policy, model.policy, observations(model))
 
 
+def test_contents_are_on_the_disk_before_they_replace_a_file(tmp_path, monkeypatch):
+    """Otherwise a power failure could leave an empty file in place of the old one."""
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replaced"), replace(*paths)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"12345")
+    assert events == [5, "replaced"]
+
+
 # Files that are damaged, or of others
 
 
@@ -628,6 +638,34 @@ def test_damaged_pickle(tmp_path):
     with pytest.raises(ValueError, match=r"buffer\.pkl is damaged"):
         model.load_replay_buffer(path)
     assert model.replay_buffer is own
+
+
+def test_damage_far_inside_a_large_pickle(tmp_path):
+    """The checksum covers more than what is read at once."""
+    path = tmp_path / "large.pkl"
+    with open(path, "wb") as file:
+        dump_checked(bytes(2**24 + 5), file)
+    check_pickle(path)
+    content = bytearray(path.read_bytes())
+    content[2**24 + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"large\.pkl is damaged"):
+        check_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [
+        ("action_space", RandomObsEnv(n_actions=4)),
+        ("action_space", RandomObsEnv(action_space=spaces.MultiBinary(1))),  # whose actions are stored alike
+        ("observation_space", RandomObsEnv("discrete")),
+        ("n_envs", DummyVecEnv([RandomObsEnv] * 2)),
+    ],
+)
+def test_pickled_buffer_of_another_model(name, env, tmp_path):
+    make_model(RandomObsEnv()).learn(30).save_replay_buffer(tmp_path / "buffer.pkl")
+    with pytest.raises(ValueError, match=f"Invalid replay buffer: its {name} is .*; expected "):
+        make_model(env).load_replay_buffer(tmp_path / "buffer.pkl")
 
 
 def test_archives_with_a_comment(tmp_path):
@@ -678,6 +716,19 @@ def test_archives_behind_something_else():
     file.seek(6)
     with open_archive(file) as opened:
         assert opened is file and file.tell() == 6
+
+
+def test_pickles_behind_something_else():
+    """An open file is checked from where it is, and stays there."""
+    file, start = io.BytesIO(), 30
+    file.write(bytes(start))
+    dump_checked(list(range(100)), file)
+    file.seek(start)
+    check_pickle(file)
+    assert file.tell() == start
+    file.getbuffer()[start + 10] ^= 1
+    with pytest.raises(ValueError, match="the file is damaged"):
+        check_pickle(file)
 
 
 def test_zip_files_that_are_no_policies(tmp_path):
