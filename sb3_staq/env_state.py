@@ -58,22 +58,21 @@ class _ReferenceError(pickle.PicklingError):
 
 
 class _OwnPickler(pickle.Pickler):
-    """
-    Refuses everything from which something of ``NOT_OWNED``, or one of some other objects, can be reached.
-
-    Surfaces and clocks of pygame are no part of the state either, whatever their names.
-    """
+    """Refuses everything from which something of ``NOT_OWNED``, or one of some other objects, can be reached."""
 
     not_owned: Collection[int] = ()  # their ids
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, NOT_OWNED) or id(value) in self.not_owned or _draws(value):
+        if isinstance(value, NOT_OWNED) or id(value) in self.not_owned:
             raise _ReferenceError
         return NotImplemented
 
 
 def _draws(value: Any) -> bool:
-    """Return whether this is a surface or a clock of pygame, which need not be installed."""
+    """Return whether this is a surface or a clock of pygame, which need not be installed, or a collection of them."""
+    if isinstance(value, (list, tuple, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return len(parts) > 0 and all(map(_draws, parts))
     kind = type(value)
     return kind.__module__.partition(".")[0] == "pygame" and kind.__name__ in ("Surface", "Clock")
 
@@ -93,9 +92,10 @@ def _digests(
 ) -> tuple[dict[str, str], list[str]]:
     """Hash each attribute that is a part of the state; return the names of those that cannot be pickled too."""
     digests, left_out = {}, []
-    for name in [name for name in vars(owner) if name not in (*skip, *IN_OTHER_PROCESSES)]:
+    skip = (*skip, *IN_OTHER_PROCESSES)
+    for name, value in [(name, value) for name, value in vars(owner).items() if name not in skip and not _draws(value)]:
         try:
-            digests[name] = _digest(vars(owner)[name], not_owned)
+            digests[name] = _digest(value, not_owned)
         except _ReferenceError:
             pass
         except Exception:  # whatever the reason, a file cannot hold it

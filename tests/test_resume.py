@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
-from gymnasium.envs.toy_text import FrozenLakeEnv, TaxiEnv
+from gymnasium.envs.toy_text import CliffWalkingEnv, FrozenLakeEnv, TaxiEnv
 from gymnasium.wrappers import NormalizeObservation
 from helpers import SMALL, RandomObsEnv
 from sb3_contrib import RecurrentPPO
@@ -722,7 +722,7 @@ def test_state_of_environments(env_id):
         assert one[1:3] == two[1:3] or i == 10
 
 
-@pytest.mark.parametrize("env_class", [CartPoleEnv, PendulumEnv, FrozenLakeEnv, TaxiEnv])
+@pytest.mark.parametrize("env_class", [CartPoleEnv, PendulumEnv, FrozenLakeEnv, CliffWalkingEnv, TaxiEnv])
 def test_what_an_environment_draws_with_is_not_its_state(env_class):
     """It is not missing from a checkpoint: the same frame is drawn without."""
     pytest.importorskip("pygame", reason="needs pygame")
@@ -733,6 +733,8 @@ def test_what_an_environment_draws_with_is_not_its_state(env_class):
     assert names_left_out(state) == set()
     set_env_state(other, state)
     np.testing.assert_array_equal(other.render(), frame)
+    env.mixed = [env.spec, *vars(env).values()]  # what else is in a list may be missed
+    assert names_left_out(get_env_state(env)) == {f"{env_class.__name__}.mixed"}
 
 
 class Remembers(gym.ObservationWrapper):
