@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -340,7 +342,7 @@ def table_row(text: str, section: str, env_id: str, name: str) -> dict[str, str]
 
 
 @pytest.fixture
-def three_trainings(tmp_path: Path) -> tuple[Suite, Path]:
+def three_trainings(tmp_path: Path) -> Iterator[tuple[Suite, Path]]:
     """A suite, and the folder of its results: one training is steady, one falls a little, one falls far."""
     suite = Suite("tiny", "", ["staq"], [0, 1, 2], 2, {"A-v0": Environment(80, 10, random=0, reference=100, zero=0)})
     for cell, final, fall in zip(make_cells(suite, folder=tmp_path), (10.0, 20.0, 60.0), (0.0, 0.1, 0.8), strict=True):
@@ -348,7 +350,8 @@ def three_trainings(tmp_path: Path) -> tuple[Suite, Path]:
         rows = [Evaluation(10 * i, 60.0 * i, 30.0 * i, [value] * 2) for i, value in enumerate(returns, 1)]
         metadata = dict(seed=cell.seed, steps=80, eval_freq=10, n_eval_episodes=2, hyperparams_sha256="same")
         Results(metadata, [*rows, Evaluation(80, 480.0, 240.0, [final] * 2, True)]).write(cell.results_file)
-    return suite, tmp_path / "results" / "tiny"
+    with matplotlib.rc_context():  # reports have a theme of their own, other tests' figures have not
+        yield suite, tmp_path / "results" / "tiny"
 
 
 def nothing_published() -> pd.DataFrame:
