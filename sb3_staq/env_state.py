@@ -93,7 +93,9 @@ def _digests(
     """Hash each attribute that is a part of the state; return the names of those that cannot be pickled too."""
     digests, left_out = {}, []
     skip = (*skip, *IN_OTHER_PROCESSES)
-    for name, value in [(name, value) for name, value in vars(owner).items() if name not in skip and not _draws(value)]:
+    for name, value in list(vars(owner).items()):
+        if name in skip or _draws(value):
+            continue
         try:
             digests[name] = _digest(value, not_owned)
         except _ReferenceError:

@@ -992,16 +992,22 @@ def test_turns_change_between_episodes_of_their_environment():
     assert len(changes) > 20 and np.all(np.array(ends)[changes])
 
 
+class RecordTurns(BaseCallback):
+    """Whose turn it was in the environment that alternates, step by step."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.turns = turns
+
+    def _on_step(self):
+        self.turns.append(self.model._average_turn)
+        return True
+
+
 def share_of_turns(model, n_steps):
     """How often the average acted in the only environment."""
     turns = []
-
-    class Record(BaseCallback):
-        def _on_step(self):
-            turns.append(self.model._average_turn)
-            return True
-
-    model.learn(n_steps, callback=Record())
+    model.learn(n_steps, callback=RecordTurns(turns))
     return np.mean(turns)
 
 
@@ -1036,25 +1042,20 @@ def test_turns_are_balanced_in_steps(share):
     """Where the average's episodes are ten times as long, it gets as many steps, not as many episodes."""
     turns = []
 
-    class Record(BaseCallback):
-        def _on_step(self):
-            turns.append(self.model._average_turn)
-            return True
-
     class TwoLengths(RandomObsEnv):
         def step(self, action):
             obs, reward, _, _, info = super().step(action)
             return obs, reward, self.steps >= (50 if turns and turns[-1] else 5), False, info
 
     model = make_model(TwoLengths(), average_share=share, learning_starts=0, gradient_steps=0, buffer_size=8000)
-    model.learn(6000, callback=Record())
+    model.learn(6000, callback=RecordTurns(turns))
     assert np.mean(turns) == pytest.approx(share, abs=0.02)
     # Off for a while, and on again: nothing is made up for
     model.average_share = 0.0
     turns.clear()
-    model.learn(500, callback=Record(), reset_num_timesteps=False)
+    model.learn(500, callback=RecordTurns(turns), reset_num_timesteps=False)
     assert sum(turns[60:]) == 0
     model.average_share = share
     turns.clear()
-    model.learn(2000, callback=Record(), reset_num_timesteps=False)
+    model.learn(2000, callback=RecordTurns(turns), reset_num_timesteps=False)
     assert np.mean(turns) == pytest.approx(share, abs=0.05)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import RandomObsEnv, by_age, make_model, relative_error, slow_logit_sums
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_staq import StaQ
@@ -498,24 +498,11 @@ def test_offline_with_a_copy_made_while_learning():
         assert trained.n_policy_updates - before in (10, 11)
 
 
-class SaveAt(StopAt):
-    """Save the model, as a checkpoint does."""
-
-    def __init__(self, step, path):
-        super().__init__(step)
-        self.path = path
-
-    def _on_step(self):
-        if self.num_timesteps == self.step:
-            self.model.save(self.path)
-        return True
-
-
 def test_offline_with_a_checkpoint(tmp_path):
     """Of the loaded model, ``learn`` is not running either."""
     model = make_model(RandomObsEnv(), policy_update_interval=50)
-    model.learn(200, callback=SaveAt(151, tmp_path / "model"))
-    loaded = StaQ.load(tmp_path / "model", env=RandomObsEnv())
+    model.learn(200, callback=CheckpointCallback(151, tmp_path))
+    loaded = StaQ.load(tmp_path / "rl_model_151_steps", env=RandomObsEnv())
     loaded.replay_buffer = model.replay_buffer
     before = loaded.n_policy_updates
     loaded.train(500, 16)
