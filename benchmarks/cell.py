@@ -109,7 +109,7 @@ class Recorder(CallbackList):
             with self._clock_stopped():
                 self._next_evaluation = (self.num_timesteps // self.cell.eval_freq + 1) * self.cell.eval_freq
                 self.record(evaluate(self.model, self.eval_env, EVAL_SEED))
-        if time.perf_counter() - self._last_report > 0.5:
+        if not 0 <= time.perf_counter() - self._last_report <= 0.5:  # less than 0 after a restart of the machine
             self._read_clock()
             self.send_report()
         # Others end by themselves; long rollouts would far exceed the budget (complete ones are learnt from)

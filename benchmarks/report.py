@@ -288,11 +288,11 @@ def time_section(suite: Suite, curves: pd.DataFrame) -> list[str]:
             for (algo, _), x in of_env.groupby(["algo", "seed"], sort=False)
         ]
         groups = pd.DataFrame(minutes).groupby("algo", sort=False)
-        text += [f"### {env_id}", text_table(groups.agg(median_of_those_that_reach_it).assign(seeds=groups.size()))]
+        text += [f"### {env_id}", text_table(groups.agg(median_and_share).assign(seeds=groups.size()))]
     return text if len(text) > 1 else []
 
 
-def median_of_those_that_reach_it(minutes: pd.Series) -> str:
+def median_and_share(minutes: pd.Series) -> str:
     """Format the median if it is finite, and how many values are finite if not all are."""
     n_reached, median = np.isfinite(minutes).sum(), minutes.median()
     share = f" ({n_reached} of {len(minutes)})" if n_reached < len(minutes) else ""

@@ -111,7 +111,7 @@ Train = Callable[[list[Job]], Generator[None, None, None]]
 
 
 def train_locally(jobs: list[Job], n_jobs: int) -> Generator[None, None, None]:
-    """Train cells on this machine, ``n_jobs`` at a time. Their processes end with this function, whatever ends it."""
+    """Train cells on this machine, ``n_jobs`` at a time. Their processes are ended with it."""
     os.environ.update(ONE_THREAD)
     context = mp.get_context("spawn")
     waiting = list(reversed(jobs))

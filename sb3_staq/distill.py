@@ -8,7 +8,7 @@ learns from replayed states and, in rounds as in DAgger (https://arxiv.org/abs/1
 import io
 import timeit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -217,8 +217,9 @@ def distill(
 
     Each round adds replayed states and states visited in ``env`` (by the stack at first, then by the student; with
     sampled and deterministic actions in turn), holds out an eighth of them, and does 1000 gradient steps. The loss is
-    the squared error of the logits, up to a constant per branch, plus the KL divergence. The training's random numbers
-    and statistics stay as they are; the model's own environment, if used, is reset and gets a new seed.
+    the squared error of the logits, up to a constant per branch, plus the KL divergence. The training's statistics
+    and random numbers stay as they are, but the model's own environment, if used, is reset: it gets a new seed from
+    NumPy's generator, and its ``Monitor`` records the episodes.
 
     :param model: the model, with a replay buffer or an environment
     :param max_kl: stop once the mean of ``KL(stack || student)`` over the held-out states is at most this
@@ -242,7 +243,8 @@ def distill(
         raise ValueError(
             f"Invalid env={env!r}: expected another environment than the one in which the model is learning"
         )
-    with _undisturbed(model, vec_env, seed), tqdm(total=max_steps, disable=not progress_bar, unit="step") as bar:
+    made: Any = closing(vec_env) if isinstance(env, str) and vec_env is not None else nullcontext()
+    with made, _undisturbed(model, vec_env, seed), tqdm(total=max_steps, disable=not progress_bar, unit="step") as bar:
         student, states = _make_student(policy, policy_kwargs), _States(model, vec_env)
         critics: Any = student.critics
         trained, tested, scale, n_steps = list[Any](), list[Any](), 1.0, 0

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.buffers import BaseBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_staq.action_spaces import flatten_action_space
@@ -70,6 +70,13 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._remember_statistics()
         return result
 
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """Collect experiences, as in SB3. After a step that a callback stopped, the next ``learn`` resets."""
+        rollout = super().collect_rollouts(*args, **kwargs)
+        if not rollout.continue_training:
+            self._last_obs = None  # the environments are a step ahead, which SB3 has not stored
+        return rollout
+
     def _on_step(self) -> None:
         self._remember_statistics()
 
@@ -87,7 +94,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Store a step of the environments, if everything that it returned is finite."""
+        """
+        Store a step of the environments, if everything that it returned is finite.
+
+        ``VecNormalize`` clips terminal observations before anybody else sees them, so only their NaNs are found.
+        """
         normalize = self._vec_normalize_env  # it clips: check what the environments returned
         self._check_finite("reward", reward if normalize is None else normalize.get_original_reward())
         self._check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
@@ -196,7 +207,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         If that fails, the model keeps its own buffer.
 
         :param path: the file
-        :param truncate_last_traj: whether to end the last, unfinished episode of a ``HerReplayBuffer`` where it is
+        :param truncate_last_traj: whether to end the last, unfinished episodes where they are, as if by a timeout
         :param mmap: leave the arrays of an ".npz" in the file, which is not changed, until they are used
         :raise ValueError: if the file is damaged, or its buffer is for other spaces or another number of environments
             or (without ``mmap``) has numbers that are not finite
@@ -205,8 +216,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         try:
             if is_npz(path):
                 self.replay_buffer = load_buffer(path, own, mmap)
-                if isinstance(self.replay_buffer, HerReplayBuffer) and truncate_last_traj:
-                    self.replay_buffer.truncate_last_trajectory()
             elif mmap:
                 raise ValueError(f"Invalid mmap=True: {path} is no .npz")
             else:
@@ -215,6 +224,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_replay_buffer(getattr(own, "n_steps", 1))
             if not mmap:
                 self._check_stored_numbers()
+            if truncate_last_traj and self.replay_buffer is not None:
+                end_episodes(self.replay_buffer)
         except Exception as error:
             self.replay_buffer = own
             if isinstance(error, (OSError, ValueError, AssertionError, MemoryError)):

@@ -89,7 +89,7 @@ def main() -> None:
     """Draw the file of a PolicyUpdateDiagnostics callback."""
     parser = argparse.ArgumentParser(prog="python -m sb3_staq.plotting", description=main.__doc__)
     parser.add_argument("file", type=Path, help="the CSV file; that of a running training is fine")
-    parser.add_argument("-o", "--output", type=Path, help="the image; FILE.png if not given")
+    parser.add_argument("-o", "--output", type=Path, help="the image; if not given, that of the CSV with .png")
     args = parser.parse_args()
     output = args.output or args.file.with_suffix(".png")
     try:

@@ -19,7 +19,7 @@ from sb3_staq.kernels import allocate, exporting
 from sb3_staq.mirror_descent import LogitRule, PolicyUpdate, StackWeights, averaged_updates
 from sb3_staq.q_networks import CriticEnsemble, batched_forward
 
-# Activations per layer and chunk: on a CPU 2 MB, which stay in its cache; a GPU needs larger chunks
+# Activations per linear layer and chunk: on a CPU 2 MB, which stay in its cache; a GPU needs larger chunks
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**19, 2**25
 # Critics with at most this share of the weights are skipped: 256 of them make 2^-24, the resolution of a float
 NEGLIGIBLE_WEIGHT = 2.0**-32

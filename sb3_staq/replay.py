@@ -19,7 +19,7 @@ from sb3_staq.observations import map_fields, select
 from sb3_staq.policies import StaQPolicy
 from sb3_staq.q_networks import CriticEnsemble
 
-# Replayed states at which a policy update is measured; gradient steps draw at most this many at a time
+# Replayed states at which a policy update is measured; gradient steps draw at most this many, or one batch, at a time
 STATES_AT_ONCE = 1024
 # ... and at most this many elements of preprocessed observations
 SAMPLE_ELEMENTS = 2**24

@@ -91,6 +91,7 @@ class ResumeCallback(BaseCallback):
         self.save_path = Path(save_path)
         self.keep = keep
         self._next_save = save_freq
+        self._in_rollout = False
 
     def _checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
@@ -116,12 +117,16 @@ class ResumeCallback(BaseCallback):
         if self.model.num_timesteps >= self._next_save:
             self._next_save = (self.model.num_timesteps // self.save_freq + 1) * self.save_freq
             self.save()
+        self._in_rollout = True
 
     def _on_step(self) -> bool:
         return True
 
+    def _on_rollout_end(self) -> None:
+        self._in_rollout = False
+
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps >= self.model._total_timesteps:  # otherwise it was stopped within a rollout
+        if not self._in_rollout:  # otherwise a callback has stopped it, and SB3 has not stored that step
             self.save()
 
     def _path(self) -> Path:
@@ -130,7 +135,7 @@ class ResumeCallback(BaseCallback):
 
     def _own_arguments(self) -> dict[str, Any]:
         """Return the arguments that can be compared: plain values, and others by their text; and where it begins."""
-        kinds, attributes = (bool, int, float, str, type(None)), vars(self.model)
+        kinds, attributes = (bool, int, float, str, tuple, np.number, type(None)), vars(self.model)
         signatures = [signature(cls.__init__) for cls in type(self.model).__mro__]  # type: ignore[misc]
         names = {name for found in signatures for name in found.parameters} - NOT_COMPARED
         names |= {"n_envs", "num_timesteps", "_n_updates"}
@@ -189,8 +194,11 @@ class ResumeCallback(BaseCallback):
             states=mark_unchanged(self._states(), self._start),
             random=_random_states(),
         )
-        with atomic_write(unfinished / "rest.pkl") as file:  # which waits until it is on the disk
+        with atomic_write(unfinished / "rest.pkl") as file:
             dump_checked(rest, file)
+        for path in unfinished.iterdir():  # all of it must be on the disk before the older ones are deleted
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
         unfinished.rename(self._path())
         for path in self._checkpoints()[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)

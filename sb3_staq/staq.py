@@ -74,7 +74,8 @@ class StaQ(BaseStaQ):
     :param batch_size: number of transitions per gradient step. Default: 256, Box: 128
     :param tau: Polyak coefficient of the target critics; 1 copies the critics. Default: 0.005, Box: 0.01
     :param gamma: discount factor
-    :param train_freq: steps between two calls of ``train``; also ``(5, "step")`` or ``(2, "episode")``
+    :param train_freq: steps of each environment between two calls of ``train``; also ``(5, "step")`` or
+        ``(2, "episode")``
     :param gradient_steps: number of gradient steps per call; -1 means one per environment step since the last call
     :param memory_size: ``M``, the largest number of frozen critics in the policy that learns. "auto" is what the
         paper's theorem asks for, up to 300, see :func:`~sb3_staq.memory_bounds.auto_memory_size`: with ``gamma=0.99``,
@@ -97,8 +98,8 @@ class StaQ(BaseStaQ):
         over the training; for a Box with more than 5 values per dimension, it stays as many nats below the largest as
         with 5
     :param policy_update_interval: environment steps (of all environments) between two policy updates, of which there is
-        at most one per gradient step. Outside ``learn``, as in offline training, ``train`` counts gradient steps, if
-        they are more, at the ratio between the two that ``learn`` has. Default: 500, Box: 100
+        at most one per gradient step. If you call ``train`` yourself, as in offline training, its gradient steps count
+        as so many environment steps as they have in ``learn``. Default: 500, Box: 100
     :param n_critics: number of critics in the ensemble
     :param critic_reduction: "mean" or "min" of the critics' expected values, for the targets. The policy follows the
         critics' mean. Default: "mean", Box: "min"
@@ -336,12 +337,11 @@ class StaQ(BaseStaQ):
                     policy.update_targets(self.tau)
 
             if update_is_due:
-                n_updates = self.n_policy_updates
+                n_updates, interval = self.n_policy_updates, self.policy_update_interval  # which hooks may change
                 try:
                     self.update_policy()
                 finally:  # the update has happened, or it is still due
-                    n_updates = self.n_policy_updates - n_updates
-                    self._steps_since_policy_update -= n_updates * self.policy_update_interval
+                    self._steps_since_policy_update -= (self.n_policy_updates - n_updates) * interval
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, total in totals.items():

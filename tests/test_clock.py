@@ -452,6 +452,20 @@ def test_invalid_changes_are_refused_by_name(name, value, kwargs):
     assert_consistent(model)
 
 
+@pytest.mark.parametrize(("new", "times"), [(5, [20, 25, 30, 35, 40]), (15, [20, 35])])
+def test_interval_changed_by_a_hook(new, times):
+    """It holds from the next update on."""
+
+    class Change(UpdateSteps):
+        def _on_training_start(self):
+            super()._on_training_start()
+            self.model.policy_update_hooks.append(lambda info: setattr(self.model, "policy_update_interval", new))
+
+    model, callback = make_model(RandomObsEnv(), policy_update_interval=20, learning_starts=0, train_freq=1), Change()
+    model.learn(42, callback=callback)
+    assert [step for step, _ in callback.updates] == times
+
+
 class StopAt(BaseCallback):
     def __init__(self, step):
         super().__init__()

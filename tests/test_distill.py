@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from architectures import NormExtractor
 from gymnasium import spaces
+from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import RandomObsEnv, grow, make_model, slow_average, slow_log_policy, slow_logit_sums
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -292,6 +293,17 @@ def test_returns_are_not_normalised():
 def test_same_seed_same_student():
     students = [distillable().distill(**QUICK)[0] for _ in range(2)]
     assert all(th.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
+
+
+def test_environments_made_from_an_id_are_closed(monkeypatch):
+    closed = []
+    monkeypatch.setattr(CartPoleEnv, "close", lambda self: closed.append(self))
+    model = make_model("CartPole-v1")
+    grow(model, 3)
+    model.distill(**QUICK)
+    assert not closed  # the model's own
+    model.distill(env="CartPole-v1", **QUICK)
+    assert len(closed) == 1
 
 
 def test_same_seed_same_report():

@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from helpers import relative_error
 
+from benchmarks.speed import VARIANTS
 from sb3_staq import kernels
 
 SHAPES = [  # networks, batch, inputs, outputs
@@ -50,6 +51,37 @@ def test_special_ways_equal_the_references(shape, shared, read_ahead, processor,
         assert outputs.shape == exact.shape
         for actual, expected in ((outputs, plain), (outputs, exact), (plain, exact)):
             assert relative_error(actual, expected) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("variant", "reference"),
+    [
+        ("no read-ahead", "plain_batched_linear"),
+        ("no few rows", "plain_batched_linear"),
+        ("no large pages", "plain_allocate"),
+    ],
+)
+def test_variants_of_the_speed_benchmark_take_the_references(variant, reference, monkeypatch):
+    """Each turns off what it says."""
+    calls = []
+    monkeypatch.setattr(kernels, "_special", lambda: True)
+    monkeypatch.setattr(kernels, "_on_amd", lambda: True)
+    monkeypatch.setattr(kernels, reference, lambda *args: calls.append(args))
+    # Two rows of few networks; or more bytes than are read ahead at once, and than a large page has
+    shape = (3, 2, 256, 256) if variant == "no few rows" else (20, 8, 256, 256)
+    x, weight, bias = operands(*shape, False)
+
+    def work():
+        kernels.batched_linear(x, weight, bias)
+        kernels.allocate(weight, len(weight))
+
+    with th.no_grad():
+        work()
+        assert not calls
+        for name, value in VARIANTS[variant].items():
+            monkeypatch.setattr(kernels, name, value)
+        work()
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("shared", [True, False])

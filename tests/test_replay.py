@@ -876,21 +876,55 @@ class NumberedEpisodes(gym.Env):
 
 
 @pytest.mark.parametrize("kwargs", [dict(n_steps=3, gamma=1.0), LOW_MEMORY, NO_TIMEOUTS, dict()])
-@pytest.mark.parametrize("resets_counters", [True, False])
-def test_targets_do_not_reach_over_a_reset(kwargs, resets_counters):
-    """Not in n-step returns, and not where the next observation is the next row."""
+@pytest.mark.parametrize("how", ["reset", "set_env", "load"])
+def test_targets_do_not_reach_over_episodes(how, kwargs, tmp_path):
+    """
+    Not in n-step returns, and not where the next observation is the next row: if the counters or the environment are
+    reset, or the buffer is loaded into a model that is within another episode.
+    """
     env = NumberedEpisodes()
     model = make_model(env, buffer_size=1000, **kwargs).learn(40)
-    model.set_env(env)
+    if how == "load":
+        model.save_replay_buffer(tmp_path / "buffer")
+        model = make_model(env, buffer_size=1000, **kwargs).learn(10)
+        model.load_replay_buffer(tmp_path / "buffer")
+    else:
+        model.set_env(env)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # SB3 announces a truncated trajectory
-        model.learn(20, reset_num_timesteps=resets_counters)
+        model.learn(20, reset_num_timesteps=how == "reset")
     batch = model.replay_buffer._get_samples(np.arange(57))
     n_steps = [min(model.n_steps, 40 - i) if i < 40 else model.n_steps for i in range(57)]
     assert th.equal(batch.rewards, batch.observations * th.tensor(n_steps)[:, None])
     last = 1.0 if kwargs is LOW_MEMORY else 0.0  # elsewhere, its own next observation is stored
     assert batch.dones.flatten().tolist() == [0.0] * 39 + [last] + [0.0] * 17
     assert (batch.next_observations - batch.observations)[batch.dones == 0].count_nonzero() == 0
+
+
+class NumberedSteps(NumberedEpisodes):
+    """Observes the number of steps since the first reset; each reset skips 100."""
+
+    n_steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n_steps += 100
+        return np.array([self.n_steps], dtype=np.float32), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        return np.array([self.n_steps], dtype=np.float32), 0.0, False, False, {}
+
+
+def test_a_step_that_a_callback_stops_leaves_no_gap():
+    """SB3 does not store it: the next transition begins where the environment is."""
+    model = make_model(NumberedSteps(), buffer_size=1000)
+    for _ in range(3):
+        n = model.num_timesteps + 10
+        model.learn(100, callback=lambda locals_, globals_, n=n: model.num_timesteps < n, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert model.num_timesteps == 30 and buffer.pos == 27
+    assert (buffer.next_observations[:27] == buffer.observations[:27] + 1).all()
 
 
 class Endless(OneStateEnv):

@@ -265,13 +265,16 @@ class OwnBuffer(ReplayBuffer):
         ("policy_kwargs", dict(policy_kwargs=dict(net_arch=[9]))),
         ("replay_buffer_kwargs", dict(replay_buffer_kwargs=dict(n_sampled_goal=1))),
         ("stats_window_size", dict(stats_window_size=7)),
+        ("policy_update_interval", dict(policy_update_interval=np.int64(7))),
+        ("logit_rule", dict(logit_rule=(0.5, 0.3, 0.2))),
     ],
 )
 def test_other_rollouts_and_networks_are_refused(name, argument, tmp_path):
     case = "HER" if name == "replay_buffer_kwargs" else "CartPole-v1"
-    make(case).learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
+    both = dict(logit_cache=False) if name == "logit_rule" else {}
+    make(case, **both).learn(100, callback=ResumeCallback(40, tmp_path, verbose=0))
     with pytest.raises(ValueError, match=rf"Invalid {name}=.*: the checkpoint .* is of a training with"):
-        make(case, **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
+        make(case, **both, **argument).learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
 
 
 @pytest.mark.parametrize(
@@ -626,15 +629,16 @@ def test_failed_saves_leave_the_checkpoint_before(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step_100"]
 
 
-def test_trainings_that_a_callback_ends_go_on(tmp_path):
-    """SB3 does not store the step at which one says so: there is no checkpoint of it."""
+@pytest.mark.parametrize(("end", "checkpoint"), [(98, "step_80"), (200, "step_160")])
+def test_trainings_that_a_callback_ends_go_on(end, checkpoint, tmp_path):
+    """SB3 does not store the step at which one says so, also if it is the last one: there is no checkpoint of it."""
 
     class End(BaseCallback):
         def _on_step(self):
-            return self.num_timesteps < 98
+            return self.num_timesteps < end
 
     make("CartPole-v1").learn(200, callback=[End(), ResumeCallback(40, tmp_path, verbose=0)])
-    assert [path.name for path in tmp_path.iterdir()] == ["step_80"]
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint]
     model = make("CartPole-v1").learn(200, callback=ResumeCallback(40, tmp_path, verbose=0))
     assert digest(model) == digest(make("CartPole-v1").learn(200))
 
