@@ -521,7 +521,7 @@ def test_report_is_written_from_the_results_alone(tmp_path: Path, monkeypatch: p
 
 def test_median_of_those_that_reach_a_return() -> None:
     minutes = [[1.0, 3.0], [1.0, 2.0, np.inf], [1.0, np.inf, np.inf], [np.inf]]
-    texts = [report.median_of_those_that_reach_it(pd.Series(each)) for each in minutes]
+    texts = [report.median_and_share(pd.Series(each)) for each in minutes]
     assert texts == ["2.0", "2.0 (2 of 3)", " (1 of 3)", " (0 of 1)"]
 
 
