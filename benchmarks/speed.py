@@ -7,7 +7,6 @@ turned off, or one of them, and another version of it (``--against CLONE``).
 """
 
 import argparse
-import math
 import os
 import platform
 import subprocess
@@ -185,12 +184,14 @@ RATIOS = [
     ("box step, average", "sac step, 8 envs", "the same, and SAC with the same batches and environments"),
     ("crossq step", "box step", "a step of CrossQ takes so many times as long as one of Box defaults"),
 ]
+# More bytes than anything has
+UNLIMITED = 2**62
 # Variants, and what they replace in the kernels of this version
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, int]] = {
     "this version": {},
     "plain kernels": {},  # by the environment variable
-    "no large pages": {"LARGE_PAGE_BYTES": math.inf},
-    "no read-ahead": {"READ_AHEAD_BYTES": 2**62},
+    "no large pages": {"LARGE_PAGE_BYTES": UNLIMITED},
+    "no read-ahead": {"READ_AHEAD_BYTES": UNLIMITED},
     "no few rows": {"FEW_ROWS": 0},
     "other version": {},
 }

@@ -216,6 +216,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         try:
             if is_npz(path):
                 self.replay_buffer = load_buffer(path, own, mmap)
+                if isinstance(self.replay_buffer, HerReplayBuffer) and truncate_last_traj:
+                    self.replay_buffer.truncate_last_trajectory()  # with SB3's warning, as for a pickle file
             elif mmap:
                 raise ValueError(f"Invalid mmap=True: {path} is no .npz")
             else:

@@ -34,7 +34,7 @@ from sb3_staq.env_state import (
     set_vec_env_state,
 )
 from sb3_staq.off_policy import CheckedOffPolicyAlgorithm, end_episodes
-from sb3_staq.save_util import atomic_write, check_pickle, dump_checked
+from sb3_staq.save_util import check_pickle, dump_checked
 
 NOT_OF_THE_MODEL = (
     *("action_space", "device", "n_envs", "observation_space", "policy_class", "policy_kwargs"),
@@ -194,7 +194,7 @@ class ResumeCallback(BaseCallback):
             states=mark_unchanged(self._states(), self._start),
             random=_random_states(),
         )
-        with atomic_write(unfinished / "rest.pkl") as file:
+        with (unfinished / "rest.pkl").open("wb") as file:
             dump_checked(rest, file)
         for path in unfinished.iterdir():  # all of it must be on the disk before the older ones are deleted
             with path.open("r+b") as file:
