@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: each sets up the virtual environment if it is missing.
+# `make demo` and `make test` need Python 3.11 to 3.13 and nothing else: each sets up the virtual environment if it is
+# missing. (Box2D has no wheel for later versions.)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

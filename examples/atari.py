@@ -1,4 +1,4 @@
-"""Pong from its pixels, with the convolutional network of SB3. Takes a GPU, or days."""
+"""Pong from its pixels, with the convolutional network of SB3. Needs a GPU; without one it takes days."""
 
 import sys
 

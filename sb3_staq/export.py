@@ -176,8 +176,8 @@ def export_policy(
 
 
 def main() -> None:
-    """Export a model from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sb3_staq.export", description=export_policy.__doc__)
+    """Export the policy of a saved model to a file that runs without this package."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_staq.export", description=main.__doc__)
     parser.add_argument("model", help="zip-file of the model")
     parser.add_argument("path", help=f"the file to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--vecnormalize", metavar="FILE", help="statistics that VecNormalize saved")
@@ -191,7 +191,8 @@ def main() -> None:
         "--weights-only",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help='run nothing of the files, of which all but the model are ".npz"; --no-weights-only for your own pickles',
+        help='run no code from the files; statistics and replay buffers must then be ".npz" (the default); '
+        "--no-weights-only for pickles that you trust",
     )
     args = parser.parse_args()
     if args.distill and args.env is None:
