@@ -17,8 +17,8 @@ all                 1.58               1.89                  1.14               
 
 With M=300, an action takes 1.20 times as long without large pages (median of 12 turns within one process), and the
 whole step 1.1 times. The table is of a version with one more fast path, for the weighted sum, which was worth 1.04 at
-most. The row of the read-ahead compares with parts of one network each. That of all of them has it missing altogether,
-and the same column says 1.14.
+most. The row of the read-ahead compares with parts of one network each. Without any fast
+path, so also without the read-ahead, the same step takes 1.14 times as long.
 """
 
 import contextlib
